@@ -1,0 +1,107 @@
+"""The shard format of the challenge, reading and writing.
+
+A shard is 256 little-endian int32 (`20240520, 1, n_tokens, 0, ...`) and then n_tokens little-endian uint16.
+Source: openai/parameter-golf, which took it from modded-nanogpt.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from trainer.errors import UserError
+from trainer.files import atomic_write
+
+MAGIC = 20240520
+VERSION = 1
+HEADER_INTS = 256
+HEADER_BYTES = 4 * HEADER_INTS
+MAX_VOCAB = 2**16
+
+TokenArray = np.ndarray[tuple[int], np.dtype[np.uint16]]
+
+
+def write_shard(path: str | Path, tokens: TokenArray) -> None:
+    """Write one shard; it appears under its name only when it is complete.
+
+    Args:
+        path: Where the shard goes.
+        tokens: (n,) uint16.
+    """
+    if tokens.dtype != np.uint16 or tokens.ndim != 1:
+        raise ValueError(f"tokens must be a flat uint16 array, not {tokens.dtype} of shape {tokens.shape}")
+    header = np.zeros(HEADER_INTS, dtype="<i4")
+    header[:3] = MAGIC, VERSION, len(tokens)
+    with atomic_write(path) as file:
+        file.write(header.tobytes())
+        file.write(tokens.astype("<u2", copy=False).tobytes())
+
+
+def open_shard(path: str | Path) -> TokenArray:
+    """Map a shard into memory after checking its header against its size.
+
+    Returns:
+        (n,) uint16, read-only, backed by the file.
+
+    Raises:
+        UserError: If it is not a whole, non-empty shard.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
+    if len(header) < HEADER_INTS or header[0] != MAGIC:
+        raise UserError(f"{path}: is not a token shard (its header does not start with {MAGIC}); remove or replace it")
+    if header[1] != VERSION:
+        raise UserError(f"{path}: has shard version {header[1]}, but only version {VERSION} is known")
+    n_tokens = int(header[2])
+    expected = HEADER_BYTES + 2 * n_tokens
+    if size != expected:
+        raise UserError(
+            f"{path}: header promises {n_tokens:,} tokens ({expected:,} bytes) but the file has {size:,} bytes; "
+            "it was cut or damaged: delete it and prepare it again"
+        )
+    if n_tokens <= 0:
+        raise UserError(f"{path}: holds no tokens; delete it and prepare it again")
+    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(n_tokens,))
+
+
+class TokenFiles:
+    """Several shards as one long row of tokens, without reading them into memory."""
+
+    def __init__(self, paths: Sequence[str | Path]) -> None:
+        """Open the shards.
+
+        Args:
+            paths: Shards in reading order.
+
+        Raises:
+            UserError: If there is none, or one is damaged.
+        """
+        if not paths:
+            raise UserError("no token shards to read; prepare the data first")
+        self.shards = [open_shard(path) for path in paths]
+        self.ends = np.cumsum([len(shard) for shard in self.shards])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def read(self, start: int, count: int) -> TokenArray:
+        """Copy `count` tokens from position `start`, going on at the first token after the last.
+
+        Returns:
+            (count,) uint16.
+        """
+        out = np.empty(count, dtype=np.uint16)
+        filled = 0
+        position = start % len(self)
+        while filled < count:
+            index = int(np.searchsorted(self.ends, position, side="right"))
+            offset = position - int(self.ends[index] - len(self.shards[index]))
+            piece = self.shards[index][offset : offset + count - filled]
+            out[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            position = (position + len(piece)) % len(self)
+        return out

@@ -1,0 +1,152 @@
+"""The SentencePiece tokenizer and the price of each of its pieces in UTF-8 bytes."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+from torch import Tensor
+
+from trainer.errors import UserError
+
+BOS = 1
+SPACE = "\u2581"  # SentencePiece's visible space
+
+
+def load_tokenizer(path: str | Path) -> sentencepiece.SentencePieceProcessor:
+    """Open a SentencePiece model.
+
+    Raises:
+        UserError: If the file is missing, is no SentencePiece model, or begins documents with another piece than 1.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: there is no tokenizer; give the path of a SentencePiece .model file")
+    try:
+        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{path}: is not a SentencePiece model ({error})") from error
+    if tokenizer.bos_id() != BOS:
+        raise UserError(f"{path}: begins documents with piece {tokenizer.bos_id()}, but shards use {BOS}")
+    return tokenizer
+
+
+def train_tokenizer(sentences: Iterator[str], vocab_size: int, path: str | Path, num_threads: int) -> None:
+    """Train a model of the challenge's kind: BPE, byte fallback, split digits, NFKC, no dummy prefix.
+
+    Args:
+        sentences: The text, in pieces of at most a few thousand characters.
+        vocab_size: Number of pieces, the 256 byte pieces and 4 control pieces included.
+        path: The model file to write.
+        num_threads: Threads for SentencePiece.
+
+    Raises:
+        UserError: If the text is too small for so many pieces.
+    """
+    try:
+        with Path(path).open("wb") as model:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=sentences,
+                model_writer=model,
+                model_type="bpe",
+                vocab_size=vocab_size,
+                byte_fallback=True,
+                split_digits=True,
+                normalization_rule_name="nmt_nfkc",
+                add_dummy_prefix=False,
+                character_coverage=0.999,
+                pad_id=0,
+                bos_id=BOS,
+                eos_id=2,
+                unk_id=3,
+                num_threads=num_threads,
+                minloglevel=2,
+            )
+    except RuntimeError as error:
+        Path(path).unlink(missing_ok=True)
+        reason = str(error).splitlines()[-1]
+        raise UserError(f"a tokenizer of {vocab_size:,} pieces cannot be trained on this text: {reason}") from error
+
+
+def encode_documents(
+    tokenizer: sentencepiece.SentencePieceProcessor, documents: Iterable[str], num_threads: int, chunk: int = 512
+) -> Iterator[np.ndarray[tuple[int], np.dtype[np.uint16]]]:
+    """Tokens of each document, BOS first, no EOS.
+
+    Args:
+        tokenizer: At most 65,536 pieces.
+        documents: Texts.
+        num_threads: Threads for SentencePiece.
+        chunk: Documents handed to it at once.
+
+    Yields:
+        (n,) uint16 of one document.
+    """
+
+    def encode(texts: list[str]) -> Iterator[np.ndarray[tuple[int], np.dtype[np.uint16]]]:
+        for ids in tokenizer.encode(texts, num_threads=num_threads):
+            yield np.array([BOS, *ids], dtype=np.uint16)
+
+    waiting: list[str] = []
+    for document in documents:
+        waiting.append(document)
+        if len(waiting) == chunk:
+            yield from encode(waiting)
+            waiting = []
+    if waiting:
+        yield from encode(waiting)
+
+
+@dataclass(frozen=True)
+class ByteTable:
+    """What every piece costs in UTF-8 bytes of the text it stands for.
+
+    A piece costs its text without one leading space; that space costs 1 unless the piece before is a boundary (a
+    control, unknown or unused piece), because no text precedes a document's first piece. Byte pieces cost 1.
+    Source: openai/parameter-golf. A space inside a piece counts as the one byte it is, not as the marker's three.
+
+    Attributes:
+        text_bytes: (V,) int64, bytes without the leading space.
+        leading_space: (V,) bool.
+        boundary: (V,) bool.
+    """
+
+    text_bytes: Tensor
+    leading_space: Tensor
+    boundary: Tensor
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: sentencepiece.SentencePieceProcessor) -> "ByteTable":
+        """Price every piece of a tokenizer."""
+        size = tokenizer.get_piece_size()
+        text_bytes = torch.zeros(size, dtype=torch.int64)
+        leading_space = torch.zeros(size, dtype=torch.bool)
+        boundary = torch.zeros(size, dtype=torch.bool)
+        for index in range(size):
+            piece = tokenizer.id_to_piece(index)
+            if tokenizer.is_control(index) or tokenizer.is_unknown(index) or tokenizer.is_unused(index):
+                boundary[index] = True
+            elif tokenizer.is_byte(index):
+                text_bytes[index] = 1
+            else:
+                leading_space[index] = piece.startswith(SPACE)
+                text_bytes[index] = len(piece.removeprefix(SPACE).replace(SPACE, " ").encode())
+        return cls(text_bytes, leading_space, boundary)
+
+    def to(self, device: torch.device | str) -> "ByteTable":
+        """The same table on another device."""
+        return ByteTable(self.text_bytes.to(device), self.leading_space.to(device), self.boundary.to(device))
+
+    def count(self, previous: Tensor, targets: Tensor) -> Tensor:
+        """Bytes of each target, given the token before it.
+
+        Args:
+            previous: Tokens before the targets, any integer type and shape.
+            targets: Tokens of the same shape.
+
+        Returns:
+            int64, of the same shape.
+        """
+        targets = targets.long()
+        return self.text_bytes[targets] + (self.leading_space[targets] & ~self.boundary[previous.long()])

@@ -1,0 +1,5 @@
+"""The one exception for a user's mistake: printed as a single line, without a traceback."""
+
+
+class UserError(Exception):
+    """Bad input. The message says what is wrong, where, the value, and how to mend it."""
