@@ -1,0 +1,73 @@
+"""Scoring windows of resident validation tokens; the one implementation for fit, validate and export."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from trainer.data.tokenizer import ByteTable
+from trainer.evaluation.metric import BitsPerByte, Score
+from trainer.evaluation.windows import EvaluationConfig, WindowBatch, batch_plan, plan_windows
+
+NllFn = Callable[[Tensor, Tensor, int], Tensor]
+
+
+class WindowScorer:
+    """Validation tokens on a device, and how to score a batch of windows of them."""
+
+    def __init__(self, tokens: Tensor, table: ByteTable, window: int) -> None:
+        """Hold the tokens.
+
+        Args:
+            tokens: (n + 1,) int32 on the device that scores: n targets and the token before the first.
+            table: What each piece costs.
+            window: Length of every window.
+        """
+        self.tokens = tokens
+        self.table = table.to(tokens.device)
+        self.offsets = torch.arange(min(window, len(tokens) - 1), device=tokens.device)
+
+    @torch.no_grad()
+    def add(self, metric: BitsPerByte, nll_fn: NllFn, batch: WindowBatch) -> None:
+        """Score a batch into a metric; nothing waits for the device.
+
+        Args:
+            metric: Where the sums go.
+            nll_fn: Losses of (B, T) inputs and targets from a first position on, as `Transformer.nll`.
+            batch: Windows of the plan.
+        """
+        device = self.tokens.device
+        starts = batch.starts.to(device, non_blocking=True)
+        scored_from = batch.scored_from.to(device, non_blocking=True)
+        positions = starts[:, None] + self.offsets  # (B, T)
+        inputs, targets = self.tokens[positions], self.tokens[positions + 1]
+        nll = nll_fn(inputs, targets, batch.first)
+        num_bytes = self.table.count(inputs[:, batch.first :], targets[:, batch.first :])
+        metric.update(nll, num_bytes, self.offsets[batch.first :] >= scored_from[:, None])
+
+
+def score(
+    nll_fn: NllFn,
+    tokens: Tensor,
+    table: ByteTable,
+    evaluation: EvaluationConfig,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Score:
+    """Score tokens as the config says, sharing the windows between processes.
+
+    Args:
+        nll_fn: As `Transformer.nll`.
+        tokens: (n + 1,) int32 on the device that scores.
+        table: What each piece costs.
+        evaluation: Window, stride, batch; `max_tokens` limits the targets.
+        rank: This process.
+        world_size: Processes that all call this together.
+    """
+    tokens = tokens[: evaluation.max_tokens + 1] if evaluation.max_tokens else tokens
+    plan = plan_windows(len(tokens) - 1, evaluation.window, evaluation.stride)
+    scorer = WindowScorer(tokens, table, plan.window)
+    metric = BitsPerByte().to(tokens.device)
+    for batch in batch_plan(plan, evaluation.batch_windows, rank, world_size):
+        scorer.add(metric, nll_fn, batch)
+    return metric.score()

@@ -1,0 +1,67 @@
+"""What a token brings into the model: its embedding, a hashed bigram, and a gate that mixes in the token before."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trainer.model.layers import Linear
+
+
+@dataclass(frozen=True)
+class BigramConfig:
+    """The hashed bigram embedding.
+
+    Args:
+        buckets: Rows of the table; the last is for a sequence's first token.
+        dim: Width of the table, projected to the model's.
+        scale_init: First value of the learned scale.
+    """
+
+    buckets: int = 10240
+    dim: int = 128
+    scale_init: float = 0.05
+
+
+def bigram_buckets(ids: Tensor, buckets: int) -> Tensor:
+    """Bucket of every position: (36313 t_i XOR 27191 t_{i-1}) mod (buckets - 1) in int32; the first has its own.
+
+    Args:
+        ids: (B, T) tokens.
+        buckets: Number of buckets.
+
+    Returns:
+        (B, T) int32. Source: openai/parameter-golf, record 2026-03-20_10L_Int5MLP_MuonWD04_SWA50.
+    """
+    ids = ids.to(torch.int32)
+    hashed = ((36313 * ids[:, 1:]) ^ (27191 * ids[:, :-1])).remainder(buckets - 1)
+    return torch.cat((torch.full_like(ids[:, :1], buckets - 1), hashed), dim=1)
+
+
+class BigramHash(nn.Module):
+    """An embedding of each token with its predecessor, by hash; starts at zero."""
+
+    def __init__(self, config: BigramConfig, dim: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(config.buckets, config.dim)
+        self.proj = Linear(config.dim, dim)
+        self.scale = nn.Parameter(torch.tensor(config.scale_init))
+
+    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Map (B, T) tokens to (B, T, D) of type `dtype`."""
+        rows = self.table(bigram_buckets(ids, self.table.num_embeddings)).to(dtype)
+        return self.proj(rows) * self.scale.to(dtype)
+
+
+class SmearGate(nn.Module):
+    """Mix each position with the one before, per channel: (1 - g) x_i + g x_{i-1}, g = sigmoid(gate), x_{-1} = 0."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, D) to (B, T, D)."""
+        g = self.gate.sigmoid().to(x.dtype)
+        before = torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), dim=1)
+        return (1 - g) * x + g * before

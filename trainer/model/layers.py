@@ -1,0 +1,32 @@
+"""The two layers everything is made of: a matrix that computes in its input's type, and RMS normalisation."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EPS = torch.finfo(torch.float32).eps  # also in bfloat16, as in the reference
+
+
+class Linear(nn.Linear):
+    """A matrix without bias, kept in float32 and used in the type of its input.
+
+    The explicit cast makes the result independent of which operations autocast happens to list.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in_features) to (..., out_features)."""
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """Divide by the root mean square over the last dimension; there is no weight."""
+    return F.rms_norm(x, (x.size(-1),), eps=EPS)
+
+
+def activation_dtype(weight: Tensor) -> torch.dtype:
+    """The type activations are kept in: autocast's where it is on, else the weights' own."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype

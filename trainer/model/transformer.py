@@ -1,0 +1,187 @@
+"""The language model: ten blocks with U-Net skips between a hashed-bigram embedding and a tied, softcapped head.
+
+Source: openai/parameter-golf PR #560, a port of the record 2026-03-20_10L_Int5MLP_MuonWD04_SWA50.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.model.attention import Attention, AttentionConfig, AttentionKernel, rotary_tables
+from trainer.model.embedding import BigramConfig, BigramHash, SmearGate
+from trainer.model.layers import Linear, activation_dtype, rms_norm
+from trainer.model.mlp import MLP, MLPConfig
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The whole model; the defaults are the reference recipe's 25,517,137 parameters.
+
+    Args:
+        vocab_size: Pieces of the tokenizer.
+        num_layers: Blocks; the first half passes its outputs to the second half.
+        model_dim: Width of the residual stream.
+        attention: Attention of every block.
+        mlp: MLP of every block.
+        bigram: Hashed bigram embedding.
+        tied_embeddings: Use the token embedding as the output head too.
+        embedding_init_std: Standard deviation of the token embedding at the start.
+        logit_softcap: Logits become softcap * tanh(logits / softcap).
+    """
+
+    vocab_size: int = 1024
+    num_layers: int = 10
+    model_dim: int = 512
+    attention: AttentionConfig = AttentionConfig()
+    mlp: MLPConfig = MLPConfig()
+    bigram: BigramConfig = BigramConfig()
+    tied_embeddings: bool = True
+    embedding_init_std: float = 0.005
+    logit_softcap: float = 30.0
+
+    def __post_init__(self) -> None:
+        heads, kv_heads = self.attention.num_heads, self.attention.num_kv_heads
+        for name, value in (("vocab_size", self.vocab_size), ("num_layers", self.num_layers), ("num_heads", heads)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.model_dim % (2 * heads):
+            raise ValueError(f"model_dim {self.model_dim} does not give {heads} heads of an even width")
+        if kv_heads < 1 or heads % kv_heads:
+            raise ValueError(f"num_heads {heads} is not a multiple of num_kv_heads {kv_heads}")
+        if self.bigram.buckets < 2:
+            raise ValueError(f"bigram.buckets must be at least 2, not {self.bigram.buckets}")
+        if self.mlp.ratio < 1:
+            raise ValueError(f"mlp.ratio must be at least 1, not {self.mlp.ratio}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain builtins, for a checkpoint or an artifact."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TransformerConfig":
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: If a key is unknown or a value does not fit.
+        """
+        parts = {"attention": AttentionConfig, "mlp": MLPConfig, "bigram": BigramConfig}
+        try:
+            return cls(**{key: parts[key](**value) if key in parts else value for key, value in values.items()})
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"not a model config: {error}") from error
+
+
+class Block(nn.Module):
+    """Mix in the input embedding, then attention, then the MLP, each scaled per channel."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        dim = config.model_dim
+        self.attention = Attention(config.attention, dim)
+        self.mlp = MLP(config.mlp, dim)
+        self.mix = nn.Parameter(torch.stack((torch.ones(dim), torch.zeros(dim))))
+        self.attention_scale = nn.Parameter(torch.ones(dim))
+        self.mlp_scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Map (B, T, D) to (B, T, D); `x0` is the model's input embedding."""
+        mix = self.mix.to(x.dtype)
+        x = mix[0] * x + mix[1] * x0
+        x = x + self.attention_scale.to(x.dtype) * self.attention(rms_norm(x), cos, sin)
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x))
+
+
+class Transformer(nn.Module):
+    """The model. `forward` gives logits, `nll` the loss of each target; both run the same blocks."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        """Build and initialise the model.
+
+        Args:
+            config: All of its sizes.
+        """
+        super().__init__()
+        self.config = config
+        dim = config.model_dim
+        self.token_embedding = nn.Embedding(config.vocab_size, dim)
+        self.bigram = BigramHash(config.bigram, dim)
+        self.smear = SmearGate(dim)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.num_skips = config.num_layers // 2
+        self.skip_weights = nn.Parameter(torch.ones(self.num_skips, dim))
+        self.head = None if config.tied_embeddings else Linear(dim, config.vocab_size)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        nn.init.normal_(self.token_embedding.weight, std=self.config.embedding_init_std)
+        nn.init.zeros_(self.bigram.table.weight)
+        nn.init.orthogonal_(self.bigram.proj.weight, gain=1 / math.sqrt(2 * self.config.num_layers))
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            for matrix in (block.attention.q, block.attention.k, block.attention.v, block.mlp.up):
+                nn.init.orthogonal_(matrix.weight)
+            for matrix in (block.attention.out, block.mlp.down):
+                nn.init.zeros_(matrix.weight)
+        if self.head is not None:
+            nn.init.zeros_(self.head.weight)
+
+    def set_attention_kernel(self, kernel: AttentionKernel) -> None:
+        """Use one way of computing attention in every block."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.attention.kernel = kernel
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """Final normalised states.
+
+        Args:
+            ids: (B, T) tokens, any integer type.
+
+        Returns:
+            (B, T, D), in autocast's type where it is on.
+        """
+        dtype = activation_dtype(self.token_embedding.weight)
+        head_dim = self.config.model_dim // self.config.attention.num_heads
+        cos, sin = rotary_tables(ids.size(1), head_dim, self.config.attention.rope_base, ids.device)
+        ids = ids.to(torch.int32)
+        x = self.token_embedding(ids).to(dtype) + self.bigram(ids, dtype)
+        x = x0 = self.smear(rms_norm(x))
+        skips: list[Tensor] = []
+        for index, block in enumerate(self.blocks):
+            reached = index - (len(self.blocks) - self.num_skips)
+            if reached >= 0:
+                x = x + self.skip_weights[reached].to(dtype) * skips.pop()
+            x = block(x, x0, cos, sin)
+            if index < self.num_skips:
+                skips.append(x)
+        return rms_norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Softcapped logits of final states, (..., D) to (..., V), at least float32."""
+        weight = self.token_embedding.weight if self.head is None else self.head.weight
+        logits = F.linear(hidden, weight.to(hidden.dtype))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits of the next token at every position, (B, T) to (B, T, V)."""
+        return self.logits(self.hidden(ids))
+
+    def nll(self, ids: Tensor, targets: Tensor, first: int = 0) -> Tensor:
+        """Negative log-likelihood of each target in nats.
+
+        Args:
+            ids: (B, T) tokens.
+            targets: (B, T) tokens that follow them.
+            first: First position that is scored; logits are computed from there on only.
+
+        Returns:
+            (B, T - first), at least float32.
+        """
+        logits = self.logits(self.hidden(ids)[:, first:])
+        targets = targets[:, first:].long()
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)

@@ -1,0 +1,187 @@
+"""Muon for the matrices and AdamW for everything else, as one optimizer.
+
+One optimizer, because Lightning counts every optimizer's step in `global_step` and updates the fp16 scale after each.
+Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) is our own since `torch.optim.Muon` loops over the
+matrices (2,100 small operations a step for 60 of them; by shape it is 84) and averages its momentum, which differs from
+the recipe's sum while the momentum changes.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from trainer.model.layers import Linear
+from trainer.model.transformer import Transformer
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Rates of the two halves.
+
+    Args:
+        matrix_lr: Muon, for the weight matrices of the blocks and the bigram projection.
+        scalar_lr: AdamW, for gains, gates, mixes and scales.
+        tied_embedding_lr: AdamW, for the token embedding and the bigram table when the head is tied.
+        embedding_lr: The same when it is not.
+        head_lr: Adam without decay, for an untied head.
+        momentum: Muon's momentum after its warm-up.
+        newton_schulz_steps: Iterations of Muon's orthogonalisation.
+        beta1: AdamW's first decay rate.
+        beta2: AdamW's second decay rate.
+        eps: AdamW's epsilon.
+        weight_decay: Decoupled decay of both halves.
+        grad_clip_norm: Largest global gradient norm; 0 does not clip.
+    """
+
+    matrix_lr: float = 0.02
+    scalar_lr: float = 0.02
+    tied_embedding_lr: float = 0.03
+    embedding_lr: float = 0.6
+    head_lr: float = 0.008
+    momentum: float = 0.99
+    newton_schulz_steps: int = 5
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.04
+    grad_clip_norm: float = 0.3
+
+
+def parameter_groups(model: Transformer, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Sort every parameter of the model into its group, each exactly once."""
+    head = [model.head.weight] if model.head is not None else []
+    embeddings = [model.token_embedding.weight, model.bigram.table.weight]
+    matrices = [module.weight for module in model.modules() if isinstance(module, Linear) and module is not model.head]
+    taken = {id(parameter) for parameter in (*head, *embeddings, *matrices)}
+    scalars = [parameter for parameter in model.parameters() if id(parameter) not in taken]
+    embedding_lr = config.embedding_lr if head else config.tied_embedding_lr
+    decay = config.weight_decay
+    groups = [
+        {"params": matrices, "lr": config.matrix_lr, "weight_decay": decay, "muon": True},
+        {"params": embeddings, "lr": embedding_lr, "weight_decay": decay, "muon": False},
+        {"params": scalars, "lr": config.scalar_lr, "weight_decay": decay, "muon": False},
+    ]
+    if head:
+        groups.append({"params": head, "lr": config.head_lr, "weight_decay": 0.0, "muon": False})
+    return groups
+
+
+def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
+    """Push the singular values of each matrix towards 1.
+
+    Args:
+        matrices: (N, rows, cols) with rows <= cols, in the precision to compute in.
+        steps: Iterations.
+
+    Returns:
+        (N, rows, cols) of the same type.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x
+
+
+def orthogonalisation_dtype(parameter: Tensor) -> torch.dtype:
+    """Low precision where the hardware gains from it: bfloat16 on a GPU that has it, else the parameter's own."""
+    low = parameter.is_cuda and parameter.dtype == torch.float32
+    return torch.bfloat16 if low and torch.cuda.is_bf16_supported(including_emulation=False) else parameter.dtype
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Both halves in one `step`. Learning rates and momentum are set from outside before each."""
+
+    def __init__(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> None:
+        """Hold the parameter groups.
+
+        Args:
+            groups: As made by `parameter_groups`; `muon` tells the half.
+            config: Momentum, betas, epsilon and Newton-Schulz steps.
+        """
+        self.config = config
+        super().__init__(groups, {"momentum": config.momentum})
+        for group in self.param_groups:
+            group["base_lr"] = group["lr"]
+
+    def set_rates(self, multiplier: float, momentum: float) -> None:
+        """Scale every group's learning rate and set Muon's momentum for the next step."""
+        for group in self.param_groups:
+            group["lr"] = multiplier * group["base_lr"]
+            group["momentum"] = momentum
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        for group in self.param_groups:
+            params = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if params and group["muon"]:
+                self._muon(params, group)
+            elif params:
+                self._adamw(params, group)
+        return result
+
+    def _muon(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        grads = [parameter.grad for parameter in params]
+        buffers = []
+        for parameter in params:
+            state = self.state[parameter]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            buffers.append(state["momentum_buffer"])
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, grads)
+        updates = torch._foreach_add(grads, buffers, alpha=group["momentum"])  # Nesterov
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        by_shape: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for index, parameter in enumerate(params):
+            rows, cols = parameter.shape
+            by_shape[min(rows, cols), max(rows, cols)].append(index)
+        for indices in by_shape.values():
+            dtype = orthogonalisation_dtype(params[indices[0]])
+            tall = [params[index].size(0) > params[index].size(1) for index in indices]
+            wide = [updates[i].mT if is_tall else updates[i] for i, is_tall in zip(indices, tall, strict=True)]
+            batch = newton_schulz(torch.stack(wide).to(dtype), self.config.newton_schulz_steps)
+            for index, is_tall, update in zip(indices, tall, batch, strict=True):
+                parameter = params[index]
+                scale = max(1.0, parameter.size(0) / parameter.size(1)) ** 0.5
+                parameter.add_((update.mT if is_tall else update).to(parameter.dtype), alpha=-group["lr"] * scale)
+
+    def _adamw(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        on_gpu = params[0].is_cuda
+        for parameter in params:
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if on_gpu else "cpu")
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+        states = [self.state[parameter] for parameter in params]
+        adamw(
+            params,
+            [parameter.grad for parameter in params if parameter.grad is not None],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            foreach=False,
+            fused=on_gpu,
+            amsgrad=False,
+            beta1=self.config.beta1,
+            beta2=self.config.beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=self.config.eps,
+            maximize=False,
+        )
