@@ -18,6 +18,7 @@ class TrainingClock:
         self._now = now
         self._total = 0.0
         self._started: float | None = None
+        self.reading = 0.0  # rank 0's time at the start of the step, the same on all ranks
 
     @property
     def elapsed(self) -> float:
@@ -46,5 +47,5 @@ class TrainingClock:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Go on from a saved reading; the clock is stopped."""
-        self._total = state["elapsed"]
+        self._total = self.reading = state["elapsed"]
         self._started = None

@@ -1,0 +1,48 @@
+"""Checkpoints that are whole or absent, and that load without running anything."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import CheckpointIO
+
+from trainer.errors import UserError
+from trainer.files import atomic_write
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Lightning stages in the system's temp folder and moves without a sync; a full disk left a damaged file there."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write beside the target, flush, rename."""
+        try:
+            with atomic_write(path) as file:
+                torch.save(checkpoint, file)
+        except RuntimeError as error:  # torch's own word for a failed write
+            raise UserError(f"{path}: the checkpoint cannot be written ({error}); free some space") from error
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
+        """Read tensors and plain values; anything else is refused."""
+        return load_checkpoint(path)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Delete a checkpoint that is no longer wanted."""
+        Path(path).unlink(missing_ok=True)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint to the CPU.
+
+    Raises:
+        UserError: If it is missing, damaged, or holds more than tensors and plain values.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: there is no such checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: is not a checkpoint that can be read safely ({str(error).splitlines()[0]})") from error
+    if not isinstance(checkpoint, dict) or "golf_trainer" not in checkpoint:
+        raise UserError(f"{path}: was not written by this trainer")
+    return checkpoint

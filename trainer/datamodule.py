@@ -1,0 +1,149 @@
+"""The data module: prepares a source once, serves the training stream and the evaluation windows."""
+
+from collections.abc import Iterator
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from trainer.data.shards import MAX_VOCAB, TokenFiles
+from trainer.data.sources import PreparedText, Shards, Source
+from trainer.data.stream import TrainStream
+from trainer.data.tokenizer import ByteTable, load_tokenizer
+from trainer.errors import UserError
+from trainer.evaluation.sliding import WindowScorer
+from trainer.evaluation.windows import EvaluationConfig, WindowBatch, batch_plan, plan_windows
+from trainer.files import sha256_of
+
+ENDLESS = 2**40  # steps of a run without a step limit
+
+
+class StepSampler(Sampler[int]):
+    """Steps from the first one that is not done; the position is f(global_step), so no batch is lost on resume."""
+
+    def __init__(self, data: TrainStream, trainer: pl.Trainer) -> None:
+        self.data = data
+        self.trainer = trainer
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.trainer.global_step, len(self.data)))
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+
+class WindowBatches(Dataset[WindowBatch]):
+    """One rank's share of an evaluation plan."""
+
+    def __init__(self, batches: list[WindowBatch]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> WindowBatch:
+        """Windows of one batch."""
+        return self.batches[index]
+
+
+class TokenData(pl.LightningDataModule):
+    """Training steps and validation windows out of one source."""
+
+    def __init__(
+        self,
+        source: Source = Shards(),  # noqa: B008 - paths only
+        batch_tokens: int = 131_072,
+        sequence_length: int = 2048,
+        vocab_size: int = 1024,
+        evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008 - frozen
+    ) -> None:
+        """Serve a source.
+
+        Args:
+            source: Where the text comes from.
+            batch_tokens: Tokens of one optimizer step, over all devices.
+            sequence_length: Tokens of one training sequence.
+            vocab_size: Pieces the model knows; linked to model.vocab_size.
+            evaluation: How validation text is scored; linked to eval.
+        """
+        super().__init__()
+        self.source = source
+        self.batch_tokens = batch_tokens
+        self.sequence_length = sequence_length
+        self.vocab_size = vocab_size
+        self.evaluation = evaluation
+        self.table: ByteTable | None = None
+
+    def prepare_data(self) -> None:
+        """Make the shards, on one process."""
+        self.source.prepare()
+
+    def setup(self, stage: str) -> None:
+        """Open the shards and check them against the model, before anything is trained."""
+        if self.table is not None:
+            return
+        self.text: PreparedText = self.source.prepared()
+        tokenizer = load_tokenizer(self.text.tokenizer)
+        pieces = tokenizer.get_piece_size()
+        if pieces != self.vocab_size or pieces > MAX_VOCAB:
+            raise UserError(
+                f"{self.text.tokenizer}: has {pieces:,} pieces but the model {self.vocab_size:,}; "
+                f"set --model.vocab_size {pieces} or use another tokenizer"
+            )
+        self.tokenizer_sha256 = sha256_of(self.text.tokenizer)
+        self.table = ByteTable.from_tokenizer(tokenizer)
+        val = TokenFiles(self.text.val)
+        needed = self.evaluation.max_tokens + 1 if stage == "validate" and self.evaluation.max_tokens else len(val)
+        tokens = val.read(0, min(needed, len(val)))
+        if (highest := int(np.max(tokens))) >= pieces:
+            raise UserError(f"{self.text.val[0]}: holds token {highest}, but the tokenizer has only {pieces:,} pieces")
+        self.val_tokens = torch.from_numpy(tokens.astype(np.int32))
+        self._plans()  # an unusable split shows itself now
+
+    def _plans(self) -> list[tuple[EvaluationConfig, int]]:
+        """The evaluations of this stage, each with its number of targets."""
+        evaluation, targets = self.evaluation, len(self.val_tokens) - 1
+        plain = EvaluationConfig(evaluation.window, 0, evaluation.batch_windows)
+        if self.trainer is not None and self.trainer.state.fn == "fit":
+            return [(plain, min(evaluation.fit_tokens or targets, targets))]
+        targets = min(evaluation.max_tokens or targets, targets)
+        return [(plain, targets)] + ([] if evaluation.is_plain else [(evaluation, targets)])
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        """Steps of this rank."""
+        trainer = self.trainer
+        assert trainer is not None
+        steps = trainer.max_steps if trainer.max_steps > 0 else ENDLESS
+        stream = TrainStream(
+            TokenFiles(self.text.train),
+            self.batch_tokens,
+            self.sequence_length,
+            steps,
+            trainer.global_rank,
+            trainer.world_size,
+        )
+        return DataLoader(
+            stream, batch_size=None, sampler=StepSampler(stream, trainer), pin_memory=torch.cuda.is_available()
+        )
+
+    def val_dataloader(self) -> list[DataLoader[WindowBatch]]:
+        """Window starts of this rank: plain, and sliding too unless training is going on."""
+        trainer = self.trainer
+        assert trainer is not None
+        loaders = []
+        for evaluation, targets in self._plans():
+            plan = plan_windows(targets, evaluation.window, evaluation.stride)
+            batches = batch_plan(plan, evaluation.batch_windows, trainer.global_rank, trainer.world_size)
+            loaders.append(DataLoader(WindowBatches(batches), batch_size=None))
+        return loaders
+
+    def scorers(self, device: torch.device) -> list[WindowScorer]:
+        """The tokens of each validation loader, on the device."""
+        assert self.table is not None
+        self.val_tokens = self.val_tokens.to(device)
+        return [
+            WindowScorer(self.val_tokens[: targets + 1], self.table, min(evaluation.window, targets))
+            for evaluation, targets in self._plans()
+        ]

@@ -1,0 +1,162 @@
+"""The Lightning module: one batch is one manual optimizer step; validation scores windows."""
+
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from trainer.clock import TrainingClock
+from trainer.errors import UserError
+from trainer.evaluation.metric import BitsPerByte, Score
+from trainer.evaluation.sliding import WindowScorer
+from trainer.evaluation.windows import WindowBatch
+from trainer.model.attention import choose_kernel
+from trainer.model.transformer import Transformer, TransformerConfig
+from trainer.optim.muon_adamw import MuonAdamW, OptimizerConfig, parameter_groups
+from trainer.optim.schedule import ScheduleConfig, lr_multiplier, muon_momentum
+from trainer.step import StepFence, clip_gradients, train_step
+
+
+class LanguageModel(pl.LightningModule):
+    """A transformer, its optimizer and its schedule."""
+
+    def __init__(
+        self,
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
+        schedule: ScheduleConfig = ScheduleConfig(),  # noqa: B008 - frozen
+        micro_batch_tokens: int | None = None,
+        compile: Literal["auto", "on", "off"] = "auto",
+        **transformer: Any,
+    ) -> None:
+        """Build the model and all that trains it.
+
+        Args:
+            optimizer: Learning rates and the like.
+            schedule: When they fall.
+            micro_batch_tokens: Tokens learned at once on one device, to bound memory; default: a whole step.
+            compile: Use torch.compile; auto does on a GPU only, since a CPU would need a C++ compiler.
+            transformer: Sizes of the model, as in TransformerConfig.
+        """
+        super().__init__()
+        self.automatic_optimization = False
+        self.model = Transformer(TransformerConfig(**transformer))
+        self.optimizer_config = optimizer
+        self.schedule = schedule
+        self.micro_batch_tokens = micro_batch_tokens
+        self.compile_choice = compile
+        self.clock = TrainingClock()  # the wallclock callback puts the run's own here
+        self.lr_multiplier = 1.0  # of the step in progress or just done
+        self.gradient_norm = torch.zeros(())
+        self.nll = self.model.nll
+        self.metrics = torch.nn.ModuleList()
+        self.scorers: list[WindowScorer] = []
+        self.scores: list[Score] = []
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps so far."""
+        return int(self.trainer.global_step)
+
+    def setup(self, stage: str) -> None:
+        """Choose the attention kernel and the compiled functions for this device."""
+        device = self.trainer.strategy.root_device
+        config = self.model.config
+        dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "64-true": torch.float64}.get(
+            str(self.trainer.precision), torch.float32
+        )
+        head_dim = config.model_dim // config.attention.num_heads
+        self.model.set_attention_kernel(choose_kernel(config.attention, head_dim, 128, device, dtype))
+        if self.compile_choice == "on" or (self.compile_choice == "auto" and device.type == "cuda"):
+            # DDP's graph splitting would make other graphs than the warm-up compiled.
+            torch._dynamo.config.optimize_ddp = False
+            self.nll = torch.compile(self.model.nll, fullgraph=True, dynamic=False)
+
+    def configure_optimizers(self) -> MuonAdamW:
+        """Muon and AdamW as one."""
+        return MuonAdamW(parameter_groups(self.model, self.optimizer_config), self.optimizer_config)
+
+    def on_train_start(self) -> None:
+        """Begin to hold the host back to the device."""
+        self.fence = StepFence(self.device)
+
+    def micro_batches(self, sequences: int, sequence_length: int) -> int:
+        """Slices that a step of so many sequences is learned in."""
+        if self.micro_batch_tokens is None:
+            return 1
+        size = max(1, self.micro_batch_tokens // sequence_length)
+        return -(-sequences // size)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        """Learn from one step's tokens, (local_tokens + 1,)."""
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        length = self.sequence_length
+        self.set_rates(optimizer.optimizer)  # type: ignore[arg-type]
+        optimizer.zero_grad()
+
+        def backward(loss: Tensor, last: bool) -> None:
+            if last:
+                self.manual_backward(loss)
+            else:
+                with self._no_sync():
+                    self.manual_backward(loss)
+
+        loss = train_step(
+            self.nll, batch, length, self.micro_batches((len(batch) - 1) // length, length), backward, optimizer.step
+        )
+        self.fence.record()
+        self.log_dict(
+            {"train/loss": loss, "train/lr_multiplier": self.lr_multiplier, "train/gradient_norm": self.gradient_norm}
+        )
+
+    def _no_sync(self) -> Any:
+        strategy = self.trainer.strategy
+        assert hasattr(strategy, "block_backward_sync") or self.trainer.world_size == 1
+        return strategy.block_backward_sync() if hasattr(strategy, "block_backward_sync") else torch.enable_grad()
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a training sequence, from the data."""
+        return int(self.trainer.datamodule.sequence_length)  # type: ignore[attr-defined]
+
+    def set_rates(self, optimizer: MuonAdamW) -> None:
+        """Set learning rates and momentum for the step to come."""
+        limit = self.trainer.max_steps if self.trainer.max_steps > 0 else None
+        step = self.steps_done
+        self.lr_multiplier = lr_multiplier(self.schedule, step, limit, self.clock.reading, self.clock.budget)
+        momentum = muon_momentum(self.schedule, step, self.optimizer_config.momentum)
+        optimizer.set_rates(self.lr_multiplier, momentum)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip here: gradients are no longer scaled by the fp16 loss scale."""
+        self.gradient_norm = clip_gradients(self.model.parameters(), self.optimizer_config.grad_clip_norm)
+
+    def on_validation_epoch_start(self) -> None:
+        """Empty the sums; the tokens lie on the device already."""
+        self.scorers = self.trainer.datamodule.scorers(self.device)  # type: ignore[attr-defined]
+        self.metrics = torch.nn.ModuleList(BitsPerByte().to(self.device) for _ in self.scorers)
+
+    def validation_step(self, batch: WindowBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Score a batch of windows."""
+        metric = self.metrics[dataloader_idx]
+        assert isinstance(metric, BitsPerByte)
+        self.scorers[dataloader_idx].add(metric, self.nll, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Read the sums; the last one, sliding if there is one, is the score."""
+        self.scores = [metric.score() for metric in self.metrics if isinstance(metric, BitsPerByte)]
+        if not self.trainer.sanity_checking:
+            last = self.scores[-1]
+            self.log_dict({"val/bpb": last.bpb, "val/loss": last.loss}, sync_dist=False)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what `export` needs to use the file alone: plain values only, so that it loads safely."""
+        checkpoint["golf_trainer"] = {"model": self.model.config.to_dict()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse another model before Lightning lists every tensor that differs."""
+        stored, own = checkpoint["golf_trainer"]["model"], self.model.config.to_dict()
+        different = [f"{key}: {stored.get(key)} there, {own[key]} here" for key in own if stored.get(key) != own[key]]
+        if different:
+            raise UserError(f"the checkpoint holds another model ({'; '.join(different)}); use the same recipe")

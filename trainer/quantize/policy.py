@@ -1,0 +1,64 @@
+"""Which tensor is stored in which type."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from trainer.model.transformer import TransformerConfig
+
+Kind = str  # "int2" ... "int8", "float16" or "float32"
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """The reference's mixed precision.
+
+    Args:
+        mlp_bits: Bits of the MLP matrices, 2 to 8.
+        attention_bits: Bits of the attention matrices.
+        bigram_bits: Bits of the bigram table and its projection.
+        other_bits: Bits of any other large matrix.
+        fp16_key_blocks: Blocks whose key projection stays float16; negative counts from the end.
+        small_tensor: Tensors of at most this many elements stay float16.
+        prune_frac: Share of the smallest magnitudes of each large matrix set to zero first.
+        prune_above: A matrix is large with more elements than this.
+    """
+
+    mlp_bits: int = 5
+    attention_bits: int = 6
+    bigram_bits: int = 6
+    other_bits: int = 8
+    fp16_key_blocks: list[int] = field(default_factory=lambda: [-2])
+    small_tensor: int = 8192
+    prune_frac: float = 0.03
+    prune_above: int = 65536
+
+    def __post_init__(self) -> None:
+        for bits in (self.mlp_bits, self.attention_bits, self.bigram_bits, self.other_bits):
+            if not 2 <= bits <= 8:
+                raise ValueError(f"quantization: bits must lie between 2 and 8, not {bits}")
+        if not 0 <= self.prune_frac < 1:
+            raise ValueError(f"quantization.prune_frac must lie in [0, 1), not {self.prune_frac}")
+
+
+def kind_of(name: str, tensor: Tensor, model: TransformerConfig, config: QuantizationConfig) -> Kind:
+    """The stored type of one tensor of the model's state.
+
+    Args:
+        name: Its key in the state dict.
+        tensor: Its value.
+        model: The model it belongs to.
+        config: The choices.
+    """
+    kept_keys = {f"blocks.{block % model.num_layers}.attention.k.weight" for block in config.fp16_key_blocks}
+    if tensor.numel() <= config.small_tensor or name == "token_embedding.weight" or name in kept_keys:
+        return "float16"
+    if name.endswith((".mix", "_scale", "skip_weights", ".gate", ".q_gain")):
+        return "float32"
+    if ".mlp." in name:
+        return f"int{config.mlp_bits}"
+    if ".attention." in name:
+        return f"int{config.attention_bits}"
+    if name.startswith("bigram."):
+        return f"int{config.bigram_bits}"
+    return f"int{config.other_bits}"

@@ -1,0 +1,40 @@
+"""Recipes by name: the YAML files of `configs/`, in a checkout or inside the installed package."""
+
+import tempfile
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+from trainer.errors import UserError
+
+
+@cache
+def recipe_folder() -> Path:
+    """The folder with the packaged recipes."""
+    package = resources.files("trainer")
+    packaged = package / "configs"
+    if isinstance(package, Path):
+        return Path(str(packaged)) if packaged.is_dir() else package.parent / "configs"
+    folder = Path(tempfile.mkdtemp(prefix="trainer-recipes-"))  # run from a zip: the parser wants real files
+    for entry in packaged.iterdir():
+        (folder / entry.name).write_bytes(entry.read_bytes())
+    return folder
+
+
+def recipe_names() -> list[str]:
+    """Names of the packaged recipes."""
+    return sorted(path.stem for path in recipe_folder().glob("*.yaml"))
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe by path, else by the name of a packaged one.
+
+    Raises:
+        UserError: If there is neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    packaged = recipe_folder() / f"{name}.yaml"
+    if "/" not in name and packaged.is_file():
+        return packaged
+    raise UserError(f"--config {name}: is neither a file nor one of the recipes {', '.join(recipe_names())}")
