@@ -1,12 +1,12 @@
 """Checkpoints that are whole or absent, and that load without running anything."""
 
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
+from trainer.checkpoint import load_checkpoint
 from trainer.errors import UserError
 from trainer.files import atomic_write
 
@@ -30,19 +30,3 @@ class AtomicCheckpointIO(CheckpointIO):
         """Delete a checkpoint that is no longer wanted."""
         Path(path).unlink(missing_ok=True)
 
-
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint to the CPU.
-
-    Raises:
-        UserError: If it is missing, damaged, or holds more than tensors and plain values.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"{path}: there is no such checkpoint")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: is not a checkpoint that can be read safely ({str(error).splitlines()[0]})") from error
-    if not isinstance(checkpoint, dict) or "golf_trainer" not in checkpoint:
-        raise UserError(f"{path}: was not written by this trainer")
-    return checkpoint

@@ -75,6 +75,7 @@ class TokenData(pl.LightningDataModule):
         self.vocab_size = vocab_size
         self.evaluation = evaluation
         self.table: ByteTable | None = None
+        self.expected_tokenizer: str | None = None  # fingerprint stored with the weights that are scored
 
     def prepare_data(self) -> None:
         """Make the shards, on one process."""
@@ -93,6 +94,11 @@ class TokenData(pl.LightningDataModule):
                 f"set --model.vocab_size {pieces} or use another tokenizer"
             )
         self.tokenizer_sha256 = sha256_of(self.text.tokenizer)
+        if self.expected_tokenizer not in (None, self.tokenizer_sha256):
+            raise UserError(
+                f"{self.text.tokenizer}: is not the tokenizer this model was trained with "
+                f"(sha256 {self.tokenizer_sha256[:12]}..., expected {str(self.expected_tokenizer)[:12]}...)"
+            )
         self.table = ByteTable.from_tokenizer(tokenizer)
         val = TokenFiles(self.text.val)
         needed = self.evaluation.max_tokens + 1 if stage == "validate" and self.evaluation.max_tokens else len(val)

@@ -1,17 +1,19 @@
 """The Lightning module: one batch is one manual optimizer step; validation scores windows."""
 
+import time
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from trainer.checkpoint import OWN_KEY
 from trainer.clock import TrainingClock
 from trainer.errors import UserError
 from trainer.evaluation.metric import BitsPerByte, Score
-from trainer.evaluation.sliding import WindowScorer
+from trainer.evaluation.sliding import NllFn, WindowScorer
 from trainer.evaluation.windows import WindowBatch
-from trainer.model.attention import choose_kernel
+from trainer.model.attention import AttentionKernel, choose_kernel
 from trainer.model.transformer import Transformer, TransformerConfig
 from trainer.optim.muon_adamw import MuonAdamW, OptimizerConfig, parameter_groups
 from trainer.optim.schedule import ScheduleConfig, lr_multiplier, muon_momentum
@@ -48,7 +50,9 @@ class LanguageModel(pl.LightningModule):
         self.clock = TrainingClock()  # the wallclock callback puts the run's own here
         self.lr_multiplier = 1.0  # of the step in progress or just done
         self.gradient_norm = torch.zeros(())
-        self.nll = self.model.nll
+        self.kernel = AttentionKernel()
+        self.is_compiled = False
+        self.nll: NllFn = self.model.nll
         self.metrics = torch.nn.ModuleList()
         self.scorers: list[WindowScorer] = []
         self.scores: list[Score] = []
@@ -66,11 +70,17 @@ class LanguageModel(pl.LightningModule):
             str(self.trainer.precision), torch.float32
         )
         head_dim = config.model_dim // config.attention.num_heads
-        self.model.set_attention_kernel(choose_kernel(config.attention, head_dim, 128, device, dtype))
-        if self.compile_choice == "on" or (self.compile_choice == "auto" and device.type == "cuda"):
+        self.kernel = choose_kernel(config.attention, head_dim, 128, device, dtype)
+        self.is_compiled = self.compile_choice == "on" or (self.compile_choice == "auto" and device.type == "cuda")
+        if self.is_compiled:
             # DDP's graph splitting would make other graphs than the warm-up compiled.
             torch._dynamo.config.optimize_ddp = False
-            self.nll = torch.compile(self.model.nll, fullgraph=True, dynamic=False)
+        self.nll = self.nll_of(self.model)
+
+    def nll_of(self, model: Transformer) -> NllFn:
+        """A model's loss function, compiled if this run compiles; with this run's attention kernel."""
+        model.set_attention_kernel(self.kernel)
+        return torch.compile(model.nll, fullgraph=True, dynamic=False) if self.is_compiled else model.nll
 
     def configure_optimizers(self) -> MuonAdamW:
         """Muon and AdamW as one."""
@@ -134,6 +144,7 @@ class LanguageModel(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Empty the sums; the tokens lie on the device already."""
+        self.validation_started = time.monotonic()
         self.scorers = self.trainer.datamodule.scorers(self.device)  # type: ignore[attr-defined]
         self.metrics = torch.nn.ModuleList(BitsPerByte().to(self.device) for _ in self.scorers)
 
@@ -146,17 +157,18 @@ class LanguageModel(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Read the sums; the last one, sliding if there is one, is the score."""
         self.scores = [metric.score() for metric in self.metrics if isinstance(metric, BitsPerByte)]
+        self.validation_seconds = time.monotonic() - self.validation_started
         if not self.trainer.sanity_checking:
             last = self.scores[-1]
             self.log_dict({"val/bpb": last.bpb, "val/loss": last.loss}, sync_dist=False)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what `export` needs to use the file alone: plain values only, so that it loads safely."""
-        checkpoint["golf_trainer"] = {"model": self.model.config.to_dict()}
+        checkpoint.setdefault(OWN_KEY, {})["model"] = self.model.config.to_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another model before Lightning lists every tensor that differs."""
-        stored, own = checkpoint["golf_trainer"]["model"], self.model.config.to_dict()
+        stored, own = checkpoint[OWN_KEY]["model"], self.model.config.to_dict()
         different = [f"{key}: {stored.get(key)} there, {own[key]} here" for key in own if stored.get(key) != own[key]]
         if different:
             raise UserError(f"the checkpoint holds another model ({'; '.join(different)}); use the same recipe")

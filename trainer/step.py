@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def train_step(
-    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    loss_fn: Callable[[Tensor, Tensor, int], Tensor],
     tokens: Tensor,
     sequence_length: int,
     micro_batches: int,
@@ -21,7 +21,7 @@ def train_step(
     """Learn from the tokens of one step.
 
     Args:
-        loss_fn: Maps (b, T) inputs and targets to (b, T) losses.
+        loss_fn: Losses of (b, T) inputs and targets from a first position on, as `Transformer.nll`.
         tokens: (n * T + 1,) running tokens; each is the target of the one before.
         sequence_length: T.
         micro_batches: Number of slices the n sequences are learned in, to bound memory.
@@ -35,7 +35,7 @@ def train_step(
     targets = tokens[1:].view(-1, sequence_length).chunk(micro_batches)
     total = torch.zeros((), device=tokens.device)
     for index, (x, y) in enumerate(zip(inputs, targets, strict=True)):
-        loss = loss_fn(x, y).sum() / (tokens.numel() - 1)
+        loss = loss_fn(x, y, 0).sum() / (tokens.numel() - 1)
         backward(loss, index == len(inputs) - 1)
         total = total + loss.detach()
     update()

@@ -1,0 +1,143 @@
+"""The end of a run: export, load back, score, and one summary."""
+
+import json
+import platform
+import shutil
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from trainer.callbacks.late_swa import LateSWA
+from trainer.callbacks.wallclock import WallclockCutoff
+from trainer.checkpoint import OWN_KEY
+from trainer.datamodule import TokenData
+from trainer.evaluation.metric import Score
+from trainer.evaluation.sliding import score
+from trainer.evaluation.windows import EvaluationConfig
+from trainer.files import atomic_write
+from trainer.lightning_module import LanguageModel
+from trainer.model.transformer import Transformer
+from trainer.quantize.artifact import read_artifact
+from trainer.quantize.export import CAP, export
+from trainer.quantize.policy import QuantizationConfig
+
+
+class PostTrainExport(pl.Callback):
+    """Write the artifact from the averaged weights and report the score of the file on disk."""
+
+    def __init__(
+        self,
+        quantization: QuantizationConfig = QuantizationConfig(),  # noqa: B008 - only read
+        cap: int = CAP,
+    ) -> None:
+        """Export when training ends.
+
+        Args:
+            quantization: What is stored how.
+            cap: Largest size of code and model together, in bytes.
+        """
+        self.quantization = quantization
+        self.cap = cap
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let `trainer export --ckpt` quantise exactly as this would."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        own = checkpoint.setdefault(OWN_KEY, {})
+        own["quantization"] = asdict(self.quantization)
+        own["tokenizer_sha256"] = data.tokenizer_sha256
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Export on rank 0, score on all ranks. Lightning does not call this for an interrupted run."""
+        assert isinstance(pl_module, LanguageModel)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, TokenData)
+        folder = Path(str(trainer.log_dir))
+        stages: dict[str, Score] = {}
+        plain = EvaluationConfig(data.evaluation.window, 0, data.evaluation.batch_windows, 0, data.evaluation.max_tokens)
+        stages["live_plain"] = _score(trainer, pl_module, data, pl_module.model, plain)
+        swa = next((callback for callback in trainer.callbacks if isinstance(callback, LateSWA)), None)  # type: ignore[attr-defined]
+        averaged = swa.averaged_state() if swa else None
+        state: dict[str, Tensor] = averaged or pl_module.model.state_dict()
+        size = None
+        export_seconds = time.monotonic()
+        if trainer.is_global_zero:
+            shutil.copyfile(data.text.tokenizer, folder / "tokenizer.model")
+            size = export(state, pl_module.model.config, self.quantization, data.tokenizer_sha256, folder, self.cap)
+        trainer.strategy.barrier("artifact written")
+        export_seconds = time.monotonic() - export_seconds
+        model = read_artifact(folder / "artifact.zst").build().to(pl_module.device, pl_module.dtype)
+        started = time.monotonic()
+        stages["artifact_plain"] = _score(trainer, pl_module, data, model, plain)
+        if not data.evaluation.is_plain:
+            stages["artifact_sliding"] = _score(trainer, pl_module, data, model, data.evaluation)
+        seconds = time.monotonic() - started
+        if size is None:
+            return
+        final = list(stages.values())[-1]
+        clock = next((c.clock for c in trainer.callbacks if isinstance(c, WallclockCutoff)), pl_module.clock)  # type: ignore[attr-defined]
+        steps = int(trainer.global_step)
+        summary: dict[str, Any] = {
+            "val_bpb": final.bpb,
+            "val_loss": final.loss,
+            "val_tokens": final.tokens,
+            "val_bytes": final.bytes,
+            "bytes_total": size.total,
+            "bytes_model": size.model,
+            "bytes_code": size.code,
+            "bytes_cap": self.cap,
+            "steps": steps,
+            "train_tokens": steps * data.batch_tokens,
+            "train_seconds": clock.elapsed,
+            "export_seconds": export_seconds,
+            "eval_seconds": seconds,
+            "swa_snapshots": swa.count if swa else 0,
+            "weights": "averaged" if averaged else "live",
+            "parameters": sum(parameter.numel() for parameter in pl_module.model.parameters()),
+            "stages": {name: value._asdict() for name, value in stages.items()},
+            "versions": versions(pl_module.device),
+        }
+        with atomic_write(folder / "summary.json") as file:
+            file.write(json.dumps(summary, indent=2).encode())
+        print_summary(summary, folder)
+
+
+def _score(
+    trainer: pl.Trainer, module: LanguageModel, data: TokenData, model: Transformer, evaluation: EvaluationConfig
+) -> Score:
+    tokens = data.val_tokens.to(module.device)
+    assert data.table is not None
+    with trainer.precision_plugin.forward_context(), torch.no_grad():
+        nll = module.nll_of(model)
+        return score(nll, tokens, data.table, evaluation, trainer.global_rank, trainer.world_size)
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """Versions and hardware behind a figure."""
+    names = ("torch", "lightning", "numpy", "sentencepiece", "zstandard", "torchmetrics")
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"python": platform.python_version(), **{name: version(name) for name in names}, "device": hardware}
+
+
+def print_summary(summary: dict[str, Any], folder: Path) -> None:
+    """The end of a run in a few lines; the last one is for scripts."""
+    stages = summary["stages"]
+    print(f"\nRun finished: {folder}")
+    print(
+        f"  trained     {summary['steps']:,} steps, {summary['train_tokens']:,} tokens in {summary['train_seconds']:.0f} s"
+        f" ({summary['train_tokens'] / max(summary['train_seconds'], 1e-9):,.0f} tokens/s)"
+    )
+    for name, stage in stages.items():
+        print(f"  {name:<17} {stage['bpb']:.4f} bpb  ({stage['tokens']:,} tokens, {stage['bytes']:,} bytes)")
+    print(
+        f"  size        {summary['bytes_model']:,} model + {summary['bytes_code']:,} code = "
+        f"{summary['bytes_total']:,} of {summary['bytes_cap']:,} bytes"
+    )
+    print(f"  files       {folder / 'artifact.zst'}, tokenizer.model, train_gpt.py, summary.json, metrics.csv, config.yaml")
+    final = Score(summary["val_bpb"], summary["val_loss"], summary["val_tokens"], summary["val_bytes"])
+    print(final.line())

@@ -1,0 +1,81 @@
+"""The time budget: drives the training clock and ends the run.
+
+Lightning's Timer is not used: it counts validation and its reading cannot reach a schedule.
+"""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+
+from trainer.clock import TrainingClock
+from trainer.lightning_module import LanguageModel
+
+
+class WallclockCutoff(pl.Callback):
+    """Stop after so many seconds of training; rank 0's clock counts for all."""
+
+    def __init__(self, seconds: float | None = 2700.0) -> None:
+        """Set the budget.
+
+        Args:
+            seconds: Training time; compile warm-up, validation and export do not count. null: no limit.
+        """
+        if seconds is not None and seconds <= 0:
+            raise ValueError(f"wallclock.seconds must be positive or null, not {seconds}")
+        self.clock = TrainingClock(seconds)
+        self._group: Any = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give the module this clock; open a host-side channel between ranks, so that no rank waits for its device."""
+        assert isinstance(pl_module, LanguageModel)
+        pl_module.clock = self.clock
+        if trainer.world_size > 1 and self._group is None:
+            self._group = dist.new_group(backend="gloo")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start counting; the warm-up callback comes before this one."""
+        self.clock.start()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Share rank 0's reading and stop all ranks at the same step."""
+        self._read()
+        if self.clock.budget is not None and self.clock.reading >= self.clock.budget:
+            trainer.should_stop = True
+
+    def _read(self) -> None:
+        reading = torch.tensor([self.clock.elapsed], dtype=torch.float64)
+        if self._group is not None:
+            dist.broadcast(reading, src=0, group=self._group)
+        self.clock.reading = float(reading)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop counting, once the steps in flight are done."""
+        _wait_for(pl_module.device)
+        self.clock.pause()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on counting."""
+        _wait_for(pl_module.device)
+        if trainer.training or trainer.state.fn == "fit":
+            self.clock.start()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop for good; export does not count."""
+        _wait_for(pl_module.device)
+        self.clock.pause()
+        self._read()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The time used."""
+        return self.clock.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from it."""
+        self.clock.load_state_dict(state_dict)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

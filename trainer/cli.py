@@ -1,0 +1,303 @@
+"""The Lightning command line of `fit` and `validate`: recipes by name, run folders, precision, checkpoints."""
+
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from trainer.callbacks.checkpoint import Checkpoints
+from trainer.callbacks.export import PostTrainExport
+from trainer.callbacks.late_swa import LateSWA
+from trainer.callbacks.progress import Progress
+from trainer.callbacks.wallclock import WallclockCutoff
+from trainer.callbacks.warmup import CompileWarmup
+from trainer.checkpoint import OWN_KEY, live_state, load_checkpoint, stored_average
+from trainer.checkpoint_io import AtomicCheckpointIO
+from trainer.datamodule import TokenData
+from trainer.env_aliases import alias_options
+from trainer.errors import UserError
+from trainer.evaluation.windows import EvaluationConfig
+from trainer.lightning_module import LanguageModel
+from trainer.model.transformer import TransformerConfig
+from trainer.quantize.artifact import MAGIC, read_artifact
+from trainer.recipes import find_recipe
+
+Precision = Literal["auto", "bf16-mixed", "16-mixed", "32-true", "64-true"]
+
+
+class TrainerCLI(LightningCLI):
+    """One parser for both commands; the command itself is run by `main`."""
+
+    def __init__(self, command: str, recipe: str, args: list[str]) -> None:
+        """Parse and build everything.
+
+        Args:
+            command: fit or validate.
+            recipe: Name of the recipe, for the run folder.
+            args: Words after the command.
+        """
+        self.command = command
+        self.recipe = recipe
+        super().__init__(
+            LanguageModel,
+            TokenData,
+            run=False,
+            args=args,
+            seed_everything_default=42,
+            auto_configure_optimizers=False,
+            save_config_callback=SaveConfigCallback if command == "fit" else None,
+            parser_kwargs={"prog": f"trainer {command}", "allow_abbrev": False},
+            trainer_defaults={
+                "default_root_dir": "runs",
+                "max_epochs": -1,
+                "max_steps": -1,
+                "val_check_interval": 1000,
+                "check_val_every_n_epoch": None,
+                "num_sanity_val_steps": 0,
+                "use_distributed_sampler": False,  # its padding would score windows twice
+                "inference_mode": False,  # one grad mode less to compile for
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+            },
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the given words; Lightning would warn about `sys.argv`."""
+        self.config = parser.parse_args(args)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Evaluation, named callbacks and what Lightning has no word for."""
+        parser.add_class_arguments(EvaluationConfig, "eval")
+        parser.link_arguments("eval", "data.evaluation", apply_on="instantiate")
+        parser.link_arguments("model.vocab_size", "data.vocab_size")
+        parser.add_lightning_class_args(CompileWarmup, "warmup")
+        parser.add_lightning_class_args(WallclockCutoff, "wallclock")
+        parser.add_lightning_class_args(LateSWA, "late_swa")
+        parser.add_lightning_class_args(PostTrainExport, "export")
+        parser.add_lightning_class_args(Progress, "progress")
+        parser.add_lightning_class_args(Checkpoints, "checkpoints")
+        parser.add_argument(
+            "--precision",
+            type=Precision,
+            default="auto",
+            help="auto: bf16-mixed where the GPU has it, else 16-mixed; 32-true on a CPU.",
+        )
+        parser.add_argument("--run_name", type=str | None, help="Name of the run's folder; default: the next number.")
+        if self.command == "fit":
+            text = "Go on from this checkpoint; last: the newest one of this recipe."
+        else:
+            text = "Checkpoint or artifact to score."
+        parser.add_argument("--ckpt", type=str | None, help=text)
+        if self.command == "validate":
+            parser.add_argument(
+                "--weights",
+                type=Literal["live", "averaged"],
+                default="live",
+                help="Which weights of a checkpoint to score.",
+            )
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Resolve device and precision, give the run its folder."""
+        options = self.config.trainer
+        if options.accelerator == "auto":  # Apple's GPUs have no float64 for exact sums: only when asked for
+            kwargs["accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
+            if kwargs["accelerator"] == "cpu" and options.devices == "auto":
+                kwargs["devices"] = 1
+        kind = kwargs.get("accelerator", options.accelerator)
+        if options.precision is None:
+            on_gpu = kind in ("cuda", "gpu")
+            has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+            kwargs["precision"] = resolve_precision(self.config.precision, on_gpu, has_bf16)
+        kwargs["plugins"] = [*(options.plugins or []), AtomicCheckpointIO()]
+        if self.command == "fit":
+            if options.logger in (None, True):
+                name, version = Path(options.default_root_dir), self.config.run_name
+                folder = claim_run_folder(name / self.recipe, version)
+                kwargs["logger"] = CSVLogger(name, self.recipe, folder.name, flush_logs_every_n_steps=50)
+        else:
+            kwargs["logger"] = False
+            kwargs["enable_checkpointing"] = False
+            kept = [key for key in self.parser.callback_keys if key != "checkpoints"]
+            self.parser.callback_keys = kept
+        return super().instantiate_trainer(**kwargs)
+
+
+def resolve_precision(asked: str, on_gpu: bool, has_bf16: bool) -> str:
+    """What `auto` means here."""
+    if asked != "auto":
+        return asked
+    if not on_gpu:
+        return "32-true"
+    return "bf16-mixed" if has_bf16 else "16-mixed"
+
+
+def claim_run_folder(parent: Path, name: str | None) -> Path:
+    """Make the run's own folder; the first rank's counts, and Lightning tells the others.
+
+    Raises:
+        UserError: If the name is taken or the folder cannot be made.
+    """
+    if rank_zero_only.rank != 0:
+        return parent / (name or "0")
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            numbers = [int(path.name) for path in parent.iterdir() if path.name.isdigit()]
+            folder = parent / (name or str(max(numbers, default=0) + 1))
+            try:
+                folder.mkdir()
+                return folder
+            except FileExistsError as error:
+                if name:
+                    raise UserError(f"{folder}: this run exists already; choose another --run_name") from error
+    except OSError as error:
+        raise UserError(f"{parent}: no run folder can be made there ({error.strerror})") from error
+
+
+def take_option(args: list[str], *names: str) -> tuple[list[str], list[str]]:
+    """Split off every value of an option; returns (values, other words)."""
+    values: list[str] = []
+    rest: list[str] = []
+    words = iter(args)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name not in names:
+            rest.append(word)
+        elif equals:
+            values.append(value)
+        else:
+            values.append(next(words, ""))
+    return values, rest
+
+
+def run_folder_of(path: Path) -> Path:
+    """The run folder that a checkpoint or an artifact lies in."""
+    return path.parent.parent if path.parent.name == "checkpoints" else path.parent
+
+
+def newest_checkpoint(root: Path, recipe: str) -> str:
+    """The newest `last.ckpt` of a recipe.
+
+    Raises:
+        UserError: If there is none.
+    """
+    found = sorted((root / recipe).glob("*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError(f"--ckpt last: {root / recipe} holds no checkpoint; start without --ckpt")
+    return str(found[-1])
+
+
+def run(command: str, args: Sequence[str]) -> None:
+    """Run `fit` or `validate` with the words that follow it.
+
+    Raises:
+        UserError: For anything the user can mend.
+    """
+    quiet_libraries()
+    given = list(args)
+    wants_help = any(word in ("-h", "--help") for word in given)
+    configs, rest = take_option(given, "-c", "--config")
+    ckpts, rest = take_option(rest, "--ckpt", "--ckpt_path")
+    ckpt = ckpts[-1] if ckpts else None
+    if ckpt and re.match(r"[a-z][a-z0-9+.-]*://", ckpt, re.IGNORECASE):
+        raise UserError(f"--ckpt {ckpt}: addresses are not opened; download the file and give its path")
+    aliases: list[str] = []
+    if configs:
+        aliases, notes = alias_options(os.environ, command)
+        for note in notes:
+            _print_once(f"environment: {note}")
+        alias_ckpts, aliases = take_option(aliases, "--ckpt")
+        ckpt = ckpt or (alias_ckpts[-1] if alias_ckpts else None)
+    if command == "validate" and not wants_help:
+        if ckpt is None:
+            raise UserError("validate needs --ckpt with a checkpoint or an artifact")
+        if not Path(ckpt).is_file():
+            raise UserError(f"--ckpt {ckpt}: there is no such file")
+        beside = run_folder_of(Path(ckpt)) / "config.yaml"
+        if not configs and beside.is_file():
+            configs = [str(beside)]
+        if not configs and not any(word.startswith("--data.") for word in rest):
+            raise UserError(f"--ckpt {ckpt}: no config.yaml lies in its run folder; name its recipe with --config")
+    if not configs and command == "fit":
+        configs = ["quickstart"]
+    paths = [find_recipe(name) for name in configs]
+    recipe = paths[-1].stem if paths else "default"
+    words = [*(f"--config={path}" for path in paths), *aliases, *rest]
+    stored = None
+    if command == "validate" and ckpt and not wants_help:
+        stored = _stored_weights(Path(ckpt), averaged="averaged" in take_option(rest, "--weights")[0])
+        words += [f"--{key}={value}" for key, value in _flat(stored[0].to_dict(), "model")]
+    cli = TrainerCLI(command, recipe, words)
+    if command == "fit":
+        if ckpt == "last":
+            ckpt = newest_checkpoint(Path(cli.config.trainer.default_root_dir), recipe)
+        if ckpt is not None:
+            load_checkpoint(ckpt)  # refuse a bad file before any work is done
+            _print_once(f"going on from {ckpt}")
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt, weights_only=True)
+        return
+    assert stored is not None
+    _, state, fingerprint = stored
+    cli.model.model.load_state_dict(state)
+    cli.datamodule.expected_tokenizer = fingerprint
+    cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
+    names = ["plain", "sliding"][: len(cli.model.scores)]
+    for name, score in zip(names, cli.model.scores, strict=True):
+        _print_once(f"{name:<8} {score.line()}")
+    _print_once(f"scored in {cli.model.validation_seconds:.1f} s")
+    _print_once(cli.model.scores[-1].line())
+
+
+def _flat(values: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        name = f"{prefix}.{key}"
+        pairs += _flat(value, name) if isinstance(value, dict) else [(name, value)]
+    return pairs
+
+
+def _stored_weights(path: Path, averaged: bool) -> tuple[TransformerConfig, dict[str, torch.Tensor], str | None]:
+    """Model, tensors and tokenizer of an artifact or a checkpoint."""
+    with path.open("rb") as file:
+        is_artifact = file.read(len(MAGIC)) == MAGIC
+    if is_artifact:
+        artifact = read_artifact(path)
+        return artifact.model, artifact.state, artifact.tokenizer_sha256
+    checkpoint = load_checkpoint(path)
+    own = checkpoint[OWN_KEY]
+    state = stored_average(checkpoint) if averaged else live_state(checkpoint)
+    if state is None:
+        raise UserError(f"{path}: holds fewer than two snapshots, so no average; score it with --weights live")
+    return TransformerConfig.from_dict(own["model"]), state, own.get("tokenizer_sha256")
+
+
+@rank_zero_only
+def _print_once(text: str) -> None:
+    print(text, flush=True)
+
+
+def quiet_libraries() -> None:
+    """Silence what a user can do nothing about; each filter is as narrow as its message."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        # Advertisements and device tables; our own progress callback says what runs where.
+        lambda record: not re.search(r"^(💡|GPU available|TPU available|HPU available|`Trainer)", record.getMessage())
+    )
+    # One worker-less loader is right here: a batch is a slice of a memory map.
+    warnings.filterwarnings("ignore", message=r"The '\w+_dataloader' does not have many workers")
+    # The data module's position is a function of the step, so a mid-epoch checkpoint is exact.
+    warnings.filterwarnings("ignore", message=r"You're resuming from a checkpoint that ended before the epoch ended")
+    # Evaluations of the whole split are not an epoch of anything.
+    warnings.filterwarnings("ignore", message=r"Trying to infer the `batch_size`")
+    if not sys.warnoptions:
+        # Lightning itself uses calls that torch and jsonargparse announce to remove.
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning|jsonargparse|torch")

@@ -1,0 +1,48 @@
+"""`trainer export --ckpt X`: make the artifact again from a checkpoint, exactly as training does."""
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoint import OWN_KEY, live_state, load_checkpoint, stored_average
+from trainer.errors import UserError
+from trainer.model.transformer import TransformerConfig
+from trainer.quantize.export import CAP, export
+from trainer.quantize.policy import QuantizationConfig
+
+
+def run(args: list[str]) -> None:
+    """Parse the words after `export` and do it."""
+    parser = argparse.ArgumentParser(prog="trainer export", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--ckpt", required=True, help="checkpoint to export")
+    parser.add_argument("--out", help="folder for the files; default: `export` in the checkpoint's run folder")
+    parser.add_argument("--cap", type=int, default=CAP, help="largest size of code and model, in bytes (%(default)s)")
+    options = parser.parse_args(args)
+    path = Path(options.ckpt)
+    checkpoint = load_checkpoint(path)
+    run_folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    out = Path(options.out) if options.out else run_folder / "export"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be made ({error.strerror}); choose another --out") from error
+    size = export_checkpoint(checkpoint, out, options.cap)
+    for name in ("tokenizer.model", "config.yaml"):
+        if (run_folder / name).is_file() and run_folder != out:
+            shutil.copyfile(run_folder / name, out / name)
+    print(f"{out / 'artifact.zst'}: {size.model:,} model + {size.code:,} code = {size.total:,} of {options.cap:,} bytes")
+
+
+def export_checkpoint(checkpoint: dict[str, Any], folder: Path, cap: int) -> Any:
+    """Average, prune, quantise and write, with the settings the checkpoint holds."""
+    own = checkpoint[OWN_KEY]
+    state = stored_average(checkpoint) or live_state(checkpoint)
+    return export(
+        state,
+        TransformerConfig.from_dict(own["model"]),
+        QuantizationConfig(**own["quantization"]),
+        own["tokenizer_sha256"],
+        folder,
+        cap,
+    )
