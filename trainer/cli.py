@@ -288,14 +288,22 @@ def _print_once(text: str) -> None:
 
 def quiet_libraries() -> None:
     """Silence what a user can do nothing about; each filter is as narrow as its message."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        # Advertisements and device tables; our own progress callback says what runs where.
-        lambda record: not re.search(r"^(💡|GPU available|TPU available|HPU available|`Trainer)", record.getMessage())
+    # Advertisements, device tables and advice that does not apply; our progress callback says what runs where.
+    noise = re.compile(
+        r"💡|GPU available|TPU available|HPU available|`Trainer|`weights_only` was not set|Using bfloat16 Auto|"
+        r"Using 16bit Auto|You are using a CUDA device|LOCAL_RANK|An \w+ was raised with message|Seed set to"
     )
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        for logger in (name, f"{name}.utilities.rank_zero", f"{name}.utilities.seed", f"{name}.accelerators.cuda"):
+            logging.getLogger(logger).addFilter(lambda record: not noise.match(record.getMessage()))
     # One worker-less loader is right here: a batch is a slice of a memory map.
     warnings.filterwarnings("ignore", message=r"The '\w+_dataloader' does not have many workers")
     # The data module's position is a function of the step, so a mid-epoch checkpoint is exact.
     warnings.filterwarnings("ignore", message=r"You're resuming from a checkpoint that ended before the epoch ended")
+    # The state after a step is what a resumed run needs.
+    warnings.filterwarnings("ignore", message=r"Using ModelCheckpoint with manual optimization")
+    # Lightning calls a function of torch's that got a new name.
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
     # Evaluations of the whole split are not an epoch of anything.
     warnings.filterwarnings("ignore", message=r"Trying to infer the `batch_size`")
     if not sys.warnoptions:

