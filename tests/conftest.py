@@ -1,0 +1,61 @@
+"""Small data that every test can make: no download, nothing outside the repository."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from trainer.data.shards import write_shard
+from trainer.data.tokenizer import encode_documents, load_tokenizer, train_tokenizer
+from trainer.model.attention import AttentionConfig
+from trainer.model.embedding import BigramConfig
+from trainer.model.transformer import TransformerConfig
+
+torch.set_num_threads(2)
+
+TINY = TransformerConfig(
+    vocab_size=300,
+    num_layers=4,
+    model_dim=32,
+    attention=AttentionConfig(num_heads=4, num_kv_heads=2),
+    bigram=BigramConfig(buckets=64, dim=16),
+)
+TINY_OPTIONS = [
+    "--model.vocab_size=300",
+    "--model.num_layers=4",
+    "--model.model_dim=32",
+    "--model.attention.num_heads=4",
+    "--model.attention.num_kv_heads=2",
+    "--model.bigram.buckets=64",
+    "--model.bigram.dim=16",
+    "--data.batch_tokens=256",
+    "--data.sequence_length=32",
+    "--eval.window=32",
+    "--eval.stride=8",
+    "--eval.batch_windows=16",
+    "--eval.fit_tokens=256",
+    "--eval.max_tokens=300",
+]
+
+WORDS = "the model reads a token and then it writes another one of them while 12 small cats sleep on warm stones".split()
+
+
+def make_documents(count: int, seed: int) -> list[str]:
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(5, 60))) for _ in range(count)]
+
+
+@pytest.fixture(scope="session")
+def shard_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two training shards, one validation shard and a tokenizer of 300 pieces."""
+    folder = tmp_path_factory.mktemp("shards")
+    train = make_documents(400, 0)
+    train_tokenizer(iter(train), 300, folder / "tokenizer.model", 1)
+    tokenizer = load_tokenizer(folder / "tokenizer.model")
+    splits = {"train_000000": train[:200], "train_000001": train[200:], "val_000000": make_documents(40, 1)}
+    for name, documents in splits.items():
+        tokens = np.concatenate(list(encode_documents(tokenizer, documents, 1)))
+        write_shard(folder / f"words_{name}.bin", tokens)
+    return folder

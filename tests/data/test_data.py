@@ -1,0 +1,154 @@
+"""Shards, stream, tokenizer and byte table against plain Python and numpy."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer.data.shards import TokenFiles, open_shard, write_shard
+from trainer.data.sources import LocalText, PythonDocumentation, Shards, docstrings_of
+from trainer.data.stream import TrainStream
+from trainer.data.tokenizer import ByteTable, load_tokenizer
+from trainer.errors import UserError
+
+
+def test_a_shard_is_a_256_int_header_and_uint16(tmp_path: Path):
+    write_shard(tmp_path / "a.bin", np.array([1, 2, 65535], dtype=np.uint16))
+    raw = (tmp_path / "a.bin").read_bytes()
+    assert len(raw) == 1024 + 6
+    assert np.frombuffer(raw[:12], "<i4").tolist() == [20240520, 1, 3]
+    assert np.frombuffer(raw[1024:], "<u2").tolist() == [1, 2, 65535]
+    assert open_shard(tmp_path / "a.bin").tolist() == [1, 2, 65535]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda raw: raw[:-2], "header promises 3 tokens"),
+        (lambda raw: raw + b"\0", "header promises 3 tokens"),
+        (lambda raw: b"\0" * 4 + raw[4:], "not a token shard"),
+        (lambda raw: raw[:100], "not a token shard"),
+        (lambda raw: b"", "not a token shard"),
+        (lambda raw: raw[:4] + b"\x02\0\0\0" + raw[8:], "shard version 2"),
+        (lambda raw: raw[:8] + b"\0" * 4 + raw[12:1024], "holds no tokens"),
+    ],
+)
+def test_a_damaged_shard_is_refused_by_name(tmp_path: Path, change, words):
+    path = tmp_path / "a.bin"
+    write_shard(path, np.array([1, 2, 3], dtype=np.uint16))
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(UserError, match=words) as caught:
+        open_shard(path)
+    assert "a.bin" in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def three_shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[TokenFiles, np.ndarray]:
+    folder = tmp_path_factory.mktemp("three")
+    row = np.random.default_rng(0).integers(0, 2**16, 1000).astype(np.uint16)
+    for name, part in zip("abc", np.split(row, [13, 600]), strict=True):
+        write_shard(folder / f"{name}.bin", part)
+    return TokenFiles(sorted(folder.glob("*.bin"))), row
+
+
+@given(start=st.integers(0, 5000), count=st.integers(0, 2500))
+def test_reading_wraps_around_the_concatenation(three_shards, start: int, count: int):
+    files, row = three_shards
+    assert np.array_equal(files.read(start, count), row[(start + np.arange(count)) % 1000])
+
+
+@given(world=st.sampled_from([1, 2, 4]), step=st.integers(0, 50))
+def test_the_ranks_of_a_step_make_up_the_next_tokens_of_the_stream(three_shards, world: int, step: int):
+    files, row = three_shards
+    parts = [TrainStream(files, 64, 8, 100, rank, world)[step] for rank in range(world)]
+    expected = row[(64 * step + np.arange(65)) % 1000]
+    assert np.array_equal(torch.cat([part[:-1] for part in parts]).numpy(), expected[:-1])
+    for rank, part in enumerate(parts):
+        assert part[-1] == expected[64 // world * (rank + 1)]  # the look-ahead target
+
+
+def test_a_batch_that_does_not_fit_is_refused(three_shards):
+    files, _ = three_shards
+    with pytest.raises(UserError, match="not a multiple"):
+        TrainStream(files, 100, 8, 10)
+    with pytest.raises(UserError, match="more than all training tokens"):
+        TrainStream(files, 8000, 8, 10)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(max_size=60) | st.text("aé漢🙂 \t\u00a0\u200d\u0301\u0007▁09", max_size=60))
+def test_the_byte_table_counts_the_bytes_of_the_normalised_text(shard_folder: Path, text: str):
+    tokenizer = load_tokenizer(shard_folder / "tokenizer.model")
+    table = ByteTable.from_tokenizer(tokenizer)
+    ids = torch.tensor([1, *tokenizer.encode(text)])
+    expected = len(tokenizer.normalize(text).replace("\u2581", " ").encode())
+    assert int(table.count(ids[:-1], ids[1:]).sum()) == expected
+
+
+def test_control_pieces_cost_nothing_and_byte_pieces_one(shard_folder: Path):
+    tokenizer = load_tokenizer(shard_folder / "tokenizer.model")
+    table = ByteTable.from_tokenizer(tokenizer)
+    assert table.boundary.nonzero().flatten().tolist() == [0, 1, 2, 3]
+    byte = tokenizer.piece_to_id("<0xF0>")
+    assert int(table.count(torch.tensor([5]), torch.tensor([byte]))) == 1
+
+
+def test_local_text_keeps_documents_in_order_with_bos_and_is_made_once(tmp_path: Path, shard_folder: Path):
+    documents = ["the model reads", "12 cats", "another token"]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in documents)
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
+    (tmp_path / "v.txt").write_text("warm stones")
+    model = str(shard_folder / "tokenizer.model")
+    source = LocalText([str(tmp_path / "a.jsonl.zst")], [str(tmp_path / "v.txt")], str(tmp_path / "out"), model)
+    source.prepare()
+    text = source.prepared()
+    tokens = open_shard(text.train[0])
+    tokenizer = load_tokenizer(text.tokenizer)
+    parts = np.split(tokens, np.flatnonzero(tokens == 1))[1:]
+    assert [tokenizer.decode(part[1:].tolist()) for part in parts] == documents
+    before = text.train[0].stat().st_mtime_ns
+    source.prepare()
+    assert text.train[0].stat().st_mtime_ns == before
+
+
+def test_a_folder_with_foreign_shards_is_never_cleared(tmp_path: Path):
+    write_shard(tmp_path / "x_train_000000.bin", np.array([1, 2], dtype=np.uint16))
+    (tmp_path / "a.txt").write_text("some text")
+    source = LocalText([str(tmp_path / "a.txt")], [str(tmp_path / "a.txt")], str(tmp_path), vocab_size=300)
+    with pytest.raises(UserError, match="not made here"):
+        source.prepare()
+    assert (tmp_path / "x_train_000000.bin").exists()
+
+
+def test_python_documentation_finds_docstrings_and_splits_them_by_hash(tmp_path: Path):
+    root = tmp_path / "lib"
+    root.mkdir()
+    for index in range(60):
+        words = " ".join(f"word{index}{letter} about the number {index * 7}" for letter in "abcdefghijklmnop")
+        (root / f"m{index}.py").write_text(f'"""Module {index}.\n\n{words}\n"""\n\ndef f():\n    """Return {words}."""\n')
+    (root / "broken.py").write_text('"""never closed')
+    source = PythonDocumentation(str(tmp_path / "out"), 320, val_every=4, roots=[str(root)])
+    source.prepare()
+    text = source.prepared()
+    tokenizer = load_tokenizer(text.tokenizer)
+    documents = []
+    for path in (text.train[0], text.val[0]):
+        tokens = open_shard(path)
+        documents.append({tokenizer.decode(p[1:].tolist()) for p in np.split(tokens, np.flatnonzero(tokens == 1))[1:]})
+    assert len(documents[0]) + len(documents[1]) == 60
+    assert not documents[0] & documents[1]
+    assert len(docstrings_of(root / "m3.py")) == 2
+
+
+def test_missing_data_is_named(tmp_path: Path):
+    with pytest.raises(UserError, match="no such data folder"):
+        Shards(str(tmp_path / "none")).prepared()
+    with pytest.raises(UserError, match=r"no shard named \*_train_"):
+        Shards(str(tmp_path)).prepared()
+    with pytest.raises(UserError, match="no such text file"):
+        LocalText([str(tmp_path / "none.txt")], [], str(tmp_path / "o")).prepare()

@@ -1,0 +1,75 @@
+"""Every target scored exactly once, and the score against a plain loop."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import TINY
+from trainer.data.tokenizer import ByteTable, load_tokenizer
+from trainer.evaluation.metric import BitsPerByte
+from trainer.evaluation.sliding import score
+from trainer.evaluation.windows import EvaluationConfig, batch_plan, plan_windows
+from trainer.model.transformer import Transformer
+
+
+@settings(deadline=None)
+@given(
+    n=st.integers(1, 5000),
+    window=st.sampled_from([8, 64, 2048]),
+    stride=st.integers(0, 2048),
+    batch=st.sampled_from([1, 7, 64]),
+    world=st.sampled_from([1, 2, 3]),
+)
+def test_every_target_is_scored_exactly_once_with_enough_context(n, window, stride, batch, world):
+    plan = plan_windows(n, window, stride)
+    counts = np.zeros(n, dtype=int)
+    for rank in range(world):
+        for part in batch_plan(plan, batch, rank, world):
+            assert len(part.starts) == batch
+            assert (part.scored_from >= part.first).all()
+            for start, scored_from in zip(part.starts.tolist(), part.scored_from.tolist(), strict=True):
+                assert 0 <= start <= n - plan.window
+                counts[start + scored_from : start + plan.window] += 1
+                context = min(stride or window, window)
+                assert start == 0 or scored_from >= plan.window - context
+    assert (counts == 1).all()
+
+
+def test_the_metric_stays_float64_and_ignores_what_is_not_scored():
+    metric = BitsPerByte().half().float()
+    assert metric.nll.dtype == torch.float64
+    metric.update(torch.tensor([1.0, 2.0, float("nan")]), torch.tensor([3, 4, 5]), torch.tensor([True, True, False]))
+    values = metric.score()
+    assert values.bpb == 3 / math.log(2) / 7
+    assert (values.loss, values.tokens, values.bytes) == (1.5, 2, 7)
+
+
+def test_sliding_score_equals_a_plain_loop_and_is_the_same_for_two_ranks(shard_folder: Path):
+    torch.manual_seed(0)
+    model = Transformer(TINY).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    table = ByteTable.from_tokenizer(load_tokenizer(shard_folder / "tokenizer.model"))
+    tokens = torch.randint(4, 300, (134,), dtype=torch.int32)
+    config = EvaluationConfig(window=32, stride=8, batch_windows=4)
+    result = score(model.nll, tokens, table, config)
+    total, bytes_total = 0.0, 0
+    for target in range(133):
+        # the window that scores it: the first one, or the earliest of stride 8 that reaches it
+        end = 32 if target < 32 else min(32 + 8 * math.ceil((target - 31) / 8), 133)
+        logits = model(tokens[end - 32 : end][None].long())[0, target - (end - 32)]
+        total -= float(torch.log_softmax(logits, -1)[tokens[target + 1].long()])
+        bytes_total += int(table.count(tokens[target], tokens[target + 1]))
+    assert math.isclose(result.bpb, total / math.log(2) / bytes_total, rel_tol=1e-9)
+    assert (result.tokens, result.bytes) == (133, bytes_total)
+    parts = [score(model.nll, tokens, table, config, rank, 2) for rank in range(2)]
+    assert sum(part.tokens for part in parts) == 133
+    assert sum(part.bytes for part in parts) == bytes_total
+    limited = score(model.nll, tokens, table, replace(config, max_tokens=50))
+    assert limited.tokens == 50

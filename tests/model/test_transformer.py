@@ -1,0 +1,179 @@
+"""The model against the recipe's formulas, written again in numpy where there is one."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.conftest import TINY
+from trainer.model.attention import AttentionConfig, AttentionKernel, choose_kernel, rotary_tables, rotate
+from trainer.model.embedding import SmearGate, bigram_buckets
+from trainer.model.transformer import Transformer, TransformerConfig
+
+
+@pytest.fixture(scope="module")
+def reference() -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(TransformerConfig())
+
+
+def awake(seed: int = 0) -> Transformer:
+    """A tiny model whose zero-initialised parts are random, so that every path counts."""
+    torch.manual_seed(seed)
+    model = Transformer(TINY)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.double()
+
+
+def test_the_reference_has_25517137_parameters(reference: Transformer):
+    assert sum(parameter.numel() for parameter in reference.parameters()) == 25_517_137
+
+
+def test_initialisation_statistics(reference: Transformer):
+    assert reference.token_embedding.weight.std().item() == pytest.approx(0.005, rel=0.01)
+    assert not reference.bigram.table.weight.any()
+    assert reference.bigram.scale.item() == pytest.approx(0.05)
+    projection = reference.bigram.proj.weight * math.sqrt(20)
+    assert torch.allclose(projection.T @ projection, torch.eye(128), atol=1e-5)
+    for block in reference.blocks:
+        assert not block.attention.out.weight.any()
+        assert not block.mlp.down.weight.any()
+        up = block.mlp.up.weight
+        assert torch.allclose(up.T @ up, torch.eye(512), atol=1e-4)
+        assert block.attention.q_gain.tolist() == [1.5] * 8
+        assert torch.equal(block.mix, torch.stack((torch.ones(512), torch.zeros(512))))
+    assert reference.skip_weights.shape == (5, 512)
+
+
+@given(st.lists(st.integers(0, 65535), min_size=2, max_size=20), st.sampled_from([64, 10240]))
+def test_bigram_buckets_equal_numpy_int32(tokens: list[int], buckets: int):
+    ids = np.array(tokens, dtype=np.int32)
+    with np.errstate(over="ignore"):
+        mixed = np.int32(36313) * ids[1:] ^ np.int32(27191) * ids[:-1]
+    expected = [buckets - 1, *np.mod(mixed, buckets - 1).tolist()]
+    assert bigram_buckets(torch.tensor([tokens]), buckets)[0].tolist() == expected
+
+
+def test_future_tokens_never_change_past_logits():
+    model = awake()
+    ids = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(1))
+    before = model(ids)
+    for t in (1, 11, 23):
+        changed = ids.clone()
+        changed[:, t] = (changed[:, t] + 1) % 300
+        after = model(changed)
+        assert torch.equal(before[:, :t], after[:, :t])
+        assert not torch.equal(before[:, t:], after[:, t:])
+
+
+def test_smear_gate_mixes_in_the_token_before():
+    gate = SmearGate(3).double()
+    gate.gate.data = torch.tensor([-1.0, 0.0, 2.0]).double()
+    x = torch.randn(1, 4, 3).double()
+    g = 1 / (1 + np.exp(-np.array([-1.0, 0.0, 2.0])))
+    shifted = np.concatenate([np.zeros((1, 1, 3)), x.numpy()[:, :-1]], axis=1)
+    assert np.allclose(gate(x).detach().numpy(), (1 - g) * x.numpy() + g * shifted)
+
+
+def test_rotary_positions_only_depend_on_distance():
+    cos, sin = (table.double() for table in rotary_tables(16, 8, 10000.0, torch.device("cpu")))
+    q, k = torch.randn(2, 8).double()
+    turn = lambda x: rotate(x.expand(1, 16, 1, 8), cos, sin)[0, :, 0]  # noqa: E731
+    products = turn(q) @ turn(k).T
+    for distance in (0, 1, 5):
+        assert torch.allclose(products.diagonal(distance), products[0, distance], atol=1e-5)
+
+
+def test_the_whole_model_equals_numpy():
+    """Every formula of the recipe once more, without torch."""
+    model = awake(3)
+    p = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    ids = np.array([5, 7, 7, 200, 31, 8])
+    length, heads, kv_heads, d = len(ids), 4, 2, 8
+
+    def norm(x):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1.1920929e-07)
+
+    def turn(x):
+        angle = np.arange(length)[:, None] * 10000.0 ** (-np.arange(0, d, 2) / d)
+        a, b = x[..., : d // 2], x[..., d // 2 :]
+        c, s = np.cos(angle)[:, None], np.sin(angle)[:, None]
+        return np.concatenate([a * c + b * s, b * c - a * s], -1)
+
+    def attention(name, x):
+        q = turn(norm((x @ p[name + "q.weight"].T).reshape(length, heads, d))) * p[name + "q_gain"][:, None]
+        k = turn(norm((x @ p[name + "k.weight"].T).reshape(length, kv_heads, d)))
+        v = (x @ p[name + "v.weight"].T).reshape(length, kv_heads, d)
+        out = np.zeros((length, heads, d))
+        for h in range(heads):
+            for t in range(length):
+                scores = k[: t + 1, h // 2] @ q[t, h] / np.sqrt(d)
+                weights = np.exp(scores - scores.max())
+                out[t, h] = weights / weights.sum() @ v[: t + 1, h // 2]
+        return out.reshape(length, -1) @ p[name + "out.weight"].T
+
+    buckets = bigram_buckets(torch.tensor(ids)[None], 64)[0].numpy()
+    x = p["token_embedding.weight"][ids] + p["bigram.table.weight"][buckets] @ p["bigram.proj.weight"].T * p["bigram.scale"]
+    x, g = norm(x), 1 / (1 + np.exp(-p["smear.gate"]))
+    x = x0 = (1 - g) * x + g * np.concatenate([np.zeros((1, 32)), x[:-1]])
+    stack = []
+    for i in range(4):
+        b = f"blocks.{i}."
+        if i >= 2:
+            x = x + p["skip_weights"][i - 2] * stack.pop()
+        x = p[b + "mix"][0] * x + p[b + "mix"][1] * x0
+        x = x + p[b + "attention_scale"] * attention(b + "attention.", norm(x))
+        x = x + p[b + "mlp_scale"] * (np.maximum(norm(x) @ p[b + "mlp.up.weight"].T, 0) ** 2 @ p[b + "mlp.down.weight"].T)
+        if i < 2:
+            stack.append(x)
+    logits = 30 * np.tanh(norm(x) @ p["token_embedding.weight"].T / 30)
+    assert np.allclose(model(torch.tensor(ids)[None])[0].detach().numpy(), logits, atol=1e-5)
+
+
+def test_nll_is_the_log_softmax_of_the_logits_from_the_first_position_on():
+    model = awake()
+    ids, targets = torch.randint(0, 300, (2, 2, 12))
+    logits = model(ids).detach().numpy()
+    log_probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = -np.take_along_axis(log_probabilities, targets.numpy()[..., None], -1)[..., 0]
+    assert np.allclose(model.nll(ids, targets, 5).detach().numpy(), expected[:, 5:])
+
+
+def test_activations_follow_autocast():
+    model = Transformer(TINY)
+    ids = torch.randint(0, 300, (1, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.hidden(ids).dtype == torch.bfloat16
+        assert model(ids).dtype == torch.float32
+    assert model.hidden(ids).dtype == torch.float32
+
+
+def test_expanded_keys_and_values_give_the_same_attention():
+    q, k, v = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    assert torch.allclose(AttentionKernel()(q, k, v), AttentionKernel(expand_kv=True)(q, k, v), atol=1e-6)
+
+
+def test_kernel_choice_expands_before_it_takes_a_slower_kernel(monkeypatch: pytest.MonkeyPatch):
+    """A fake card: no cuDNN; flash runs, but only without native grouped queries."""
+    able = {("flash", True), ("efficient", False), ("math", False)}
+    monkeypatch.setattr(
+        "trainer.model.attention._runs", lambda kernel, *_: (kernel.describe().split(",")[0], kernel.expand_kv) in able
+    )
+    kernel = choose_kernel(AttentionConfig(), 64, 128, torch.device("cuda"), torch.float16)
+    assert kernel.describe() == "flash, keys and values expanded"
+    with pytest.raises(ValueError, match="cudnn"):
+        choose_kernel(AttentionConfig(backend="cudnn"), 64, 128, torch.device("cuda"), torch.float16)
+
+
+def test_a_config_survives_the_round_trip_and_bad_ones_are_refused():
+    assert TransformerConfig.from_dict(TINY.to_dict()) == TINY
+    for bad in ({"model_dim": 100}, {"num_layers": 0}, {"attention": AttentionConfig(8, 3)}):
+        with pytest.raises(ValueError, match="."):
+            TransformerConfig(**bad)
+    with pytest.raises(ValueError, match="not a model config"):
+        TransformerConfig.from_dict({"depth": 3})
