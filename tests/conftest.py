@@ -39,7 +39,29 @@ TINY_OPTIONS = [
     "--eval.max_tokens=300",
 ]
 
-WORDS = "the model reads a token and then it writes another one of them while 12 small cats sleep on warm stones".split()
+WORDS = [
+    "the",
+    "model",
+    "reads",
+    "a",
+    "token",
+    "and",
+    "then",
+    "it",
+    "writes",
+    "another",
+    "one",
+    "of",
+    "them",
+    "while",
+    "12",
+    "small",
+    "cats",
+    "sleep",
+    "on",
+    "warm",
+    "stones",
+]
 
 
 def make_documents(count: int, seed: int) -> list[str]:

@@ -33,7 +33,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 def live_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     """The model's tensors at the step of the checkpoint."""
     prefix = "model."
-    return {key.removeprefix(prefix): value for key, value in checkpoint["state_dict"].items() if key.startswith(prefix)}
+    return {
+        key.removeprefix(prefix): value for key, value in checkpoint["state_dict"].items() if key.startswith(prefix)
+    }
 
 
 def averaged_state(swa: dict[str, Any]) -> dict[str, Tensor] | None:

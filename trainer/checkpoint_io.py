@@ -29,4 +29,3 @@ class AtomicCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         """Delete a checkpoint that is no longer wanted."""
         Path(path).unlink(missing_ok=True)
-

@@ -147,7 +147,7 @@ def claim_run_folder(parent: Path, name: str | None) -> Path:
     Raises:
         UserError: If the name is taken or the folder cannot be made.
     """
-    if rank_zero_only.rank != 0:
+    if getattr(rank_zero_only, "rank", 0) != 0:
         return parent / (name or "0")
     try:
         parent.mkdir(parents=True, exist_ok=True)

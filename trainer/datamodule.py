@@ -53,11 +53,11 @@ class TokenData(pl.LightningDataModule):
 
     def __init__(
         self,
-        source: Source = Shards(),  # noqa: B008 - paths only
+        source: Source = Shards(),
         batch_tokens: int = 131_072,
         sequence_length: int = 2048,
         vocab_size: int = 1024,
-        evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008 - frozen
+        evaluation: EvaluationConfig = EvaluationConfig(),
     ) -> None:
         """Serve a source.
 

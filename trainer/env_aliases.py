@@ -50,7 +50,14 @@ PLAIN = {
     "SWA_EVERY": ["late_swa.every"],
 }
 # Variables whose value says it in other words.
-SPECIAL = ("MAX_WALLCLOCK_SECONDS", "VAL_LOSS_EVERY", "TIE_EMBEDDINGS", "SWA_ENABLED", "LOAD_MODEL_PATH", "VAL_BATCH_SIZE")
+SPECIAL = (
+    "MAX_WALLCLOCK_SECONDS",
+    "VAL_LOSS_EVERY",
+    "TIE_EMBEDDINGS",
+    "SWA_ENABLED",
+    "LOAD_MODEL_PATH",
+    "VAL_BATCH_SIZE",
+)
 
 
 def alias_options(environment: Mapping[str, str], command: str) -> tuple[list[str], list[str]]:

@@ -25,8 +25,8 @@ class LanguageModel(pl.LightningModule):
 
     def __init__(
         self,
-        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
-        schedule: ScheduleConfig = ScheduleConfig(),  # noqa: B008 - frozen
+        optimizer: OptimizerConfig = OptimizerConfig(),
+        schedule: ScheduleConfig = ScheduleConfig(),
         micro_batch_tokens: int | None = None,
         compile: Literal["auto", "on", "off"] = "auto",
         **transformer: Any,

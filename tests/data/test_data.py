@@ -130,7 +130,9 @@ def test_python_documentation_finds_docstrings_and_splits_them_by_hash(tmp_path:
     root.mkdir()
     for index in range(60):
         words = " ".join(f"word{index}{letter} about the number {index * 7}" for letter in "abcdefghijklmnop")
-        (root / f"m{index}.py").write_text(f'"""Module {index}.\n\n{words}\n"""\n\ndef f():\n    """Return {words}."""\n')
+        (root / f"m{index}.py").write_text(
+            f'"""Module {index}.\n\n{words}\n"""\n\ndef f():\n    """Return {words}."""\n'
+        )
     (root / "broken.py").write_text('"""never closed')
     source = PythonDocumentation(str(tmp_path / "out"), 320, val_every=4, roots=[str(root)])
     source.prepare()

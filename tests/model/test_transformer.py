@@ -118,7 +118,10 @@ def test_the_whole_model_equals_numpy():
         return out.reshape(length, -1) @ p[name + "out.weight"].T
 
     buckets = bigram_buckets(torch.tensor(ids)[None], 64)[0].numpy()
-    x = p["token_embedding.weight"][ids] + p["bigram.table.weight"][buckets] @ p["bigram.proj.weight"].T * p["bigram.scale"]
+    x = (
+        p["token_embedding.weight"][ids]
+        + p["bigram.table.weight"][buckets] @ p["bigram.proj.weight"].T * p["bigram.scale"]
+    )
     x, g = norm(x), 1 / (1 + np.exp(-p["smear.gate"]))
     x = x0 = (1 - g) * x + g * np.concatenate([np.zeros((1, 32)), x[:-1]])
     stack = []
@@ -128,7 +131,9 @@ def test_the_whole_model_equals_numpy():
             x = x + p["skip_weights"][i - 2] * stack.pop()
         x = p[b + "mix"][0] * x + p[b + "mix"][1] * x0
         x = x + p[b + "attention_scale"] * attention(b + "attention.", norm(x))
-        x = x + p[b + "mlp_scale"] * (np.maximum(norm(x) @ p[b + "mlp.up.weight"].T, 0) ** 2 @ p[b + "mlp.down.weight"].T)
+        x = x + p[b + "mlp_scale"] * (
+            np.maximum(norm(x) @ p[b + "mlp.up.weight"].T, 0) ** 2 @ p[b + "mlp.down.weight"].T
+        )
         if i < 2:
             stack.append(x)
     logits = 30 * np.tanh(norm(x) @ p["token_embedding.weight"].T / 30)

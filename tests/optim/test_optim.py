@@ -71,7 +71,9 @@ def test_the_adamw_half_is_torch_adamw_bit_by_bit():
     twins = [p.detach().clone().requires_grad_() for p in params]
     config = OptimizerConfig(weight_decay=0.04)
     ours = MuonAdamW([{"params": params, "lr": 0.03, "weight_decay": 0.04, "muon": False}], config)
-    theirs = torch.optim.AdamW(twins, lr=0.03, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.04, foreach=False, fused=False)
+    theirs = torch.optim.AdamW(
+        twins, lr=0.03, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.04, foreach=False, fused=False
+    )
     for step in range(20):
         multiplier = 1 - step / 40
         ours.set_rates(multiplier, 0.9)

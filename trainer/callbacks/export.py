@@ -33,7 +33,7 @@ class PostTrainExport(pl.Callback):
 
     def __init__(
         self,
-        quantization: QuantizationConfig = QuantizationConfig(),  # noqa: B008 - only read
+        quantization: QuantizationConfig = QuantizationConfig(),
         cap: int = CAP,
     ) -> None:
         """Export when training ends.
@@ -45,7 +45,9 @@ class PostTrainExport(pl.Callback):
         self.quantization = quantization
         self.cap = cap
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Let `trainer export --ckpt` quantise exactly as this would."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         own = checkpoint.setdefault(OWN_KEY, {})
@@ -59,7 +61,9 @@ class PostTrainExport(pl.Callback):
         assert isinstance(data, TokenData)
         folder = Path(str(trainer.log_dir))
         stages: dict[str, Score] = {}
-        plain = EvaluationConfig(data.evaluation.window, 0, data.evaluation.batch_windows, 0, data.evaluation.max_tokens)
+        plain = EvaluationConfig(
+            data.evaluation.window, 0, data.evaluation.batch_windows, 0, data.evaluation.max_tokens
+        )
         stages["live_plain"] = _score(trainer, pl_module, data, pl_module.model, plain)
         swa = next((callback for callback in trainer.callbacks if isinstance(callback, LateSWA)), None)  # type: ignore[attr-defined]
         averaged = swa.averaged_state() if swa else None
@@ -71,7 +75,11 @@ class PostTrainExport(pl.Callback):
             size = export(state, pl_module.model.config, self.quantization, data.tokenizer_sha256, folder, self.cap)
         trainer.strategy.barrier("artifact written")
         export_seconds = time.monotonic() - export_seconds
-        model = read_artifact(folder / "artifact.zst").build().to(pl_module.device, pl_module.dtype)
+        model = (
+            read_artifact(folder / "artifact.zst")
+            .build()
+            .to(device=pl_module.device, dtype=next(pl_module.model.parameters()).dtype)
+        )
         started = time.monotonic()
         stages["artifact_plain"] = _score(trainer, pl_module, data, model, plain)
         if not data.evaluation.is_plain:
@@ -120,7 +128,9 @@ def _score(
 def versions(device: torch.device) -> dict[str, str]:
     """Versions and hardware behind a figure."""
     names = ("torch", "lightning", "numpy", "sentencepiece", "zstandard", "torchmetrics")
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    hardware = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    )
     return {"python": platform.python_version(), **{name: version(name) for name in names}, "device": hardware}
 
 
@@ -138,6 +148,8 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
         f"  size        {summary['bytes_model']:,} model + {summary['bytes_code']:,} code = "
         f"{summary['bytes_total']:,} of {summary['bytes_cap']:,} bytes"
     )
-    print(f"  files       {folder / 'artifact.zst'}, tokenizer.model, train_gpt.py, summary.json, metrics.csv, config.yaml")
+    print(
+        f"  files       {folder / 'artifact.zst'}, tokenizer.model, train_gpt.py, summary.json, metrics.csv, config.yaml"
+    )
     final = Score(summary["val_bpb"], summary["val_loss"], summary["val_tokens"], summary["val_bytes"])
     print(final.line())

@@ -56,4 +56,3 @@ class LateSWA(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from them."""
         self.sum, self.count = dict(state_dict["sum"]), int(state_dict["count"])
-

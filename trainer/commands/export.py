@@ -31,7 +31,9 @@ def run(args: list[str]) -> None:
     for name in ("tokenizer.model", "config.yaml"):
         if (run_folder / name).is_file() and run_folder != out:
             shutil.copyfile(run_folder / name, out / name)
-    print(f"{out / 'artifact.zst'}: {size.model:,} model + {size.code:,} code = {size.total:,} of {options.cap:,} bytes")
+    print(
+        f"{out / 'artifact.zst'}: {size.model:,} model + {size.code:,} code = {size.total:,} of {options.cap:,} bytes"
+    )
 
 
 def export_checkpoint(checkpoint: dict[str, Any], folder: Path, cap: int) -> Any:

@@ -122,7 +122,9 @@ class LocalText(Source):
                 raise UserError(f"{path}: there is no such text file; check data.source")
         record: dict[str, object] = {
             "source": "LocalText",
-            "files": {split: [[str(path), path.stat().st_size] for path in paths] for split, paths in self.files.items()},
+            "files": {
+                split: [[str(path), path.stat().st_size] for path in paths] for split, paths in self.files.items()
+            },
             "tokenizer": sha256_of(self.given_tokenizer) if self.given_tokenizer else self.vocab_size,
         }
         if _is_recorded(self.folder, record):
@@ -253,7 +255,7 @@ def docstrings_of(path: Path) -> list[str]:
 
 
 def _is_clean(text: str) -> bool:
-    return not any(ord(letter) < 32 and letter not in "\n\t" or 0xD800 <= ord(letter) <= 0xDFFF for letter in text)
+    return not any((ord(letter) < 32 and letter not in "\n\t") or 0xD800 <= ord(letter) <= 0xDFFF for letter in text)
 
 
 def read_documents(path: Path) -> Iterator[str]:

@@ -95,7 +95,12 @@ def choose_kernel(
 
 
 def _runs(
-    kernel: AttentionKernel, config: AttentionConfig, head_dim: int, length: int, device: torch.device, dtype: torch.dtype
+    kernel: AttentionKernel,
+    config: AttentionConfig,
+    head_dim: int,
+    length: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> bool:
     def heads(count: int) -> Tensor:
         return torch.randn(1, length, count, head_dim, device=device, dtype=dtype).transpose(1, 2).requires_grad_()

@@ -119,7 +119,7 @@ class MuonAdamW(torch.optim.Optimizer):
             group["momentum"] = momentum
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient."""
         result = None
         if closure is not None:
@@ -134,7 +134,7 @@ class MuonAdamW(torch.optim.Optimizer):
         return result
 
     def _muon(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        grads = [parameter.grad for parameter in params]
+        grads = [parameter.grad for parameter in params if parameter.grad is not None]
         buffers = []
         for parameter in params:
             state = self.state[parameter]

@@ -52,7 +52,7 @@ def export(
     """
     pruned = {
         name: prune_smallest(tensor, quantization.prune_frac)
-        if tensor.ndim == 2 and tensor.numel() > quantization.prune_above  # noqa: PLR2004 - a matrix
+        if tensor.ndim == 2 and tensor.numel() > quantization.prune_above
         else tensor
         for name, tensor in state.items()
     }

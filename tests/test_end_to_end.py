@@ -1,0 +1,348 @@
+"""The commands as a user runs them, on small data: train, export, load back, score, resume, two processes."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.conftest import TINY_OPTIONS
+from trainer.checkpoint import load_checkpoint
+from trainer.cli import resolve_precision
+from trainer.data.shards import open_shard
+from trainer.env_aliases import PLAIN, SPECIAL, alias_options
+from trainer.evaluation.windows import plan_windows
+from trainer.quantize.artifact import read_artifact
+from trainer.recipes import recipe_folder, recipe_names
+
+ROOT = Path(__file__).parents[1]
+
+
+def trainer(*words: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key not in (*PLAIN, *SPECIAL)}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
+    command = [sys.executable, "-m", "trainer", *words]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def small(shards: Path, *more: str) -> list[str]:
+    return [
+        "fit",
+        "--config=int5mlp_10l_parity",
+        f"--data.source.folder={shards}",
+        *TINY_OPTIONS,
+        "--trainer.val_check_interval=4",
+        "--model.schedule.warmdown_steps=6",
+        "--trainer.max_steps=8",
+        "--late_swa.every=2",
+        *more,
+    ]
+
+
+def score_of(output: str) -> dict[str, float]:
+    return {key: float(value) for key, value in (pair.split("=") for pair in output.strip().splitlines()[-1].split())}
+
+
+def digest(checkpoint: Path) -> str:
+    """sha256 of weights, optimizer state and average."""
+    content = load_checkpoint(checkpoint)
+    state = [content["state_dict"], content["optimizer_states"], content["callbacks"]["LateSWA"]]
+    sha = hashlib.sha256()
+
+    def add(value) -> None:
+        if isinstance(value, dict):
+            for key in sorted(value, key=str):
+                sha.update(str(key).encode())
+                add(value[key])
+        elif isinstance(value, list | tuple):
+            for item in value:
+                add(item)
+        elif isinstance(value, torch.Tensor):
+            sha.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            sha.update(repr(value).encode())
+
+    add(state)
+    return sha.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, shard_folder: Path) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("run")
+    result = trainer(*small(shard_folder), cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder, result.stdout
+
+
+def test_a_run_folder_holds_everything(finished, shard_folder: Path):
+    folder, output = finished
+    run = folder / "runs/int5mlp_10l_parity/1"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 8
+    assert summary["train_tokens"] == 8 * 256
+    assert summary["bytes_model"] == (run / "artifact.zst").stat().st_size
+    assert summary["bytes_code"] == (run / "train_gpt.py").stat().st_size
+    assert summary["bytes_total"] == summary["bytes_model"] + summary["bytes_code"]
+    assert summary["swa_snapshots"] == 2  # after steps 6 and 8: multiplier 3/6 at step 5 is too high
+    assert summary["versions"]["torch"] == torch.__version__
+    assert summary["val_tokens"] == 300
+    assert summary["val_bpb"] == pytest.approx(score_of(output)["val_bpb"], abs=1e-7)
+    assert (run / "config.yaml").exists()
+    assert "train/loss" in (run / "metrics.csv").read_text()
+    assert read_artifact(run / "artifact.zst").model.num_layers == 4
+
+
+def test_validate_scores_artifact_and_checkpoint_without_another_flag_and_writes_nothing(finished):
+    folder, output = finished
+    run = folder / "runs/int5mlp_10l_parity/1"
+    before = sorted(path for path in folder.rglob("*"))
+    result = trainer("validate", "--ckpt", str(run / "artifact.zst"), cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert score_of(result.stdout) == score_of(output)
+    assert "plain" in result.stdout
+    assert "sliding" in result.stdout
+    live = trainer("validate", "--ckpt", str(run / "checkpoints/last.ckpt"), "--eval.stride", "0", cwd=folder)
+    summary = json.loads((run / "summary.json").read_text())
+    assert score_of(live.stdout)["val_bpb"] == pytest.approx(summary["stages"]["live_plain"]["bpb"], abs=1e-7)
+    assert "sliding" not in live.stdout
+    mean = trainer("validate", "--ckpt", str(run / "checkpoints/last.ckpt"), "--weights=averaged", cwd=folder)
+    assert score_of(mean.stdout) != score_of(live.stdout)
+    assert sorted(path for path in folder.rglob("*")) == before
+
+
+def test_export_makes_the_same_artifact_from_the_checkpoint(finished):
+    folder, _ = finished
+    run = folder / "runs/int5mlp_10l_parity/1"
+    result = trainer("export", "--ckpt", str(run / "checkpoints/last.ckpt"), "--out", "again", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert (folder / "again/artifact.zst").read_bytes() == (run / "artifact.zst").read_bytes()
+    over = trainer("export", "--ckpt", str(run / "checkpoints/last.ckpt"), "--cap", "1000", cwd=folder)
+    assert over.returncode == 1
+    assert "over the cap of 1,000" in over.stderr
+
+
+def test_a_resumed_run_ends_with_the_same_weights_bit_by_bit(finished, tmp_path: Path, shard_folder: Path):
+    """Five of eight steps, a crash, and the rest; SWA's snapshot of step 6 comes after the resume."""
+    whole, _ = finished
+    (tmp_path / "crash.py").write_text(
+        "import sys, lightning.pytorch as pl\n"
+        "from trainer.callbacks.late_swa import LateSWA\n"
+        "from trainer.__main__ import main\n"
+        "old = LateSWA.on_train_batch_end\n"
+        "def crash(self, trainer, module, *rest):\n"
+        "    old(self, trainer, module, *rest)\n"
+        "    if trainer.global_step == 5: raise RuntimeError('planted')\n"
+        "LateSWA.on_train_batch_end = crash\n"
+        "main(sys.argv[1:])\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    words = small(shard_folder, "--checkpoints.every=5")
+    broken = subprocess.run(
+        [sys.executable, "crash.py", *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert "planted" in broken.stderr
+    resumed = trainer(*words, "--ckpt=last", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "going on from" in resumed.stdout
+    one = whole / "runs/int5mlp_10l_parity/1/checkpoints/last.ckpt"
+    two = tmp_path / "runs/int5mlp_10l_parity/2/checkpoints/last.ckpt"
+    assert digest(one) == digest(two)
+    clocks = [load_checkpoint(path)["callbacks"]["WallclockCutoff"]["elapsed"] for path in (two,)]
+    first = load_checkpoint(tmp_path / "runs/int5mlp_10l_parity/1/checkpoints/last.ckpt")
+    assert clocks[0] > first["callbacks"]["WallclockCutoff"]["elapsed"] > 0
+
+
+def test_two_processes_train_the_weights_of_one(tmp_path: Path, shard_folder: Path):
+    runs = []
+    for devices in (1, 2):
+        words = small(shard_folder, f"--trainer.devices={devices}", "--precision=64-true", "--run_name", f"d{devices}")
+        result = trainer(*words, "--trainer.accelerator=cpu", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        run = tmp_path / f"runs/int5mlp_10l_parity/d{devices}"
+        runs.append((load_checkpoint(run / "checkpoints/last.ckpt"), json.loads((run / "summary.json").read_text())))
+    (one, summary_one), (two, summary_two) = runs
+    for name, tensor in one["state_dict"].items():
+        assert torch.allclose(tensor, two["state_dict"][name], atol=1e-5), name
+    for key in ("val_tokens", "val_bytes"):
+        assert summary_one[key] == summary_two[key]
+    assert summary_one["val_bpb"] == pytest.approx(summary_two["val_bpb"], abs=1e-6)
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_recipe_runs_cut_down(recipe: str, tmp_path: Path, shard_folder: Path):
+    """The recipe's own model, two steps, at most 4,096 tokens and 16 windows."""
+    result = trainer(
+        "fit",
+        f"--config={recipe}",
+        "--data.source=trainer.data.sources.Shards",
+        f"--data.source.folder={shard_folder}",
+        "--model.vocab_size=300",
+        "--trainer.devices=1",
+        "--trainer.max_steps=2",
+        "--trainer.val_check_interval=2",
+        "--data.batch_tokens=512",
+        "--data.sequence_length=256",
+        "--eval.window=256",
+        "--eval.batch_windows=4",
+        "--eval.fit_tokens=256",
+        "--eval.max_tokens=512",
+        cwd=tmp_path,
+    )
+    # An untrained reference model does not compress under the cap, and says so.
+    assert result.returncode in (0, 1), result.stderr
+    assert result.returncode == 0 or "over the cap" in result.stderr
+    assert (tmp_path / f"runs/{recipe}/1/artifact.zst").exists()
+    assert (tmp_path / f"runs/{recipe}/1/checkpoints/last.ckpt").exists()
+
+
+def test_every_recipe_opens_with_its_purpose():
+    for path in recipe_folder().glob("*.yaml"):
+        assert path.read_text().startswith("# "), path
+        assert yaml.safe_load(path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["fit", "--config", "nothing"], 1, "neither a file nor one of the recipes"),
+        (["fit", "--config", "int5mlp_10l"], 1, "no such data folder"),
+        (["fit", "--model.num_layer", "3"], 2, "num_layer"),
+        (["fit", "--wallclock.seconds", "-1"], 1, "wallclock.seconds must be positive"),
+        (["validate"], 1, "validate needs --ckpt"),
+        (["validate", "--ckpt", "none.ckpt"], 1, "no such file"),
+        (["validate", "--ckpt", "https://example.org/a.ckpt"], 1, "addresses are not opened"),
+        (["fit", "--config", "int5mlp_10l", "--ckpt", "last"], 1, "holds no checkpoint"),
+        (["export", "--ckpt", "none.ckpt"], 1, "no such checkpoint"),
+        (["train"], 2, "no command 'train'"),
+    ],
+)
+def test_a_users_mistake_is_one_line_without_traceback(tmp_path: Path, words: list[str], code: int, message: str):
+    result = trainer(*words, cwd=tmp_path)
+    assert result.returncode == code, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_wrong_vocabulary_is_refused_before_the_first_step(tmp_path: Path, shard_folder: Path):
+    result = trainer(*small(shard_folder, "--model.vocab_size=400"), cwd=tmp_path)
+    assert result.returncode == 1
+    assert "has 300 pieces but the model 400" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path):
+    import pickle
+
+    class Bomb:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path / 'ran'}",))
+
+    (tmp_path / "bomb.ckpt").write_bytes(pickle.dumps({"golf_trainer": Bomb()}))
+    torch.save({"golf_trainer": Bomb()}, tmp_path / "bomb2.ckpt")
+    for name in ("bomb.ckpt", "bomb2.ckpt"):
+        result = trainer("export", "--ckpt", name, cwd=tmp_path)
+        assert result.returncode == 1
+        assert "Traceback" not in result.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+def test_environment_aliases_rank_between_recipe_and_command_line(tmp_path: Path, shard_folder: Path):
+    environment = {"ITERATIONS": "3", "SEED": "7", "MAX_WALLCLOCK_SECONDS": "0", "DATA_PATH": str(shard_folder)}
+    words = [word for word in small(shard_folder) if "max_steps" not in word and "folder" not in word]
+    result = trainer(*words, "--seed_everything=9", cwd=tmp_path, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert "ITERATIONS=3: --trainer.max_steps=3" in result.stdout
+    config = yaml.safe_load((tmp_path / "runs/int5mlp_10l_parity/1/config.yaml").read_text())
+    assert config["trainer"]["max_steps"] == 3  # the recipe says 1,500
+    assert config["seed_everything"] == 9  # the command line wins
+    assert config["wallclock"]["seconds"] is None
+
+
+def test_every_alias_of_the_published_port_is_known():
+    published = [
+        "DATA_PATH",
+        "TOKENIZER_PATH",
+        "RUN_ID",
+        "LOAD_MODEL_PATH",
+        "SEED",
+        "ITERATIONS",
+        "WARMDOWN_ITERS",
+        "WARMUP_STEPS",
+        "TRAIN_BATCH_TOKENS",
+        "TRAIN_SEQ_LEN",
+        "MAX_WALLCLOCK_SECONDS",
+        "VAL_BATCH_SIZE",
+        "VAL_LOSS_EVERY",
+        "TRAIN_LOG_EVERY",
+        "EVAL_STRIDE",
+        "EVAL_BATCH_SEQS",
+        "VOCAB_SIZE",
+        "NUM_LAYERS",
+        "MODEL_DIM",
+        "NUM_HEADS",
+        "NUM_KV_HEADS",
+        "MLP_MULT",
+        "TIE_EMBEDDINGS",
+        "ROPE_BASE",
+        "LOGIT_SOFTCAP",
+        "QK_GAIN_INIT",
+        "BIGRAM_VOCAB_SIZE",
+        "BIGRAM_DIM",
+        "TIED_EMBED_LR",
+        "TIED_EMBED_INIT_STD",
+        "EMBED_LR",
+        "HEAD_LR",
+        "MATRIX_LR",
+        "SCALAR_LR",
+        "MUON_MOMENTUM",
+        "MUON_BACKEND_STEPS",
+        "MUON_MOMENTUM_WARMUP_START",
+        "MUON_MOMENTUM_WARMUP_STEPS",
+        "BETA1",
+        "BETA2",
+        "ADAM_EPS",
+        "GRAD_CLIP_NORM",
+        "WEIGHT_DECAY",
+        "SWA_ENABLED",
+        "SWA_START_FRAC",
+        "SWA_EVERY",
+    ]
+    assert set(published) == {*PLAIN, *SPECIAL}
+    options, notes = alias_options({"SWA_ENABLED": "0", "LOAD_MODEL_PATH": "m.ckpt", "VAL_LOSS_EVERY": "0"}, "fit")
+    assert options == ["--trainer.limit_val_batches=0", "--late_swa.start_frac=0"]
+    assert any("no effect on fit" in note for note in notes)
+
+
+def test_precision_is_chosen_by_what_the_device_has():
+    assert resolve_precision("auto", on_gpu=True, has_bf16=True) == "bf16-mixed"
+    assert resolve_precision("auto", on_gpu=True, has_bf16=False) == "16-mixed"
+    assert resolve_precision("auto", on_gpu=False, has_bf16=False) == "32-true"
+    assert resolve_precision("16-mixed", on_gpu=False, has_bf16=False) == "16-mixed"
+
+
+def test_the_source_bundle_runs_alone(finished, tmp_path: Path):
+    folder, _ = finished
+    bundle = folder / "runs/int5mlp_10l_parity/1/train_gpt.py"
+    (tmp_path / "train_gpt.py").write_bytes(bundle.read_bytes())
+    result = subprocess.run(
+        [sys.executable, "train_gpt.py", "fit", "--print_config"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert (
+        yaml.safe_load(result.stdout)["model"]["num_layers"]
+        == yaml.safe_load((recipe_folder() / "quickstart.yaml").read_text())["model"]["num_layers"]
+    )
+
+
+def test_the_shards_of_the_tests_hold_enough(shard_folder: Path):
+    tokens = open_shard(shard_folder / "words_val_000000.bin")
+    assert len(plan_windows(len(tokens) - 1, 256, 64).starts) > 2
