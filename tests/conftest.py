@@ -39,29 +39,8 @@ TINY_OPTIONS = [
     "--eval.max_tokens=300",
 ]
 
-WORDS = [
-    "the",
-    "model",
-    "reads",
-    "a",
-    "token",
-    "and",
-    "then",
-    "it",
-    "writes",
-    "another",
-    "one",
-    "of",
-    "them",
-    "while",
-    "12",
-    "small",
-    "cats",
-    "sleep",
-    "on",
-    "warm",
-    "stones",
-]
+TEXT = "the model reads a token and then it writes another one of them while 12 small cats sleep on warm stones"
+WORDS = TEXT.split(" ")
 
 
 def make_documents(count: int, seed: int) -> list[str]:

@@ -265,54 +265,15 @@ def test_environment_aliases_rank_between_recipe_and_command_line(tmp_path: Path
 
 
 def test_every_alias_of_the_published_port_is_known():
-    published = [
-        "DATA_PATH",
-        "TOKENIZER_PATH",
-        "RUN_ID",
-        "LOAD_MODEL_PATH",
-        "SEED",
-        "ITERATIONS",
-        "WARMDOWN_ITERS",
-        "WARMUP_STEPS",
-        "TRAIN_BATCH_TOKENS",
-        "TRAIN_SEQ_LEN",
-        "MAX_WALLCLOCK_SECONDS",
-        "VAL_BATCH_SIZE",
-        "VAL_LOSS_EVERY",
-        "TRAIN_LOG_EVERY",
-        "EVAL_STRIDE",
-        "EVAL_BATCH_SEQS",
-        "VOCAB_SIZE",
-        "NUM_LAYERS",
-        "MODEL_DIM",
-        "NUM_HEADS",
-        "NUM_KV_HEADS",
-        "MLP_MULT",
-        "TIE_EMBEDDINGS",
-        "ROPE_BASE",
-        "LOGIT_SOFTCAP",
-        "QK_GAIN_INIT",
-        "BIGRAM_VOCAB_SIZE",
-        "BIGRAM_DIM",
-        "TIED_EMBED_LR",
-        "TIED_EMBED_INIT_STD",
-        "EMBED_LR",
-        "HEAD_LR",
-        "MATRIX_LR",
-        "SCALAR_LR",
-        "MUON_MOMENTUM",
-        "MUON_BACKEND_STEPS",
-        "MUON_MOMENTUM_WARMUP_START",
-        "MUON_MOMENTUM_WARMUP_STEPS",
-        "BETA1",
-        "BETA2",
-        "ADAM_EPS",
-        "GRAD_CLIP_NORM",
-        "WEIGHT_DECAY",
-        "SWA_ENABLED",
-        "SWA_START_FRAC",
-        "SWA_EVERY",
-    ]
+    published = (
+        "DATA_PATH TOKENIZER_PATH RUN_ID LOAD_MODEL_PATH SEED ITERATIONS WARMDOWN_ITERS WARMUP_STEPS "
+        "TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN MAX_WALLCLOCK_SECONDS VAL_BATCH_SIZE VAL_LOSS_EVERY TRAIN_LOG_EVERY "
+        "EVAL_STRIDE EVAL_BATCH_SEQS VOCAB_SIZE NUM_LAYERS MODEL_DIM NUM_HEADS NUM_KV_HEADS MLP_MULT "
+        "TIE_EMBEDDINGS ROPE_BASE LOGIT_SOFTCAP QK_GAIN_INIT BIGRAM_VOCAB_SIZE BIGRAM_DIM TIED_EMBED_LR "
+        "TIED_EMBED_INIT_STD EMBED_LR HEAD_LR MATRIX_LR SCALAR_LR MUON_MOMENTUM MUON_BACKEND_STEPS "
+        "MUON_MOMENTUM_WARMUP_START MUON_MOMENTUM_WARMUP_STEPS BETA1 BETA2 ADAM_EPS GRAD_CLIP_NORM "
+        "WEIGHT_DECAY SWA_ENABLED SWA_START_FRAC SWA_EVERY "
+    ).split()
     assert set(published) == {*PLAIN, *SPECIAL}
     options, notes = alias_options({"SWA_ENABLED": "0", "LOAD_MODEL_PATH": "m.ckpt", "VAL_LOSS_EVERY": "0"}, "fit")
     assert options == ["--trainer.limit_val_batches=0", "--late_swa.start_frac=0"]

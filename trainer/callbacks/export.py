@@ -75,11 +75,8 @@ class PostTrainExport(pl.Callback):
             size = export(state, pl_module.model.config, self.quantization, data.tokenizer_sha256, folder, self.cap)
         trainer.strategy.barrier("artifact written")
         export_seconds = time.monotonic() - export_seconds
-        model = (
-            read_artifact(folder / "artifact.zst")
-            .build()
-            .to(device=pl_module.device, dtype=next(pl_module.model.parameters()).dtype)
-        )
+        like = pl_module.model.skip_weights
+        model = read_artifact(folder / "artifact.zst").build().to(device=like.device, dtype=like.dtype)
         started = time.monotonic()
         stages["artifact_plain"] = _score(trainer, pl_module, data, model, plain)
         if not data.evaluation.is_plain:
@@ -139,7 +136,8 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
     stages = summary["stages"]
     print(f"\nRun finished: {folder}")
     print(
-        f"  trained     {summary['steps']:,} steps, {summary['train_tokens']:,} tokens in {summary['train_seconds']:.0f} s"
+        f"  trained     {summary['steps']:,} steps, {summary['train_tokens']:,} tokens "
+        f"in {summary['train_seconds']:.0f} s"
         f" ({summary['train_tokens'] / max(summary['train_seconds'], 1e-9):,.0f} tokens/s)"
     )
     for name, stage in stages.items():
@@ -149,7 +147,8 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
         f"{summary['bytes_total']:,} of {summary['bytes_cap']:,} bytes"
     )
     print(
-        f"  files       {folder / 'artifact.zst'}, tokenizer.model, train_gpt.py, summary.json, metrics.csv, config.yaml"
+        f"  files       {folder / 'artifact.zst'}, "
+        "tokenizer.model, train_gpt.py, summary.json, metrics.csv, config.yaml"
     )
     final = Score(summary["val_bpb"], summary["val_loss"], summary["val_tokens"], summary["val_bytes"])
     print(final.line())
