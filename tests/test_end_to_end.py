@@ -41,6 +41,7 @@ def small(shards: Path, *more: str) -> list[str]:
         "--trainer.max_steps=8",
         "--late_swa.every=2",
         "--late_swa.start_frac=0.6",
+        "--trainer.log_every_n_steps=1",
         *more,
     ]
 

@@ -237,7 +237,10 @@ def run(command: str, args: Sequence[str]) -> None:
     if command == "validate" and ckpt and not wants_help:
         stored = _stored_weights(Path(ckpt), averaged="averaged" in take_option(rest, "--weights")[0])
         words += [f"--{key}={value}" for key, value in _flat(stored[0].to_dict(), "model")]
-    cli = TrainerCLI(command, recipe, words)
+    try:
+        cli = TrainerCLI(command, recipe, words)
+    except ValueError as error:  # a setting out of range, refused by the part it belongs to
+        raise UserError(str(error)) from error
     if command == "fit":
         if ckpt == "last":
             ckpt = newest_checkpoint(Path(cli.config.trainer.default_root_dir), recipe)

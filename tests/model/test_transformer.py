@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import TINY
+from trainer.errors import UserError
 from trainer.model.attention import AttentionConfig, AttentionKernel, choose_kernel, rotary_tables, rotate
 from trainer.model.embedding import SmearGate, bigram_buckets
 from trainer.model.transformer import Transformer, TransformerConfig
@@ -171,7 +172,7 @@ def test_kernel_choice_expands_before_it_takes_a_slower_kernel(monkeypatch: pyte
     )
     kernel = choose_kernel(AttentionConfig(), 64, 128, torch.device("cuda"), torch.float16)
     assert kernel.describe() == "flash, keys and values expanded"
-    with pytest.raises(ValueError, match="cudnn"):
+    with pytest.raises(UserError, match="cudnn"):
         choose_kernel(AttentionConfig(backend="cudnn"), 64, 128, torch.device("cuda"), torch.float16)
 
 

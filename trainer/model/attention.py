@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from trainer.errors import UserError
 from trainer.model.layers import Linear, rms_norm
 
 BackendName = Literal["auto", "cudnn", "flash", "efficient", "math"]
@@ -79,11 +80,11 @@ def choose_kernel(
     published port fell back to the unfused `math` kernel for good.
 
     Raises:
-        ValueError: If the kernel that the config names does not run here.
+        UserError: If the kernel that the config names does not run here.
     """
     if device.type != "cuda":
         if config.backend not in ("auto", "math"):
-            raise ValueError(f"model.attention.backend {config.backend!r} needs a CUDA device, not {device.type}")
+            raise UserError(f"model.attention.backend {config.backend!r} needs a CUDA device, not {device.type}")
         return AttentionKernel(SDPBackend.MATH if config.backend == "math" else None)
     names: Sequence[str] = list(BACKENDS) if config.backend == "auto" else [config.backend]
     for name in names:
@@ -91,7 +92,7 @@ def choose_kernel(
             kernel = AttentionKernel(BACKENDS[name], expand_kv)
             if _runs(kernel, config, head_dim, length, device, dtype):
                 return kernel
-    raise ValueError(f"model.attention.backend {config.backend!r} does not run on this device in {dtype}; use auto")
+    raise UserError(f"model.attention.backend {config.backend!r} does not run on this device in {dtype}; use auto")
 
 
 def _runs(
