@@ -28,6 +28,6 @@ class Checkpoints(ModelCheckpoint):
         """Save when it is time, and after the last step: before the export, which could fail."""
         last = trainer.should_stop or trainer.global_step == trainer.max_steps
         if last:
-            trainer.save_checkpoint(Path(str(self.dirpath)) / "last.ckpt")
+            trainer.save_checkpoint(Path(str(self.dirpath)) / "last.ckpt", weights_only=False)
         else:
             super().on_train_batch_end(trainer, pl_module, *args)
