@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from trainer.callbacks.checkpoint import Checkpoints
 from trainer.callbacks.export import PostTrainExport
@@ -247,7 +248,14 @@ def run(command: str, args: Sequence[str]) -> None:
         if ckpt is not None:
             load_checkpoint(ckpt)  # refuse a bad file before any work is done
             _print_once(f"going on from {ckpt}")
-        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt, weights_only=True)
+        try:
+            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt, weights_only=True)
+        except SIGTERMException as error:
+            raise SystemExit(143) from error
+        except SystemExit as error:  # Lightning turns Ctrl-C into exit code 1
+            if cli.trainer.interrupted:
+                raise KeyboardInterrupt from error
+            raise
         return
     assert stored is not None
     _, state, fingerprint = stored
