@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -309,3 +310,17 @@ def test_the_source_bundle_runs_alone(finished, tmp_path: Path):
 def test_the_shards_of_the_tests_hold_enough(shard_folder: Path):
     tokens = open_shard(shard_folder / "words_val_000000.bin")
     assert len(plan_windows(len(tokens) - 1, 256, 64).starts) > 2
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_saves_and_exits_with_the_documented_code(number, code: int, tmp_path: Path, shard_folder: Path):
+    words = small(shard_folder, "--trainer.max_steps=1000000", "--trainer.val_check_interval=1000000")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "trainer", *words, "--progress.every_seconds=0.5"]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert any(line.startswith("step") for line in process.stdout)
+        process.send_signal(number)
+        process.stdout.read()
+        assert process.wait(60) == code
+    assert load_checkpoint(tmp_path / "runs/int5mlp_10l_parity/1/checkpoints/last.ckpt")["global_step"] > 0
