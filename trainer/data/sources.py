@@ -162,13 +162,13 @@ class PythonDocumentation(Source):
         val_every: int = 40,
         roots: list[str] | None = None,
     ) -> None:
-        """Collect docstrings, one document a module.
+        """Collect docstrings; a document is a stretch of a module's.
 
         Args:
             folder: Where the shards go; made anew when these arguments change.
             vocab_size: Pieces of the tokenizer trained on them.
             max_bytes: Stop collecting at this many bytes of text.
-            val_every: About one module in this many is for validation, chosen by the hash of its text.
+            val_every: About one module in this many is for validation, whole, chosen by the hash of its text.
             roots: Folders with Python files; default: the standard library, then the installed packages.
         """
         paths = sysconfig.get_paths()
@@ -181,7 +181,7 @@ class PythonDocumentation(Source):
     def prepare(self) -> None:
         """Collect, train the tokenizer, tokenise; unless the folder records that this was done."""
         record: dict[str, object] = {
-            "source": "PythonDocumentation",
+            "source": "PythonDocumentation, in stretches",
             "vocab_size": self.vocab_size,
             "max_bytes": self.max_bytes,
             "val_every": self.val_every,
@@ -191,13 +191,15 @@ class PythonDocumentation(Source):
             return
         _clear(self.folder)
         splits: dict[str, list[str]] = {"train": [], "val": []}
-        for document in self._documents():
-            bucket = int.from_bytes(hashlib.sha256(document.encode()).digest()[:8])
-            splits["val" if bucket % self.val_every == 0 else "train"].append(document)
+        for module in self._modules():
+            split = "val" if _text_hash("".join(module)) % self.val_every == 0 else "train"
+            splits[split] += _stretches(module)
         for split, documents in splits.items():
             if not documents:
                 places = ", ".join(map(str, self.roots))
                 raise UserError(f"{places}: too few docstrings found for the {split} split; use another data.source")
+            # Neighbours in one module are alike: a small batch of them would be many times the same lesson.
+            documents.sort(key=_text_hash)
         model = self.folder / "tokenizer.model"
         train_tokenizer(_sentences(splits["train"]), self.vocab_size, model, os.cpu_count() or 1)
         for split, documents in splits.items():
@@ -208,8 +210,8 @@ class PythonDocumentation(Source):
         """The shards of the folder."""
         return list_shards(self.folder, self.folder / "tokenizer.model")
 
-    def _documents(self) -> Iterator[str]:
-        """Modules with at least a paragraph of documentation, each docstring once, in an order fixed by their paths."""
+    def _modules(self) -> Iterator[list[str]]:
+        """Docstrings of modules that have at least a paragraph, each text once, in an order fixed by the paths."""
         files: list[Path] = []
         for root in self.roots:
             inside = (path for path in root.rglob("*.py") if "site-packages" not in path.relative_to(root).parts)
@@ -222,13 +224,28 @@ class PythonDocumentation(Source):
                 for docstrings in pool.map(docstrings_of, batch, chunksize=32):
                     fresh = [text for text in docstrings if text not in seen]
                     seen.update(fresh)
-                    document = "\n\n".join(fresh)
-                    if len(document) >= 200:
-                        yield document
-                        total += len(document.encode())
+                    if sum(map(len, fresh)) >= 200:
+                        yield fresh
+                        total += sum(len(text.encode()) for text in fresh)
                     if total >= self.max_bytes:
                         pool.shutdown(cancel_futures=True)
                         return
+
+
+def _stretches(docstrings: list[str], longest: int = 1000) -> Iterator[str]:
+    """Join neighbours into documents of at most so many characters, where one is not longer itself."""
+    waiting = ""
+    for text in docstrings:
+        if waiting and len(waiting) + len(text) > longest:
+            yield waiting
+            waiting = ""
+        waiting += f"\n\n{text}" if waiting else text
+    if waiting:
+        yield waiting
+
+
+def _text_hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
 
 
 def _batches(items: list[Path], size: int) -> Iterator[list[Path]]:
