@@ -82,9 +82,9 @@ def test_smear_gate_mixes_in_the_token_before():
 
 
 def test_rotary_positions_only_depend_on_distance():
-    cos, sin = (table.double() for table in rotary_tables(16, 8, 10000.0, torch.device("cpu")))
+    tables = rotary_tables(16, 8, 10000.0, torch.device("cpu")).double()
     q, k = torch.randn(2, 8).double()
-    turn = lambda x: rotate(x.expand(1, 16, 1, 8), cos, sin)[0, :, 0]  # noqa: E731
+    turn = lambda x: rotate(x.expand(1, 16, 1, 8), tables)[0, :, 0]  # noqa: E731
     products = turn(q) @ turn(k).T
     for distance in (0, 1, 5):
         assert torch.allclose(products.diagonal(distance), products[0, distance], atol=1e-5)

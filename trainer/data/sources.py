@@ -168,7 +168,7 @@ class PythonDocumentation(Source):
             folder: Where the shards go; made anew when these arguments change.
             vocab_size: Pieces of the tokenizer trained on them.
             max_bytes: Stop collecting at this many bytes of text.
-            val_every: About one module in this many is for validation, whole, chosen by the hash of its text.
+            val_every: About one document in this many is for validation, chosen by the hash of its text.
             roots: Folders with Python files; default: the standard library, then the installed packages.
         """
         paths = sysconfig.get_paths()
@@ -181,7 +181,7 @@ class PythonDocumentation(Source):
     def prepare(self) -> None:
         """Collect, train the tokenizer, tokenise; unless the folder records that this was done."""
         record: dict[str, object] = {
-            "source": "PythonDocumentation, in stretches",
+            "source": "PythonDocumentation, by stretches",
             "vocab_size": self.vocab_size,
             "max_bytes": self.max_bytes,
             "val_every": self.val_every,
@@ -191,9 +191,8 @@ class PythonDocumentation(Source):
             return
         _clear(self.folder)
         splits: dict[str, list[str]] = {"train": [], "val": []}
-        for module in self._modules():
-            split = "val" if _text_hash("".join(module)) % self.val_every == 0 else "train"
-            splits[split] += _stretches(module)
+        for document in itertools.chain.from_iterable(map(_stretches, self._modules())):
+            splits["val" if _text_hash(document) % self.val_every == 0 else "train"].append(document)
         for split, documents in splits.items():
             if not documents:
                 places = ", ".join(map(str, self.roots))

@@ -116,22 +116,26 @@ def _runs(
     return bool(out.isfinite().all())
 
 
-def rotary_tables(length: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position and frequency.
+@torch.compiler.assume_constant_result
+@torch.no_grad()
+def rotary_tables(length: int, head_dim: int, base: float, device: torch.device) -> Tensor:
+    """Cosine and signed sine of every position and channel; a compiled graph holds them as data.
+
+    Inlined, each kernel that turns queries or keys would compute its sines again: that took a sixth of a step.
 
     Returns:
-        Two (length, head_dim / 2) float32.
+        (2, length, head_dim) float32; the sine's second half is negative, as `rotate` needs it.
     """
     frequencies = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
     angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequencies
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack((torch.cat((cos, cos), dim=1), torch.cat((sin, -sin), dim=1)))
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (first half, second half) of (B, T, H, d) by its position's angles, (T, d / 2)."""
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+def rotate(x: Tensor, tables: Tensor) -> Tensor:
+    """Turn each pair (first half, second half) of (B, T, H, d) by its position's angles, (2, T, d)."""
+    cos, sin = tables[:, :, None].to(x.dtype)
+    return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
 
 class Attention(nn.Module):
@@ -148,13 +152,15 @@ class Attention(nn.Module):
         self.q_gain = nn.Parameter(torch.full((config.num_heads,), config.qk_gain_init))
         self.kernel = AttentionKernel()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Map (B, T, D) to (B, T, D); `cos` and `sin` are (T, head_dim / 2)."""
+    def forward(self, x: Tensor, rotary: Tensor, scale: Tensor) -> Tensor:
+        """Map (B, T, D) to (B, T, D), each channel times its `scale`, (D,); `rotary` is (2, T, head_dim)."""
         batch, length, dim = x.shape
-        q = self.q(x).view(batch, length, -1, self.head_dim)  # (B, T, H, d)
-        k = self.k(x).view(batch, length, -1, self.head_dim)  # (B, T, K, d)
-        v = self.v(x).view(batch, length, -1, self.head_dim)
-        q = rotate(rms_norm(q), cos, sin) * self.q_gain.to(x.dtype)[:, None]
-        k = rotate(rms_norm(k), cos, sin)
+        heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
+        # One product for the three matrices; they stay apart because Muon orthogonalises each.
+        weight = torch.cat((self.q.weight, self.k.weight, self.v.weight))
+        qkv = F.linear(x, weight.to(x.dtype)).view(batch, length, heads + 2 * kv_heads, self.head_dim)
+        q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=2)  # (B, T, H, d), (B, T, K, d) twice
+        q = rotate(rms_norm(q), rotary) * self.q_gain.to(x.dtype)[:, None]
+        k = rotate(rms_norm(k), rotary)
         y = self.kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, H, T, d)
-        return self.out(y.transpose(1, 2).reshape(batch, length, dim))
+        return self.out(y.transpose(1, 2).reshape(batch, length, dim), scale)

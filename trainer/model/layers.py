@@ -16,9 +16,14 @@ class Linear(nn.Linear):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (..., in_features) to (..., out_features)."""
-        return F.linear(x, self.weight.to(x.dtype))
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Map (..., in_features) to (..., out_features), each output times its `scale`, (out_features,).
+
+        The scale goes into the matrix: its gradient then comes out of the matrix's, and no pass over all positions is
+        made for it.
+        """
+        weight = self.weight if scale is None else scale[:, None] * self.weight
+        return F.linear(x, weight.to(x.dtype))
 
 
 def rms_norm(x: Tensor) -> Tensor:

@@ -26,6 +26,6 @@ class MLP(nn.Module):
         self.up = Linear(dim, config.ratio * dim)
         self.down = Linear(config.ratio * dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, T, D) to (B, T, D)."""
-        return self.down(self.up(x).relu().square())
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        """Map (B, T, D) to (B, T, D), each channel times its `scale`, (D,)."""
+        return self.down(self.up(x).relu().square(), scale)

@@ -87,12 +87,12 @@ class Block(nn.Module):
         self.attention_scale = nn.Parameter(torch.ones(dim))
         self.mlp_scale = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, x0: Tensor, rotary: Tensor) -> Tensor:
         """Map (B, T, D) to (B, T, D); `x0` is the model's input embedding."""
         mix = self.mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        x = x + self.attention_scale.to(x.dtype) * self.attention(rms_norm(x), cos, sin)
-        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x))
+        x = x + self.attention(rms_norm(x), rotary, self.attention_scale)
+        return x + self.mlp(rms_norm(x), self.mlp_scale)
 
 
 class Transformer(nn.Module):
@@ -146,7 +146,7 @@ class Transformer(nn.Module):
         """
         dtype = activation_dtype(self.token_embedding.weight)
         head_dim = self.config.model_dim // self.config.attention.num_heads
-        cos, sin = rotary_tables(ids.size(1), head_dim, self.config.attention.rope_base, ids.device)
+        rotary = rotary_tables(ids.size(1), head_dim, self.config.attention.rope_base, ids.device)
         ids = ids.to(torch.int32)
         x = self.token_embedding(ids).to(dtype) + self.bigram(ids, dtype)
         x = x0 = self.smear(rms_norm(x))
@@ -155,7 +155,7 @@ class Transformer(nn.Module):
             reached = index - (len(self.blocks) - self.num_skips)
             if reached >= 0:
                 x = x + self.skip_weights[reached].to(dtype) * skips.pop()
-            x = block(x, x0, cos, sin)
+            x = block(x, x0, rotary)
             if index < self.num_skips:
                 skips.append(x)
         return rms_norm(x)
