@@ -13,7 +13,7 @@ from trainer.errors import UserError
 from trainer.evaluation.metric import BitsPerByte, Score
 from trainer.evaluation.sliding import NllFn, WindowScorer
 from trainer.evaluation.windows import WindowBatch
-from trainer.model.attention import AttentionKernel, choose_kernel
+from trainer.model.attention_kernel import AttentionKernel, SdpaKernel, choose_kernel
 from trainer.model.transformer import Transformer, TransformerConfig
 from trainer.optim.muon_adamw import MuonAdamW, OptimizerConfig, parameter_groups
 from trainer.optim.schedule import ScheduleConfig, lr_multiplier, muon_momentum
@@ -50,7 +50,7 @@ class LanguageModel(pl.LightningModule):
         self.clock = TrainingClock()  # the wallclock callback puts the run's own here
         self.lr_multiplier = 1.0  # of the step in progress or just done
         self.gradient_norm = torch.zeros(())
-        self.kernel = AttentionKernel()
+        self.kernel: AttentionKernel = SdpaKernel()
         self.is_compiled = False
         self.nll: NllFn = self.model.nll
         self.metrics = torch.nn.ModuleList()
@@ -69,8 +69,7 @@ class LanguageModel(pl.LightningModule):
         dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "64-true": torch.float64}.get(
             str(self.trainer.precision), torch.float32
         )
-        head_dim = config.model_dim // config.attention.num_heads
-        self.kernel = choose_kernel(config.attention, head_dim, 128, device, dtype)
+        self.kernel = choose_kernel(config.attention.backend, config.heads, self.sequence_length, device, dtype)
         self.is_compiled = self.compile_choice == "on" or (self.compile_choice == "auto" and device.type == "cuda")
         if self.is_compiled:
             # DDP's graph splitting would make other graphs than the warm-up compiled.

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import TINY
-from trainer.errors import UserError
-from trainer.model.attention import AttentionConfig, AttentionKernel, choose_kernel, rotary_tables, rotate
+from trainer.model.attention import AttentionConfig, rotary_tables, rotate
 from trainer.model.embedding import SmearGate, bigram_buckets
+from trainer.model.layers import Linear
 from trainer.model.transformer import Transformer, TransformerConfig
 
 
@@ -159,21 +159,19 @@ def test_activations_follow_autocast():
     assert model.hidden(ids).dtype == torch.float32
 
 
-def test_expanded_keys_and_values_give_the_same_attention():
-    q, k, v = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
-    assert torch.allclose(AttentionKernel()(q, k, v), AttentionKernel(expand_kv=True)(q, k, v), atol=1e-6)
+@pytest.mark.parametrize("first", [1, 7, 11])
+def test_states_from_a_position_on_equal_the_whole_ones(first: int):
+    model = awake(5).double()
+    ids = torch.randint(0, 300, (3, 12))
+    assert torch.allclose(model.hidden(ids, first), model.hidden(ids)[:, first:], atol=1e-12)
 
 
-def test_kernel_choice_expands_before_it_takes_a_slower_kernel(monkeypatch: pytest.MonkeyPatch):
-    """A fake card: no cuDNN; flash runs, but only without native grouped queries."""
-    able = {("flash", True), ("efficient", False), ("math", False)}
-    monkeypatch.setattr(
-        "trainer.model.attention._runs", lambda kernel, *_: (kernel.describe().split(",")[0], kernel.expand_kv) in able
-    )
-    kernel = choose_kernel(AttentionConfig(), 64, 128, torch.device("cuda"), torch.float16)
-    assert kernel.describe() == "flash, keys and values expanded"
-    with pytest.raises(UserError, match="cudnn"):
-        choose_kernel(AttentionConfig(backend="cudnn"), 64, 128, torch.device("cuda"), torch.float16)
+def test_a_channel_scale_in_the_matrix_has_the_gradient_of_one_behind_it():
+    layer, scale, x = Linear(6, 5).double(), torch.randn(5).double().requires_grad_(), torch.randn(3, 4, 6).double()
+    grad = torch.randn(3, 4, 5).double()
+    folded = torch.autograd.grad(layer(x, scale), (layer.weight, scale), grad)
+    behind = torch.autograd.grad(layer(x) * scale, (layer.weight, scale), grad)
+    assert all(torch.allclose(a, b) for a, b in zip(folded, behind, strict=True))
 
 
 def test_a_config_survives_the_round_trip_and_bad_ones_are_refused():

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.model.attention import Attention, AttentionConfig, AttentionKernel, rotary_tables
+from trainer.model.attention import Attention, AttentionConfig, rotary_tables
+from trainer.model.attention_kernel import AttentionKernel
 from trainer.model.embedding import BigramConfig, BigramHash, SmearGate
 from trainer.model.layers import Linear, activation_dtype, rms_norm
 from trainer.model.mlp import MLP, MLPConfig
@@ -57,6 +58,12 @@ class TransformerConfig:
         if self.mlp.ratio < 1:
             raise ValueError(f"mlp.ratio must be at least 1, not {self.mlp.ratio}")
 
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """Query heads, key heads, and the width of a head."""
+        attention = self.attention
+        return attention.num_heads, attention.num_kv_heads, self.model_dim // attention.num_heads
+
     def to_dict(self) -> dict[str, Any]:
         """Plain builtins, for a checkpoint or an artifact."""
         return asdict(self)
@@ -87,11 +94,11 @@ class Block(nn.Module):
         self.attention_scale = nn.Parameter(torch.ones(dim))
         self.mlp_scale = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor, x0: Tensor, rotary: Tensor) -> Tensor:
-        """Map (B, T, D) to (B, T, D); `x0` is the model's input embedding."""
+    def forward(self, x: Tensor, x0: Tensor, rotary: Tensor, first: int = 0) -> Tensor:
+        """Map (B, T, D) to (B, T - first, D); `x0` is the model's input embedding."""
         mix = self.mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        x = x + self.attention(rms_norm(x), rotary, self.attention_scale)
+        x = x[:, first:] + self.attention(rms_norm(x), rotary, self.attention_scale, first)
         return x + self.mlp(rms_norm(x), self.mlp_scale)
 
 
@@ -135,18 +142,18 @@ class Transformer(nn.Module):
             assert isinstance(block, Block)
             block.attention.kernel = kernel
 
-    def hidden(self, ids: Tensor) -> Tensor:
+    def hidden(self, ids: Tensor, first: int = 0) -> Tensor:
         """Final normalised states.
 
         Args:
             ids: (B, T) tokens, any integer type.
+            first: First position that is wanted; the last block computes only keys and values before it.
 
         Returns:
-            (B, T, D), in autocast's type where it is on.
+            (B, T - first, D), in autocast's type where it is on.
         """
         dtype = activation_dtype(self.token_embedding.weight)
-        head_dim = self.config.model_dim // self.config.attention.num_heads
-        rotary = rotary_tables(ids.size(1), head_dim, self.config.attention.rope_base, ids.device)
+        rotary = rotary_tables(ids.size(1), self.config.heads[2], self.config.attention.rope_base, ids.device)
         ids = ids.to(torch.int32)
         x = self.token_embedding(ids).to(dtype) + self.bigram(ids, dtype)
         x = x0 = self.smear(rms_norm(x))
@@ -155,7 +162,7 @@ class Transformer(nn.Module):
             reached = index - (len(self.blocks) - self.num_skips)
             if reached >= 0:
                 x = x + self.skip_weights[reached].to(dtype) * skips.pop()
-            x = block(x, x0, rotary)
+            x = block(x, x0, rotary, first if index == len(self.blocks) - 1 else 0)
             if index < self.num_skips:
                 skips.append(x)
         return rms_norm(x)
@@ -177,11 +184,11 @@ class Transformer(nn.Module):
         Args:
             ids: (B, T) tokens.
             targets: (B, T) tokens that follow them.
-            first: First position that is scored; logits are computed from there on only.
+            first: First position that is scored.
 
         Returns:
             (B, T - first), at least float32.
         """
-        logits = self.logits(self.hidden(ids)[:, first:])
+        logits = self.logits(self.hidden(ids, first))
         targets = targets[:, first:].long()
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)

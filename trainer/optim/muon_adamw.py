@@ -145,19 +145,23 @@ class MuonAdamW(torch.optim.Optimizer):
         torch._foreach_add_(buffers, grads)
         updates = torch._foreach_add(grads, buffers, alpha=group["momentum"])  # Nesterov
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        by_shape: dict[tuple[int, int], list[int]] = defaultdict(list)
+        shapes: dict[tuple[int, int], tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
         for index, parameter in enumerate(params):
             rows, cols = parameter.shape
-            by_shape[min(rows, cols), max(rows, cols)].append(index)
-        for indices in by_shape.values():
-            dtype = orthogonalisation_dtype(params[indices[0]])
-            tall = [params[index].size(0) > params[index].size(1) for index in indices]
-            wide = [updates[i].mT if is_tall else updates[i] for i, is_tall in zip(indices, tall, strict=True)]
-            batch = newton_schulz(torch.stack(wide).to(dtype), self.config.newton_schulz_steps)
-            for index, is_tall, update in zip(indices, tall, batch, strict=True):
-                parameter = params[index]
-                scale = max(1.0, parameter.size(0) / parameter.size(1)) ** 0.5
-                parameter.add_((update.mT if is_tall else update).to(parameter.dtype), alpha=-group["lr"] * scale)
+            shapes[min(rows, cols), max(rows, cols)][rows > cols].append(index)  # wide first, then tall
+        for wide, tall in shapes.values():
+            dtype = orthogonalisation_dtype(params[(wide + tall)[0]])
+            stacks = [torch.stack([updates[index] for index in wide]).to(dtype)] if wide else []
+            stacks += [torch.stack([updates[index] for index in tall]).to(dtype).mT] if tall else []
+            batch = newton_schulz(torch.cat(stacks), self.config.newton_schulz_steps)
+            for indices, part in ((wide, batch[: len(wide)]), (tall, batch[len(wide) :].mT)):
+                if not indices:
+                    continue
+                chosen = [params[index] for index in indices]
+                rows, cols = chosen[0].shape
+                alpha = -group["lr"] * max(1.0, rows / cols) ** 0.5
+                # Like strides and types, so that one kernel serves all matrices of a shape.
+                torch._foreach_add_(chosen, part.to(chosen[0].dtype).contiguous().unbind(), alpha=alpha)
 
     def _adamw(self, params: list[Tensor], group: dict[str, Any]) -> None:
         on_gpu = params[0].is_cuda

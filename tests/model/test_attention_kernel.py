@@ -1,0 +1,76 @@
+"""Attention kernels agree, and the choice between them is right on cards that are not here."""
+
+import numpy as np
+import pytest
+import torch
+
+from trainer.errors import UserError
+from trainer.model import attention_kernel
+from trainer.model.attention_kernel import AttentionKernel, SdpaKernel, choose_kernel
+
+CARD = ((8, 4, 64), 128, torch.device("cuda"), torch.float16)
+
+
+def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Causal attention of the last positions in numpy, one head at a time."""
+    batch, length, heads, dim = q.shape
+    total, kv_heads = k.shape[1], k.shape[2]
+    out = np.zeros_like(q)
+    for b in range(batch):
+        for h in range(heads):
+            g = h // (heads // kv_heads)
+            scores = q[b, :, h] @ k[b, :, g].T / np.sqrt(dim)
+            scores[np.arange(total)[None] > np.arange(total - length, total)[:, None]] = -np.inf
+            weights = np.exp(scores - scores.max(1, keepdims=True))
+            out[b, :, h] = weights / weights.sum(1, keepdims=True) @ v[b, :, g]
+    return out
+
+
+@pytest.mark.parametrize("length", [1, 4, 9])
+@pytest.mark.parametrize("kernel", [SdpaKernel(), SdpaKernel("math"), SdpaKernel("math", expand_kv=True)])
+def test_kernels_equal_numpy(kernel: SdpaKernel, length: int):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, *shape, 8).double() for shape in ((length, 6), (9, 2), (9, 2)))
+    assert np.allclose(kernel(q, k, v).numpy(), attend(q.numpy(), k.numpy(), v.numpy()))
+
+
+def table(**seconds: float):
+    """A fake card that runs only these kernels, each in so many seconds."""
+
+    def measure(kernel: AttentionKernel, *_: object) -> float | None:
+        return seconds.get(kernel.describe().replace(", keys and values expanded", "_expanded"))
+
+    return measure
+
+
+def test_the_fastest_kernel_that_runs_is_taken():
+    assert choose_kernel("auto", *CARD, table(cudnn=0.003, flash=0.005, math=0.1)).describe() == "cudnn"
+    assert choose_kernel("auto", *CARD, table(cudnn=0.005, flash=0.003, math=0.1)).describe() == "flash"
+    assert choose_kernel("efficient", *CARD, table(cudnn=0.003, efficient=0.2)).describe() == "efficient"
+
+
+def test_keys_are_expanded_before_a_slower_kernel_is_taken():
+    """An older card: no cuDNN, and flash has no grouped queries."""
+    chosen = choose_kernel("auto", *CARD, table(flash_expanded=0.005, efficient_expanded=0.007, math=0.1))
+    assert chosen.describe() == "flash, keys and values expanded"
+
+
+def test_the_optional_package_is_tried_only_where_it_is_installed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(attention_kernel, "is_installed", lambda: True)
+    assert choose_kernel("auto", *CARD, table(fa4=0.002, cudnn=0.003)).describe() == "fa4"
+    assert choose_kernel("auto", *CARD, table(cudnn=0.003)).describe() == "cudnn"
+    monkeypatch.setattr(attention_kernel, "is_installed", lambda: False)
+    assert choose_kernel("auto", *CARD, table(fa4=0.002, cudnn=0.003)).describe() == "cudnn"
+    with pytest.raises(UserError, match="flash-attn-4"):
+        choose_kernel("fa4", *CARD, table(fa4=0.002))
+
+
+def test_a_named_kernel_that_does_not_run_is_refused_by_name():
+    with pytest.raises(UserError, match="'cudnn' does not run"):
+        choose_kernel("cudnn", *CARD, table(flash=0.005))
+    with pytest.raises(UserError, match="needs a CUDA device"):
+        choose_kernel("flash", (8, 4, 64), 128, torch.device("cpu"), torch.float32)
+
+
+def test_a_cpu_lets_torch_choose():
+    assert choose_kernel("auto", (8, 4, 64), 128, torch.device("cpu"), torch.float32) == SdpaKernel()

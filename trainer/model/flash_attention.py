@@ -1,0 +1,65 @@
+"""FlashAttention-4 (Shah et al. 2024 and its successors) as an operator that torch.compile takes whole.
+
+The package `flash-attn-4` is optional; it runs on Hopper and newer. torch has a hook for it
+(`torch.nn.attention.activate_flash_attention_impl`), but that of torch 2.11 cannot call the package's current version.
+"""
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INTERFACE = "flash_attn.cute.interface"  # imported on first use: it takes seconds and needs a GPU's driver
+
+
+def is_installed() -> bool:
+    """Whether the package is there; it may still not run on this GPU."""
+    return find_spec("flash_attn") is not None and find_spec("flash_attn.cute") is not None
+
+
+@torch.library.custom_op("golf_trainer::flash_attention", mutates_args=())
+def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Causal attention with native grouped queries.
+
+    Args:
+        q: (B, S, H, d), the last S of T positions, float16 or bfloat16.
+        k: (B, T, K, d).
+        v: (B, T, K, d).
+
+    Returns:
+        (B, S, H, d) of the same type, and the float32 log-sum-exp of the scores, (B, H, S).
+    """
+    out, lse, *_ = import_module(INTERFACE)._flash_attn_fwd(q, k, v, causal=True, return_lse=True)
+    return out, lse
+
+
+@flash_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty((q.size(0), q.size(2), q.size(1)), dtype=torch.float32)
+    return q.new_empty(q.shape), lse
+
+
+@torch.library.custom_op("golf_trainer::flash_attention_backward", mutates_args=())
+def _backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = import_module(INTERFACE)._flash_attn_bwd(q, k, v, out, grad, lse, causal=True)
+    return dq, dk, dv
+
+
+@_backward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = _backward(*ctx.saved_tensors, grad.contiguous())
+    return dq, dk, dv
+
+
+flash_attention.register_autograd(_differentiate, setup_context=_save)
