@@ -14,6 +14,7 @@ from trainer.model.embedding import BigramConfig
 from trainer.model.transformer import TransformerConfig
 
 torch.set_num_threads(2)
+ROOT = Path(__file__).parents[1]
 
 TINY = TransformerConfig(
     vocab_size=300,

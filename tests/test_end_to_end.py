@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from tests.conftest import TINY_OPTIONS
+from tests.conftest import ROOT, TINY_OPTIONS
 from trainer.checkpoint import load_checkpoint
 from trainer.cli import resolve_precision
 from trainer.data.shards import open_shard
@@ -20,8 +20,6 @@ from trainer.env_aliases import PLAIN, SPECIAL, alias_options
 from trainer.evaluation.windows import plan_windows
 from trainer.quantize.artifact import read_artifact
 from trainer.recipes import recipe_folder, recipe_names
-
-ROOT = Path(__file__).parents[1]
 
 
 def trainer(*words: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -176,31 +174,39 @@ def test_two_processes_train_the_weights_of_one(tmp_path: Path, shard_folder: Pa
     assert summary_one["val_bpb"] == pytest.approx(summary_two["val_bpb"], abs=1e-6)
 
 
-@pytest.mark.parametrize("recipe", recipe_names())
-def test_every_recipe_runs_cut_down(recipe: str, tmp_path: Path, shard_folder: Path):
+CUT_DOWN = [
+    "--data.source=trainer.data.sources.Shards",
+    "--model.vocab_size=300",
+    "--trainer.devices=1",
+    "--trainer.max_steps=2",
+    "--trainer.val_check_interval=2",
+    "--data.batch_tokens=512",
+    "--data.sequence_length=256",
+    "--eval.window=256",
+    "--eval.batch_windows=4",
+    "--eval.fit_tokens=256",
+    "--eval.max_tokens=512",
+]
+
+
+def longer_follow_up() -> list[str]:
+    """The published 3,900 s run, as the README shows it."""
+    command = next(line for line in (ROOT / "README.md").read_text().splitlines() if "--wallclock.seconds 3900" in line)
+    return command.split("#")[0].split()[2:]
+
+
+@pytest.mark.parametrize("words", [*(["--config", name] for name in recipe_names()), longer_follow_up()])
+def test_every_recipe_runs_cut_down(words: list[str], tmp_path: Path, shard_folder: Path):
     """The recipe's own model, two steps, at most 4,096 tokens and 16 windows."""
-    result = trainer(
-        "fit",
-        f"--config={recipe}",
-        "--data.source=trainer.data.sources.Shards",
-        f"--data.source.folder={shard_folder}",
-        "--model.vocab_size=300",
-        "--trainer.devices=1",
-        "--trainer.max_steps=2",
-        "--trainer.val_check_interval=2",
-        "--data.batch_tokens=512",
-        "--data.sequence_length=256",
-        "--eval.window=256",
-        "--eval.batch_windows=4",
-        "--eval.fit_tokens=256",
-        "--eval.max_tokens=512",
-        cwd=tmp_path,
-    )
+    result = trainer("fit", *words, *CUT_DOWN, f"--data.source.folder={shard_folder}", cwd=tmp_path)
     # An untrained reference model does not compress under the cap, and says so.
     assert result.returncode in (0, 1), result.stderr
     assert result.returncode == 0 or "over the cap" in result.stderr
-    assert (tmp_path / f"runs/{recipe}/1/artifact.zst").exists()
-    assert (tmp_path / f"runs/{recipe}/1/checkpoints/last.ckpt").exists()
+    run = tmp_path / "runs" / words[1] / "1"
+    assert (run / "artifact.zst").exists()
+    assert (run / "checkpoints/last.ckpt").exists()
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["eval"]["stride"] == (32 if "3900" in words or words[1] == "quickstart" else 64)
 
 
 def test_every_recipe_opens_with_its_purpose():

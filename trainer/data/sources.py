@@ -130,6 +130,7 @@ class LocalText(Source):
         if _is_recorded(self.folder, record):
             return
         _clear(self.folder)
+        print(f"tokenising {sum(map(len, self.files.values()))} files into {self.folder}", flush=True)
         model = self.folder / "tokenizer.model"
         if self.given_tokenizer:
             load_tokenizer(self.given_tokenizer)
@@ -190,6 +191,7 @@ class PythonDocumentation(Source):
         if _is_recorded(self.folder, record):
             return
         _clear(self.folder)
+        print(f"collecting Python's own documentation into {self.folder}", flush=True)
         splits: dict[str, list[str]] = {"train": [], "val": []}
         for document in itertools.chain.from_iterable(map(_stretches, self._modules())):
             splits["val" if _text_hash(document) % self.val_every == 0 else "train"].append(document)
