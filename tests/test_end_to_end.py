@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -307,10 +308,9 @@ def test_the_source_bundle_runs_alone(finished, tmp_path: Path):
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert (
-        yaml.safe_load(result.stdout)["model"]["num_layers"]
-        == yaml.safe_load((recipe_folder() / "quickstart.yaml").read_text())["model"]["num_layers"]
-    )
+    shown, recipe = yaml.safe_load(result.stdout), yaml.safe_load((recipe_folder() / "quickstart.yaml").read_text())
+    assert shown["model"]["num_layers"] == recipe["model"]["num_layers"]
+    assert shown["data"]["source"]["init_args"]["folder"] == "data/python-documentation"
 
 
 def test_the_shards_of_the_tests_hold_enough(shard_folder: Path):
@@ -320,10 +320,18 @@ def test_the_shards_of_the_tests_hold_enough(shard_folder: Path):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_saves_and_exits_with_the_documented_code(number, code: int, tmp_path: Path, shard_folder: Path):
-    words = small(shard_folder, "--trainer.max_steps=1000000", "--trainer.val_check_interval=1000000")
+    words = small(
+        shard_folder,
+        "--trainer.max_steps=1000000",
+        "--trainer.val_check_interval=1000000",
+        "--wallclock.seconds=100",
+        "--progress.every_seconds=0.5",
+    )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "trainer", *words, "--progress.every_seconds=0.5"]
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-m", "trainer", *words]
+    heed = partial(signal.signal, number, signal.SIG_DFL)  # a shell's background jobs ignore Ctrl-C, and hand that on
+    pipe = {"stdout": subprocess.PIPE, "text": True, "preexec_fn": heed}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, **pipe) as process:
         assert process.stdout is not None
         assert any(line.startswith("step") for line in process.stdout)
         process.send_signal(number)

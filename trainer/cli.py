@@ -20,6 +20,7 @@ from trainer.callbacks.checkpoint import Checkpoints
 from trainer.callbacks.export import PostTrainExport
 from trainer.callbacks.late_swa import LateSWA
 from trainer.callbacks.progress import Progress
+from trainer.callbacks.throughput import Throughput
 from trainer.callbacks.wallclock import WallclockCutoff
 from trainer.callbacks.warmup import CompileWarmup
 from trainer.checkpoint import OWN_KEY, live_state, load_checkpoint, stored_average
@@ -60,6 +61,7 @@ class TrainerCLI(LightningCLI):
             parser_kwargs={"prog": f"trainer {command}", "allow_abbrev": False},
             trainer_defaults={
                 "default_root_dir": "runs",
+                "callbacks": [Throughput()] if command == "fit" else [],
                 "max_epochs": -1,
                 "max_steps": -1,
                 "val_check_interval": 1000,

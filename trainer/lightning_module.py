@@ -1,5 +1,6 @@
 """The Lightning module: one batch is one manual optimizer step; validation scores windows."""
 
+import gc
 import time
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ class LanguageModel(pl.LightningModule):
         self,
         optimizer: OptimizerConfig = OptimizerConfig(),
         schedule: ScheduleConfig = ScheduleConfig(),
-        micro_batch_tokens: int | None = None,
+        micro_batch_tokens: int | Literal["auto"] = "auto",
         compile: Literal["auto", "on", "off"] = "auto",
         **transformer: Any,
     ) -> None:
@@ -36,7 +37,8 @@ class LanguageModel(pl.LightningModule):
         Args:
             optimizer: Learning rates and the like.
             schedule: When they fall.
-            micro_batch_tokens: Tokens learned at once on one device, to bound memory; default: a whole step.
+            micro_batch_tokens: Tokens learned at once on one device. auto: a whole step, or the largest even part of
+                it that fits into the GPU's memory, found before the clock starts and written to the run's config.
             compile: Use torch.compile; auto does on a GPU only, since a CPU would need a C++ compiler.
             transformer: Sizes of the model, as in TransformerConfig.
         """
@@ -86,12 +88,14 @@ class LanguageModel(pl.LightningModule):
         return MuonAdamW(parameter_groups(self.model, self.optimizer_config), self.optimizer_config)
 
     def on_train_start(self) -> None:
-        """Begin to hold the host back to the device."""
+        """Begin to hold the host back to the device; leave what exists by now out of garbage collection."""
+        gc.collect()
+        gc.freeze()
         self.fence = StepFence(self.device)
 
     def micro_batches(self, sequences: int, sequence_length: int) -> int:
         """Slices that a step of so many sequences is learned in."""
-        if self.micro_batch_tokens is None:
+        if self.micro_batch_tokens == "auto":
             return 1
         size = max(1, self.micro_batch_tokens // sequence_length)
         return -(-sequences // size)
@@ -115,9 +119,8 @@ class LanguageModel(pl.LightningModule):
             self.nll, batch, length, self.micro_batches((len(batch) - 1) // length, length), backward, optimizer.step
         )
         self.fence.record()
-        self.log_dict(
-            {"train/loss": loss, "train/lr_multiplier": self.lr_multiplier, "train/gradient_norm": self.gradient_norm}
-        )
+        # Tensors of the device only: to log a Python number, Lightning copies it there and waits for all queued work.
+        self.log_dict({"train/loss": loss, "train/gradient_norm": self.gradient_norm})
 
     def _no_sync(self) -> Any:
         strategy = self.trainer.strategy

@@ -8,17 +8,28 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.conftest import ROOT, TINY_OPTIONS
 
 # The graphs are captured as for a GPU and then run by Python: no C++ compiler, and the same arithmetic bit by bit.
 SCRIPT = """
-import functools, hashlib, json, sys
+import functools, hashlib, json, os, sys
 import torch
 torch.compile = functools.partial(torch.compile, backend="eager")
 from torch._dynamo.utils import counters
 from trainer.__main__ import main
 from trainer.callbacks.late_swa import LateSWA
+from trainer.lightning_module import LanguageModel
+whole = LanguageModel.nll_of
+def nll_of(self, model):
+    nll = whole(self, model)
+    def limited(ids, targets, first):
+        if torch.is_grad_enabled() and len(ids) > int(os.environ["SEQUENCES_THAT_FIT"]):
+            raise torch.cuda.OutOfMemoryError("planted")
+        return nll(ids, targets, first)
+    return limited
+LanguageModel.nll_of = nll_of
 graphs = []
 count = lambda: counters["stats"]["unique_graphs"]
 LateSWA.on_train_start = lambda self, trainer, module: graphs.append(count())
@@ -30,7 +41,7 @@ def spy(self, trainer, module, *rest):
     with open("seen.json", "w") as file:
         json.dump({"graphs": graphs, "weights": sha, "step": trainer.global_step}, file)
 LateSWA.on_train_batch_end = spy
-main(sys.argv[1:])
+raise SystemExit(main(sys.argv[1:]))
 """
 
 
@@ -40,32 +51,54 @@ def run(tmp_path: Path, shard_folder: Path):
     return partial(start, tmp_path, shard_folder)
 
 
-def start(folder: Path, shards: Path, *words: str) -> dict:
+def start(folder: Path, shards: Path, *words: str, fit: int = 1000) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "compiled.py", "fit", "--config=int5mlp_10l_parity", f"--data.source.folder={shards}"]
-    result = subprocess.run(
+    return subprocess.run(
         [*command, *TINY_OPTIONS, "--trainer.max_steps=5", "--trainer.val_check_interval=2", *words],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "SEQUENCES_THAT_FIT": str(fit)},
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
+
+
+def seen(result: subprocess.CompletedProcess[str], folder: Path) -> dict:
     assert result.returncode == 0, result.stderr
     return json.loads((folder / "seen.json").read_text())
 
 
-def test_compiling_and_warming_up_changes_no_weight_and_nothing_is_compiled_later(run):
-    plain = run("--model.compile=off")
+def test_compiling_and_warming_up_changes_no_weight_and_nothing_is_compiled_later(run, tmp_path: Path):
+    plain = seen(run("--model.compile=off"), tmp_path)
     assert set(plain["graphs"]) == {0}
-    warm = run("--model.compile=on")
+    warm = seen(run("--model.compile=on"), tmp_path)
     assert warm["step"] == plain["step"] == 5
     assert warm["weights"] == plain["weights"]
     assert warm["graphs"][0] >= 2  # training and validation
     assert set(warm["graphs"]) == {warm["graphs"][0]}
 
 
-def test_without_the_warmup_the_first_step_compiles(run):
-    cold = run("--model.compile=on", "--warmup.steps=0")
+def test_without_the_warmup_the_first_step_compiles(run, tmp_path: Path):
+    cold = seen(run("--model.compile=on", "--warmup.steps=0"), tmp_path)
     assert cold["graphs"][0] == 0
     assert cold["graphs"][1] > 0
+
+
+def test_the_largest_even_micro_batch_that_fits_is_found_and_remembered(run, tmp_path: Path):
+    """A step has 8 sequences and the planted memory room for 3: slices of 2 are the largest even ones."""
+    result = run("--model.compile=on", fit=3)
+    found = seen(result, tmp_path)
+    assert "4 micro-batches of 64 tokens" in result.stderr
+    config = yaml.safe_load((tmp_path / "runs/int5mlp_10l_parity/1/config.yaml").read_text())
+    assert config["model"]["micro_batch_tokens"] == 64
+    assert set(found["graphs"]) == {found["graphs"][0]}
+    given = seen(run("--model.compile=off", "--model.micro_batch_tokens=64"), tmp_path)
+    assert given["weights"] == found["weights"]
+
+
+def test_a_sequence_that_does_not_fit_is_said_in_one_line(run):
+    result = run("--model.compile=on", fit=0)
+    assert result.returncode == 1
+    assert "not even one sequence of 32 tokens fits" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -20,8 +20,6 @@ class Progress(pl.Callback):
         """
         self.every_seconds = every_seconds
         self._last = 0.0
-        self._last_step = 0
-        self._last_elapsed = 0.0
 
     @rank_zero_only
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -37,7 +35,7 @@ class Progress(pl.Callback):
             f"ends after {' or '.join(limits) or 'never: set a limit'}",
             flush=True,
         )
-        self._last, self._last_step, self._last_elapsed = time.monotonic(), trainer.global_step, pl_module.clock.elapsed
+        self._last = time.monotonic()
 
     @rank_zero_only
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -46,17 +44,20 @@ class Progress(pl.Callback):
         if now - self._last < self.every_seconds:
             return
         assert isinstance(pl_module, LanguageModel)
-        step, elapsed = int(trainer.global_step), pl_module.clock.elapsed
-        tokens = (step - self._last_step) * trainer.datamodule.batch_tokens  # type: ignore[attr-defined]
-        rate = tokens / max(elapsed - self._last_elapsed, 1e-9)
-        budget = f"/{pl_module.clock.budget:,.0f}" if pl_module.clock.budget is not None else ""
-        loss = float(trainer.callback_metrics.get("train/loss", float("nan")))
-        print(
-            f"step {step:>6,}  {elapsed:6.1f}{budget} s  loss {loss:.4f}  rate x{pl_module.lr_multiplier:.3f}  "
-            f"{rate:>9,.0f} tokens/s",
-            flush=True,
-        )
-        self._last, self._last_step, self._last_elapsed = now, step, elapsed
+        metrics, clock = trainer.callback_metrics, pl_module.clock
+        budget = f"/{clock.budget:,.0f}" if clock.budget is not None else ""
+        words = [
+            f"step {trainer.global_step:>6,}",
+            f"{clock.elapsed:6.1f}{budget} s",
+            f"loss {float(metrics['train/loss']):.4f}",
+            f"rate x{pl_module.lr_multiplier:.3f}",
+        ]
+        if "perf/tokens_per_second" in metrics:
+            words.append(f"{float(metrics['perf/tokens_per_second']):>9,.0f} tokens/s")
+        if "perf/utilisation" in metrics:
+            words.append(f"{100 * float(metrics['perf/utilisation']):.0f} % of peak")
+        print("  ".join(words), flush=True)
+        self._last = now
 
     @rank_zero_only
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

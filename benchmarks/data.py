@@ -1,0 +1,59 @@
+"""The training stream of a recipe: tokens per second from the shards to the device, against plain memory-map reads."""
+
+import argparse
+import time
+
+import numpy as np
+import torch
+
+from benchmarks.subject import load, report, synchronize
+from trainer.data.shards import TokenFiles
+from trainer.data.stream import TrainStream
+
+
+def main() -> None:
+    """Run, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recipe", default="int5mlp_10l", help="name or path, as for --config")
+    parser.add_argument("--steps", type=int, default=200, help="steps that are timed")
+    options, words = parser.parse_known_args()
+    cli = load(options.recipe, words)
+    data, device = cli.datamodule, cli.trainer.strategy.root_device
+    data.prepare_data()
+    text = data.source.prepared()
+    stream = TrainStream(TokenFiles(text.train), data.batch_tokens, data.sequence_length, options.steps)
+    on_gpu = device.type == "cuda"
+
+    def streamed() -> None:
+        for step in range(options.steps):
+            batch = stream[step]
+            (batch.pin_memory() if on_gpu else batch).to(device, non_blocking=True)
+
+    plain = np.fromfile(text.train[0], dtype=np.uint16, offset=1024)
+
+    def copied() -> None:
+        for step in range(options.steps):
+            start = step * data.batch_tokens % (len(plain) - data.batch_tokens)
+            torch.from_numpy(plain[start : start + data.batch_tokens + 1].astype(np.int32)).to(device)
+
+    def rate(read: object) -> float:
+        assert callable(read)
+        read()
+        synchronize(device)
+        started = time.perf_counter()
+        read()
+        synchronize(device)
+        return options.steps * data.batch_tokens / (time.perf_counter() - started)
+
+    found, bound = rate(streamed), rate(copied)
+    row = {
+        "stream_tokens_per_second": round(found),
+        "array_slices_tokens_per_second": round(bound),
+        "ratio": round(found / bound, 2),
+        "batch_tokens": data.batch_tokens,
+    }
+    report(f"data {options.recipe} {' '.join(words)}".strip(), row, device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""What a token costs in floating-point operations, and what a GPU can do: together, its utilisation."""
+
+import re
+
+import torch
+
+from trainer.model.transformer import TransformerConfig
+
+# Dense bfloat16 (float16 where there is none) with float32 sums, FLOP/s, from the vendor's data sheets.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+
+def forward_flops(config: TransformerConfig, length: int) -> float:
+    """Operations of the forward pass per token; a training step takes three times as many.
+
+    A weight of a matrix costs a multiplication and an addition. Causal attention at position t costs two products with
+    t keys or values, half the sequence on average. Norms and other element-wise work are not counted.
+
+    Args:
+        config: The model.
+        length: Tokens of a sequence.
+    """
+    heads, kv_heads, width = config.heads
+    dim = config.model_dim
+    attention = dim * width * (heads + 2 * kv_heads) + dim * dim
+    mlp = 2 * config.mlp.ratio * dim * dim
+    weights = config.num_layers * (attention + mlp) + config.bigram.dim * dim + config.vocab_size * dim
+    return 2 * weights + config.num_layers * 4 * heads * width * (length + 1) / 2
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The card's peak in FLOP/s, or None if it is not known."""
+    if device.type != "cuda":
+        return None
+    words = re.split("[ -]", torch.cuda.get_device_name(device))
+    return next((peak for key, peak in PEAK_FLOPS.items() if set(key.split()) <= set(words)), None)
