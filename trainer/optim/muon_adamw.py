@@ -17,8 +17,7 @@ from torch.optim.adamw import adamw
 
 from trainer.model.layers import Linear
 from trainer.model.transformer import Transformer
-
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+from trainer.optim.newton_schulz import orthogonalisation_dtype, orthogonalise
 
 
 @dataclass(frozen=True)
@@ -73,30 +72,6 @@ def parameter_groups(model: Transformer, config: OptimizerConfig) -> list[dict[s
     return groups
 
 
-def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
-    """Push the singular values of each matrix towards 1.
-
-    Args:
-        matrices: (N, rows, cols) with rows <= cols, in the precision to compute in.
-        steps: Iterations.
-
-    Returns:
-        (N, rows, cols) of the same type.
-    """
-    a, b, c = NEWTON_SCHULZ
-    x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x
-
-
-def orthogonalisation_dtype(parameter: Tensor) -> torch.dtype:
-    """Low precision where the hardware gains from it: bfloat16 on a GPU that has it, else the parameter's own."""
-    low = parameter.is_cuda and parameter.dtype == torch.float32
-    return torch.bfloat16 if low and torch.cuda.is_bf16_supported(including_emulation=False) else parameter.dtype
-
-
 class MuonAdamW(torch.optim.Optimizer):
     """Both halves in one `step`. Learning rates and momentum are set from outside before each."""
 
@@ -149,11 +124,14 @@ class MuonAdamW(torch.optim.Optimizer):
         for index, parameter in enumerate(params):
             rows, cols = parameter.shape
             shapes[min(rows, cols), max(rows, cols)][rows > cols].append(index)  # wide first, then tall
+        dtype = orthogonalisation_dtype(params[0])
+        batches = []
         for wide, tall in shapes.values():
-            dtype = orthogonalisation_dtype(params[(wide + tall)[0]])
             stacks = [torch.stack([updates[index] for index in wide]).to(dtype)] if wide else []
             stacks += [torch.stack([updates[index] for index in tall]).to(dtype).mT] if tall else []
-            batch = newton_schulz(torch.cat(stacks), self.config.newton_schulz_steps)
+            batches.append(torch.cat(stacks))
+        batches = orthogonalise(batches, self.config.newton_schulz_steps)
+        for (wide, tall), batch in zip(shapes.values(), batches, strict=True):
             for indices, part in ((wide, batch[: len(wide)]), (tall, batch[len(wide) :].mT)):
                 if not indices:
                     continue
