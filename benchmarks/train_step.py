@@ -36,7 +36,7 @@ class Stopwatch(pl.Callback):
         self.ready = time.perf_counter()
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        model, length = pl_module.model, pl_module.sequence_length
+        model = pl_module.model
         saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         optimizer, fence = pl_module.configure_optimizers(), StepFence(pl_module.device)
         stream = trainer.train_dataloader.dataset  # type: ignore[union-attr]
@@ -57,9 +57,9 @@ class Stopwatch(pl.Callback):
             tokens = (tokens.pin_memory() if pl_module.device.type == "cuda" else tokens).to(
                 pl_module.device, non_blocking=True
             )
-            slices = pl_module.micro_batches((len(tokens) - 1) // length, length)
+            slices = pl_module.micro_batches(len(tokens))
             with trainer.precision_plugin.forward_context():
-                train_step(pl_module.nll, tokens, length, slices, backward, update)
+                train_step(pl_module.nll, tokens, slices, backward, update)
             fence.record()
         synchronize(pl_module.device)
         self.bare = (time.perf_counter() - started) / self.steps

@@ -17,7 +17,7 @@ def test_accumulated_micro_batches_give_the_loss_and_gradient_of_the_whole(slice
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    tokens = torch.randint(0, 300, (8 * 16 + 1,), dtype=torch.int32)
+    tokens = torch.randint(0, 300, (8, 17), dtype=torch.int32)
     found = []
     for count in (1, slices):
         model.zero_grad()
@@ -27,7 +27,7 @@ def test_accumulated_micro_batches_give_the_loss_and_gradient_of_the_whole(slice
             loss.backward()
             last.append(is_last)
 
-        loss = train_step(model.nll, tokens, 16, count, backward, lambda: None)
+        loss = train_step(model.nll, tokens, count, backward, lambda: None)
         assert last == [False] * (len(last) - 1) + [True]
         found.append((loss, [parameter.grad.clone() for parameter in model.parameters()]))
     (one, gradients), (other, sliced) = found

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from trainer.data.shards import MAX_VOCAB, TokenFiles
 from trainer.data.sources import PreparedText, Shards, Source
-from trainer.data.stream import TrainStream
+from trainer.data.stream import Order, TrainStream
 from trainer.data.tokenizer import ByteTable, load_tokenizer
 from trainer.errors import UserError
 from trainer.evaluation.sliding import WindowScorer
@@ -56,6 +56,8 @@ class TokenData(pl.LightningDataModule):
         source: Source = Shards(),
         batch_tokens: int = 131_072,
         sequence_length: int = 2048,
+        order: Order = "sequential",
+        seed: int = 0,
         vocab_size: int = 1024,
         evaluation: EvaluationConfig = EvaluationConfig(),
     ) -> None:
@@ -65,6 +67,9 @@ class TokenData(pl.LightningDataModule):
             source: Where the text comes from.
             batch_tokens: Tokens of one optimizer step, over all devices.
             sequence_length: Tokens of one training sequence.
+            order: sequential (the reference's): one running stream, shard after shard. shuffled: pieces of a sequence's
+                length from all shards, each once an epoch.
+            seed: Of the shuffled order.
             vocab_size: Pieces the model knows; linked to model.vocab_size.
             evaluation: How validation text is scored; linked to eval.
         """
@@ -72,6 +77,8 @@ class TokenData(pl.LightningDataModule):
         self.source = source
         self.batch_tokens = batch_tokens
         self.sequence_length = sequence_length
+        self.order = order
+        self.seed = seed
         self.vocab_size = vocab_size
         self.evaluation = evaluation
         self.table: ByteTable | None = None
@@ -129,6 +136,8 @@ class TokenData(pl.LightningDataModule):
             steps,
             trainer.global_rank,
             trainer.world_size,
+            self.order,
+            self.seed,
         )
         return DataLoader(
             stream, batch_size=None, sampler=StepSampler(stream, trainer), pin_memory=torch.cuda.is_available()

@@ -93,18 +93,17 @@ class LanguageModel(pl.LightningModule):
         gc.freeze()
         self.fence = StepFence(self.device)
 
-    def micro_batches(self, sequences: int, sequence_length: int) -> int:
+    def micro_batches(self, sequences: int) -> int:
         """Slices that a step of so many sequences is learned in."""
         if self.micro_batch_tokens == "auto":
             return 1
-        size = max(1, self.micro_batch_tokens // sequence_length)
+        size = max(1, self.micro_batch_tokens // self.sequence_length)
         return -(-sequences // size)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Learn from one step's tokens, (local_tokens + 1,)."""
+        """Learn from one step's tokens, (sequences, sequence_length + 1)."""
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
-        length = self.sequence_length
         self.set_rates(optimizer.optimizer)  # type: ignore[arg-type]
         optimizer.zero_grad()
 
@@ -115,9 +114,7 @@ class LanguageModel(pl.LightningModule):
                 with self._no_sync():
                     self.manual_backward(loss)
 
-        loss = train_step(
-            self.nll, batch, length, self.micro_batches((len(batch) - 1) // length, length), backward, optimizer.step
-        )
+        loss = train_step(self.nll, batch, self.micro_batches(len(batch)), backward, optimizer.step)
         self.fence.record()
         # Tensors of the device only: to log a Python number, Lightning copies it there and waits for all queued work.
         self.log_dict({"train/loss": loss, "train/gradient_norm": self.gradient_norm})

@@ -13,7 +13,6 @@ from torch import Tensor
 def train_step(
     loss_fn: Callable[[Tensor, Tensor, int], Tensor],
     tokens: Tensor,
-    sequence_length: int,
     micro_batches: int,
     backward: Callable[[Tensor, bool], None],
     update: Callable[[], object],
@@ -22,8 +21,7 @@ def train_step(
 
     Args:
         loss_fn: Losses of (b, T) inputs and targets from a first position on, as `Transformer.nll`.
-        tokens: (n * T + 1,) running tokens; each is the target of the one before.
-        sequence_length: T.
+        tokens: (n, T + 1); in each row every token is the target of the one before.
         micro_batches: Number of slices the n sequences are learned in, to bound memory.
         backward: Called with the loss of each slice and whether it is the last.
         update: Called once, when all gradients are there.
@@ -31,11 +29,11 @@ def train_step(
     Returns:
         Mean loss, a detached scalar on the device.
     """
-    inputs = tokens[:-1].view(-1, sequence_length).chunk(micro_batches)
-    targets = tokens[1:].view(-1, sequence_length).chunk(micro_batches)
+    inputs, targets = tokens[:, :-1].chunk(micro_batches), tokens[:, 1:].chunk(micro_batches)
+    count = tokens.size(0) * (tokens.size(1) - 1)
     total = torch.zeros((), device=tokens.device)
     for index, (x, y) in enumerate(zip(inputs, targets, strict=True)):
-        loss = loss_fn(x, y, 0).sum() / (tokens.numel() - 1)
+        loss = loss_fn(x, y, 0).sum() / count
         backward(loss, index == len(inputs) - 1)
         total = total + loss.detach()
     update()

@@ -65,18 +65,35 @@ def test_reading_wraps_around_the_concatenation(three_shards, start: int, count:
 @given(world=st.sampled_from([1, 2, 4]), step=st.integers(0, 50))
 def test_the_ranks_of_a_step_make_up_the_next_tokens_of_the_stream(three_shards, world: int, step: int):
     files, row = three_shards
-    parts = [TrainStream(files, 64, 8, 100, rank, world)[step] for rank in range(world)]
-    expected = row[(64 * step + np.arange(65)) % 1000]
-    assert np.array_equal(torch.cat([part[:-1] for part in parts]).numpy(), expected[:-1])
-    for rank, part in enumerate(parts):
-        assert part[-1] == expected[64 // world * (rank + 1)]  # the look-ahead target
+    parts = torch.cat([TrainStream(files, 64, 8, 100, rank, world)[step] for rank in range(world)]).numpy()
+    first = 64 * step + 8 * np.arange(8)[:, None]
+    assert np.array_equal(
+        parts, row[(first + np.arange(9)) % 1000]
+    )  # a row's last target is the next row's first token
+
+
+@settings(deadline=None)
+@given(world=st.sampled_from([1, 2, 4]), seed=st.integers(0, 5), restart=st.integers(0, 40))
+def test_shuffled_pieces_come_once_an_epoch_in_another_order_each_time(three_shards, world, seed, restart):
+    """1,000 tokens hold 124 pieces of 8 with a target each: 8 a step, so an epoch ends inside a step."""
+    files, row = three_shards
+    pieces = {row[8 * place : 8 * place + 9].tobytes() for place in range(124)}
+
+    def read(steps: range) -> list[bytes]:
+        streams = [TrainStream(files, 64, 8, 100, rank, world, "shuffled", seed) for rank in range(world)]
+        return [piece.numpy().astype(np.uint16).tobytes() for n in steps for s in streams for piece in s[n]]
+
+    whole = read(range(31))
+    assert set(whole[:124]) == set(whole[124:]) == pieces
+    assert whole[:124] != whole[124:]
+    assert read(range(restart, 41))[: 8 * max(0, 31 - restart)] == whole[8 * restart :]
 
 
 def test_a_batch_that_does_not_fit_is_refused(three_shards):
     files, _ = three_shards
     with pytest.raises(UserError, match="not a multiple"):
         TrainStream(files, 100, 8, 10)
-    with pytest.raises(UserError, match="more than all training tokens"):
+    with pytest.raises(UserError, match="more than the training tokens give"):
         TrainStream(files, 8000, 8, 10)
 
 

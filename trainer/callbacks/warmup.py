@@ -53,7 +53,7 @@ class CompileWarmup(pl.Callback):
         pl_module.model.load_state_dict(saved)
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize()
-        size = (len(tokens) - 1) // slices
+        size = len(tokens) // slices * pl_module.sequence_length
         rank_zero_info(
             f"compiled and warmed up in {time.monotonic() - started:.1f} s (outside the training clock); "
             f"{slices} micro-batch{'es' if slices > 1 else ''} of {size:,} tokens"
@@ -62,10 +62,10 @@ class CompileWarmup(pl.Callback):
     def _train(self, trainer: pl.Trainer, module: LanguageModel, tokens: Tensor) -> int:
         """Make the steps with as few slices as memory allows; returns their number."""
         length = module.sequence_length
-        sequences = (len(tokens) - 1) // length
+        sequences = len(tokens)
         if module.micro_batch_tokens != "auto":
-            self._steps(module, tokens, module.micro_batches(sequences, length))
-            return module.micro_batches(sequences, length)
+            self._steps(module, tokens, module.micro_batches(sequences))
+            return module.micro_batches(sequences)
         for slices in (count for count in range(1, sequences + 1) if sequences % count == 0):
             try:
                 self._steps(module, tokens, slices)
@@ -94,7 +94,7 @@ class CompileWarmup(pl.Callback):
             optimizer.zero_grad()
 
         for _ in range(self.steps):
-            train_step(module.nll, tokens, module.sequence_length, slices, backward, update)
+            train_step(module.nll, tokens, slices, backward, update)
 
 
 def _on_all_ranks(fits: bool, device: torch.device) -> bool:
