@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trainer.data.shards import write_shard
-from trainer.data.tokenizer import encode_documents, load_tokenizer, train_tokenizer
+from trainer.data.tokenizer import BOS, load_tokenizer, train_tokenizer
 from trainer.model.attention import AttentionConfig
 from trainer.model.embedding import BigramConfig
 from trainer.model.transformer import TransformerConfig
@@ -58,6 +58,6 @@ def shard_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = load_tokenizer(folder / "tokenizer.model")
     splits = {"train_000000": train[:200], "train_000001": train[200:], "val_000000": make_documents(40, 1)}
     for name, documents in splits.items():
-        tokens = np.concatenate(list(encode_documents(tokenizer, documents, 1)))
-        write_shard(folder / f"words_{name}.bin", tokens)
+        tokens = [token for ids in tokenizer.encode(documents) for token in (BOS, *ids)]
+        write_shard(folder / f"words_{name}.bin", np.array(tokens, dtype=np.uint16))
     return folder

@@ -1,6 +1,7 @@
 """The command `trainer`: dispatch and exit codes."""
 
 import sys
+from importlib import import_module
 
 from trainer import __version__
 from trainer.errors import UserError
@@ -10,6 +11,8 @@ HELP = """usage: trainer COMMAND [options]      (trainer COMMAND --help lists th
   fit        train, export, load back and score:  trainer fit --config int5mlp_10l
   validate   score a checkpoint or an artifact:   trainer validate --ckpt runs/quickstart/1/artifact.zst
   export     make the artifact again:             trainer export --ckpt runs/quickstart/1/checkpoints/last.ckpt
+  prepare    make or check the token shards:      trainer prepare --config quickstart --verify
+  inspect    show what lies in a shard folder:    trainer inspect data/python-documentation
 
 exit codes: 0 done, 1 cannot be done (one line says why), 2 bad options, 130 interrupted, 143 terminated
 """
@@ -28,12 +31,13 @@ def main(argv: list[str] | None = None) -> int:
             from trainer import cli  # noqa: PLC0415 - Lightning takes seconds to import
 
             cli.run(command, rest)
-        elif command == "export":
-            from trainer.commands import export  # noqa: PLC0415
-
-            export.run(rest)
+        elif command in ("export", "prepare", "inspect"):
+            import_module(f"trainer.commands.{command}").run(rest)
         else:
-            print(f"trainer: there is no command {command!r}; use fit, validate or export", file=sys.stderr)
+            print(
+                f"trainer: there is no command {command!r}; use fit, validate, export, prepare or inspect",
+                file=sys.stderr,
+            )
             return 2
     except UserError as error:
         print(f"trainer: {error}", file=sys.stderr)

@@ -115,13 +115,24 @@ def test_control_pieces_cost_nothing_and_byte_pieces_one(shard_folder: Path):
     assert int(table.count(torch.tensor([5]), torch.tensor([byte]))) == 1
 
 
+@settings(deadline=None)
+@given(tokens=st.lists(st.integers(0, 299), min_size=1, max_size=50), piece=st.integers(1, 60))
+def test_the_bytes_of_a_row_are_the_sum_of_its_targets(shard_folder: Path, tokens: list[int], piece: int):
+    table = ByteTable.from_tokenizer(load_tokenizer(shard_folder / "tokenizer.model"))
+    ids = torch.tensor(tokens)
+    expected = int(table.count(ids[:-1], ids[1:]).sum())
+    assert table.total(np.array(tokens, dtype=np.uint16), piece) == expected
+
+
 def test_local_text_keeps_documents_in_order_with_bos_and_is_made_once(tmp_path: Path, shard_folder: Path):
     documents = ["the model reads", "12 cats", "another token"]
     lines = "".join(json.dumps({"text": text}) + "\n" for text in documents)
     (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
     (tmp_path / "v.txt").write_text("warm stones")
     model = str(shard_folder / "tokenizer.model")
-    source = LocalText([str(tmp_path / "a.jsonl.zst")], [str(tmp_path / "v.txt")], str(tmp_path / "out"), model)
+    source = LocalText(
+        [str(tmp_path / "a.jsonl.zst")], str(tmp_path / "out"), [str(tmp_path / "v.txt")], tokenizer=model
+    )
     source.prepare()
     text = source.prepared()
     tokens = open_shard(text.train[0])
@@ -136,7 +147,7 @@ def test_local_text_keeps_documents_in_order_with_bos_and_is_made_once(tmp_path:
 def test_a_folder_with_foreign_shards_is_never_cleared(tmp_path: Path):
     write_shard(tmp_path / "x_train_000000.bin", np.array([1, 2], dtype=np.uint16))
     (tmp_path / "a.txt").write_text("some text")
-    source = LocalText([str(tmp_path / "a.txt")], [str(tmp_path / "a.txt")], str(tmp_path), vocab_size=300)
+    source = LocalText([str(tmp_path / "a.txt")], str(tmp_path), [str(tmp_path / "a.txt")], vocab_size=300)
     with pytest.raises(UserError, match="not made here"):
         source.prepare()
     assert (tmp_path / "x_train_000000.bin").exists()
@@ -170,4 +181,4 @@ def test_missing_data_is_named(tmp_path: Path):
     with pytest.raises(UserError, match=r"no shard named \*_train_"):
         Shards(str(tmp_path)).prepared()
     with pytest.raises(UserError, match="no such text file"):
-        LocalText([str(tmp_path / "none.txt")], [], str(tmp_path / "o")).prepare()
+        LocalText([str(tmp_path / "none.txt")], str(tmp_path / "o")).prepare()

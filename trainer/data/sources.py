@@ -2,9 +2,7 @@
 
 import ast
 import hashlib
-import io
 import itertools
-import json
 import os
 import sysconfig
 from abc import ABC, abstractmethod
@@ -15,18 +13,15 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np
-import zstandard
-
-from trainer.data.shards import write_shard
-from trainer.data.tokenizer import encode_documents, load_tokenizer, train_tokenizer
+from trainer.data.documents import TextFiles, find_files
+from trainer.data.tokenise import SHARD_TOKENS, clear, finished, is_prepared, split_of, tokenise
+from trainer.data.tokenizer import load_tokenizer, train_tokenizer
 from trainer.errors import UserError
 from trainer.files import atomic_write, sha256_of
 
 TRAIN_PATTERN = "*_train_*.bin"
 VAL_PATTERN = "*_val_*.bin"
-RECORD = "source.json"
-STARTED = "source.started"
+SAMPLE_BYTES = 50_000_000  # of training text, for a tokenizer
 
 
 @dataclass(frozen=True)
@@ -91,58 +86,91 @@ class Shards(Source):
 
 
 class LocalText(Source):
-    """Your own text: JSON lines with a `text` field (`.jsonl`, `.jsonl.zst`) or plain `.txt`, one shard a file."""
+    """Your own text: `.txt` (a document a file), `.jsonl` (a `text` field a line), `.parquet` (a `text` column).
+
+    Each also compressed as `.gz`, `.zst` or `.xz`.
+    """
 
     def __init__(
         self,
         train_files: list[str],
-        val_files: list[str],
         folder: str,
+        val_files: list[str] | None = None,
+        val_every: int = 100,
         tokenizer: str | None = None,
         vocab_size: int = 1024,
+        shard_tokens: int = SHARD_TOKENS,
     ) -> None:
         """Tokenise files into a folder of shards.
 
         Args:
-            train_files: Training files, in reading order.
-            val_files: Validation files.
-            folder: Where the shards go; made anew when the files or the tokenizer change.
-            tokenizer: SentencePiece model; default: one is trained on the training files.
+            train_files: Files, folders and patterns, in reading order.
+            folder: Where the shards go; made anew when the files or these settings change.
+            val_files: The same for validation; training documents that are among them are left out. Default: a split of
+                the training files.
+            val_every: Without val_files, about one document in this many is for validation, chosen by its sha256.
+            tokenizer: SentencePiece model; default: one is trained on the first 50 MB of training documents, an equal
+                part of each file.
             vocab_size: Pieces of a tokenizer trained here.
+            shard_tokens: Longest shard.
         """
-        self.files = {"train": [Path(name) for name in train_files], "val": [Path(name) for name in val_files]}
+        if val_every < 2:
+            raise ValueError(f"data.source.val_every must be at least 2, not {val_every}")
+        self.train_files = train_files
+        self.val_files = val_files
+        self.val_every = val_every
         self.folder = Path(folder)
         self.given_tokenizer = Path(tokenizer) if tokenizer else None
         self.vocab_size = vocab_size
+        self.shard_tokens = shard_tokens
 
     def prepare(self) -> None:
-        """Tokenise every file, unless the folder records that this was done."""
-        for path in itertools.chain(*self.files.values()):
-            if not path.is_file():
-                raise UserError(f"{path}: there is no such text file; check data.source")
+        """Tokenise every file, unless the manifest says that this was done."""
+        train = find_files(self.train_files)
+        val = find_files(self.val_files or [])
         record: dict[str, object] = {
-            "source": "LocalText",
-            "files": {
-                split: [[str(path), path.stat().st_size] for path in paths] for split, paths in self.files.items()
-            },
+            "class": "LocalText",
+            "train_files": [[str(path), path.stat().st_size] for path in train],
+            "val_files": [[str(path), path.stat().st_size] for path in val],
+            "val_every": self.val_every,
             "tokenizer": sha256_of(self.given_tokenizer) if self.given_tokenizer else self.vocab_size,
+            "shard_tokens": self.shard_tokens,
         }
-        if _is_recorded(self.folder, record):
+        if is_prepared(self.folder, record):
             return
-        _clear(self.folder)
-        print(f"tokenising {sum(map(len, self.files.values()))} files into {self.folder}", flush=True)
+        clear(self.folder)
         model = self.folder / "tokenizer.model"
         if self.given_tokenizer:
             load_tokenizer(self.given_tokenizer)
             with atomic_write(model) as file:
                 file.write(self.given_tokenizer.read_bytes())
         else:
-            documents = itertools.chain.from_iterable(map(read_documents, self.files["train"]))
-            train_tokenizer(_sentences(documents), self.vocab_size, model, os.cpu_count() or 1)
-        for split, paths in self.files.items():
-            for index, path in enumerate(paths):
-                _write_documents(read_documents(path), model, self.folder / f"text_{split}_{index:06d}.bin")
-        _write_record(self.folder, record)
+            print(f"training a tokenizer of {self.vocab_size:,} pieces", flush=True)
+            sample = itertools.chain.from_iterable(_beginning(path, SAMPLE_BYTES // len(train)) for path in train)
+            train_tokenizer(_sentences(sample), self.vocab_size, model, os.cpu_count() or 1)
+        files = TextFiles([*val, *train])
+        print(
+            f"tokenising {len(files.paths):,} files ({sum(files.sizes) / 1e6:,.1f} MB) into {self.folder}", flush=True
+        )
+        splits = self._split(files, len(val)) if val else ((split_of(text, self.val_every), text) for text in files)
+        tokenise(splits, model, self.folder, record, lambda: files.fraction, self.shard_tokens)
+        finished(self.folder)
+
+    def _split(self, files: TextFiles, val_count: int) -> Iterator[tuple[str, str]]:
+        """Validation files first; of the rest, documents that are not among them."""
+        known: set[bytes] = set()
+        left_out = 0
+        for text in files:
+            key = hashlib.sha256(text.encode()).digest()
+            if files.index < val_count:
+                known.add(key)
+                yield "val", text
+            elif key in known:
+                left_out += 1
+            else:
+                yield "train", text
+        if left_out:
+            print(f"left out {left_out:,} training documents that are in the validation files", flush=True)
 
     def prepared(self) -> PreparedText:
         """The shards of the folder."""
@@ -182,30 +210,28 @@ class PythonDocumentation(Source):
     def prepare(self) -> None:
         """Collect, train the tokenizer, tokenise; unless the folder records that this was done."""
         record: dict[str, object] = {
-            "source": "PythonDocumentation, by stretches",
+            "class": "PythonDocumentation",
             "vocab_size": self.vocab_size,
             "max_bytes": self.max_bytes,
             "val_every": self.val_every,
             "roots": [str(root) for root in self.roots],
         }
-        if _is_recorded(self.folder, record):
+        if is_prepared(self.folder, record):
             return
-        _clear(self.folder)
+        clear(self.folder)
         print(f"collecting Python's own documentation into {self.folder}", flush=True)
-        splits: dict[str, list[str]] = {"train": [], "val": []}
-        for document in itertools.chain.from_iterable(map(_stretches, self._modules())):
-            splits["val" if _text_hash(document) % self.val_every == 0 else "train"].append(document)
-        for split, documents in splits.items():
-            if not documents:
-                places = ", ".join(map(str, self.roots))
-                raise UserError(f"{places}: too few docstrings found for the {split} split; use another data.source")
-            # Neighbours in one module are alike: a small batch of them would be many times the same lesson.
-            documents.sort(key=_text_hash)
+        documents = list(itertools.chain.from_iterable(map(_stretches, self._modules())))
+        # Neighbours in one module are alike: a small batch of them would be many times the same lesson.
+        documents.sort(key=_text_hash)
+        splits = [(split_of(text, self.val_every), text) for text in documents]
+        train = [text for split, text in splits if split == "train"]
+        if not train or len(train) == len(splits):
+            places = ", ".join(map(str, self.roots))
+            raise UserError(f"{places}: too few docstrings found for two splits; use another data.source")
         model = self.folder / "tokenizer.model"
-        train_tokenizer(_sentences(splits["train"]), self.vocab_size, model, os.cpu_count() or 1)
-        for split, documents in splits.items():
-            _write_documents(documents, model, self.folder / f"pydoc_{split}_000000.bin")
-        _write_record(self.folder, record)
+        train_tokenizer(_sentences(train), self.vocab_size, model, os.cpu_count() or 1)
+        tokenise(splits, model, self.folder, record)
+        finished(self.folder)
 
     def prepared(self) -> PreparedText:
         """The shards of the folder."""
@@ -276,26 +302,14 @@ def _is_clean(text: str) -> bool:
     return not any((ord(letter) < 32 and letter not in "\n\t") or 0xD800 <= ord(letter) <= 0xDFFF for letter in text)
 
 
-def read_documents(path: Path) -> Iterator[str]:
-    """Documents of a `.jsonl`, `.jsonl.zst` or `.txt` file.
-
-    Raises:
-        UserError: If the file is of another kind or a line is not a JSON object with a `text`.
-    """
-    kind = "".join(path.suffixes[-2:]) if path.suffix == ".zst" else path.suffix
-    if kind == ".txt":
-        yield path.read_text(encoding="utf-8")
-        return
-    if kind not in (".jsonl", ".jsonl.zst"):
-        raise UserError(f"{path}: only .txt, .jsonl and .jsonl.zst are read")
-    with path.open("rb") as file:
-        raw = zstandard.ZstdDecompressor().stream_reader(file) if kind == ".jsonl.zst" else file
-        for number, line in enumerate(io.TextIOWrapper(raw, encoding="utf-8"), start=1):
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{path}: line {number} is not a JSON object with a `text` field") from error
-            yield text
+def _beginning(path: Path, size: int) -> Iterator[str]:
+    """Documents of a file up to so many bytes, at least one."""
+    total = 0
+    for text in TextFiles([path]):
+        yield text
+        total += len(text.encode())
+        if total >= size:
+            return
 
 
 def _sentences(documents: Iterable[str], longest: int = 2000) -> Iterator[str]:
@@ -304,38 +318,3 @@ def _sentences(documents: Iterable[str], longest: int = 2000) -> Iterator[str]:
         for line in document.splitlines():
             for start in range(0, len(line), longest):
                 yield line[start : start + longest]
-
-
-def _write_documents(documents: Iterable[str], model: Path, path: Path) -> None:
-    tokenizer = load_tokenizer(model)
-    tokens = list(encode_documents(tokenizer, documents, os.cpu_count() or 1))
-    write_shard(path, np.concatenate(tokens) if tokens else np.zeros(0, np.uint16))
-
-
-def _is_recorded(folder: Path, record: dict[str, object]) -> bool:
-    try:
-        return bool(json.loads((folder / RECORD).read_text()) == record)
-    except (OSError, ValueError):
-        return False
-
-
-def _clear(folder: Path) -> None:
-    """Take away what an earlier preparation made, its record first, so that a half-made folder is never believed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / RECORD).exists() and list_any_shard(folder) and not (folder / STARTED).exists():
-        raise UserError(f"{folder}: holds shards that were not made here; choose another data.source.folder")
-    (folder / STARTED).touch()
-    (folder / RECORD).unlink(missing_ok=True)
-    for path in list_any_shard(folder):
-        path.unlink()
-
-
-def _write_record(folder: Path, record: dict[str, object]) -> None:
-    with atomic_write(folder / RECORD) as file:
-        file.write(json.dumps(record, indent=1).encode())
-    (folder / STARTED).unlink(missing_ok=True)
-
-
-def list_any_shard(folder: Path) -> list[Path]:
-    """Every file that looks like a shard."""
-    return [*folder.glob(TRAIN_PATTERN), *folder.glob(VAL_PATTERN)]

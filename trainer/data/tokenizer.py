@@ -1,6 +1,6 @@
 """The SentencePiece tokenizer and the price of each of its pieces in UTF-8 bytes."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,35 +69,6 @@ def train_tokenizer(sentences: Iterator[str], vocab_size: int, path: str | Path,
         raise UserError(f"a tokenizer of {vocab_size:,} pieces cannot be trained on this text: {reason}") from error
 
 
-def encode_documents(
-    tokenizer: sentencepiece.SentencePieceProcessor, documents: Iterable[str], num_threads: int, chunk: int = 512
-) -> Iterator[np.ndarray[tuple[int], np.dtype[np.uint16]]]:
-    """Tokens of each document, BOS first, no EOS.
-
-    Args:
-        tokenizer: At most 65,536 pieces.
-        documents: Texts.
-        num_threads: Threads for SentencePiece.
-        chunk: Documents handed to it at once.
-
-    Yields:
-        (n,) uint16 of one document.
-    """
-
-    def encode(texts: list[str]) -> Iterator[np.ndarray[tuple[int], np.dtype[np.uint16]]]:
-        for ids in tokenizer.encode(texts, num_threads=num_threads):
-            yield np.array([BOS, *ids], dtype=np.uint16)
-
-    waiting: list[str] = []
-    for document in documents:
-        waiting.append(document)
-        if len(waiting) == chunk:
-            yield from encode(waiting)
-            waiting = []
-    if waiting:
-        yield from encode(waiting)
-
-
 @dataclass(frozen=True)
 class ByteTable:
     """What every piece costs in UTF-8 bytes of the text it stands for.
@@ -137,6 +108,23 @@ class ByteTable:
     def to(self, device: torch.device | str) -> "ByteTable":
         """The same table on another device."""
         return ByteTable(self.text_bytes.to(device), self.leading_space.to(device), self.boundary.to(device))
+
+    def total(self, tokens: np.ndarray[tuple[int], np.dtype[np.uint16]], piece: int = 1_000_000) -> int:
+        """Bytes of all targets of a row of tokens, its first token not among them; `count` without a device.
+
+        Args:
+            tokens: (n,) uint16.
+            piece: Tokens looked at together, to bound memory.
+        """
+        text_bytes, leading = self.text_bytes.numpy(), self.leading_space.numpy()
+        inside = ~self.boundary.numpy()
+        found = 0
+        for start in range(1, len(tokens), piece):
+            targets = tokens[start : start + piece]
+            previous = tokens[start - 1 : start - 1 + len(targets)]
+            found += int(np.bincount(targets, minlength=len(text_bytes)) @ text_bytes)
+            found += int(np.count_nonzero(leading.take(targets) & inside.take(previous)))
+        return found
 
     def count(self, previous: Tensor, targets: Tensor) -> Tensor:
         """Bytes of each target, given the token before it.

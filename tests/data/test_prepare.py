@@ -1,0 +1,221 @@
+"""From text files to verified shards: every kind of file, both ways to split, and every way they can be wrong."""
+
+import gzip
+import json
+import lzma
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from tests.conftest import make_documents
+from trainer.__main__ import main
+from trainer.data.documents import TextFiles, find_files
+from trainer.data.manifest import Manifest, documents_of, verify
+from trainer.data.shards import TokenFiles, open_shard
+from trainer.data.sources import LocalText
+from trainer.data.tokenise import split_of
+from trainer.data.tokenizer import load_tokenizer
+from trainer.errors import UserError
+
+TEXTS = ["the model reads", "12 cats: 猫 and 🙂", "another\ttoken  with   spaces"]
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
+
+
+def jsonl(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+def parquet(texts: list[str]) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"text": texts, "id": list(range(len(texts)))}), sink)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+@pytest.mark.parametrize(
+    ("kind", "content", "expected"),
+    [(".txt", TEXTS[1].encode(), TEXTS[1:2]), (".jsonl", jsonl(TEXTS), TEXTS), (".parquet", parquet(TEXTS), TEXTS)],
+)
+def test_every_kind_of_file_gives_its_documents(tmp_path: Path, kind, content, expected, compression):
+    path = tmp_path / f"a{kind}{compression}"
+    path.write_bytes(COMPRESS[compression](content))
+    files = TextFiles([path])
+    assert list(files) == expected
+    assert files.fraction == 1.0
+
+
+def test_names_are_files_folders_and_patterns_in_their_order(tmp_path: Path):
+    for name in ("b/2.txt", "b/1.jsonl.gz", "b/c/3.txt", "a.txt", "b/notes.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    found = find_files([str(tmp_path / "b"), str(tmp_path / "*.txt")])
+    assert [str(path.relative_to(tmp_path)) for path in found] == ["b/1.jsonl.gz", "b/2.txt", "b/c/3.txt", "a.txt"]
+    for name, message in (("none.txt", "no such text file"), ("*.jsonl", "no such text file"), ("b/notes.md", "only")):
+        with pytest.raises(UserError, match=message):
+            find_files([str(tmp_path / name)])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "holds no document"),
+        ("a.jsonl", b"", "holds no document"),
+        ("a.txt", b"caf\xe9", "not UTF-8 at byte 3"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "line 2 is not UTF-8"),
+        ("a.jsonl", b'{"text": "a"}\n{"body": "b"}\n', "line 2 is not a JSON object with a `text`"),
+        ("a.jsonl", b'{"text": 3}\n', "line 1 is no string"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "lone surrogate"),
+        ("a.jsonl.gz", gzip.compress(jsonl(TEXTS * 50))[:-20], "cut or damaged"),
+        ("a.jsonl.xz", lzma.compress(jsonl(TEXTS * 50))[:-20], "cut or damaged"),
+        ("a.jsonl.zst", b"no zstd at all", "cut or damaged"),
+        ("a.parquet", b"no parquet at all", "is no parquet file"),
+    ],
+)
+def test_a_bad_file_is_named_with_what_is_wrong(tmp_path: Path, name: str, content: bytes, message: str):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        list(TextFiles([tmp_path / name]))
+    assert name in str(caught.value)
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, shard_folder: Path) -> tuple[Path, list[str]]:
+    texts = make_documents(120, 7)
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts[:70]))
+    (tmp_path / "b.jsonl.zst").write_bytes(zstandard.compress(jsonl(texts[70:])))
+    words = [f"--data.source.train_files=[{tmp_path}/a.jsonl,{tmp_path}/b.jsonl.zst]"]
+    words += [f"--data.source.folder={tmp_path}/out", f"--data.source.tokenizer={shard_folder}/tokenizer.model"]
+    words += ["--data.source.val_every=5", "--data.source.shard_tokens=1500"]
+    assert main(["prepare", "--data.source=LocalText", *words, "--verify"]) == 0
+    return tmp_path / "out", texts
+
+
+def test_prepared_shards_hold_every_document_once_in_its_split(prepared):
+    folder, texts = prepared
+    manifest = verify(folder)
+    tokenizer = load_tokenizer(folder / "tokenizer.model")
+    for split in ("train", "val"):
+        expected = [text for text in texts if split_of(text, 5) == split]
+        shards = manifest.of(split)
+        found = [
+            tokenizer.decode(document.tolist())
+            for s in shards
+            for document in documents_of(open_shard(folder / s.file))
+        ]
+        assert found == expected
+        assert sum(shard.documents for shard in shards) == len(expected)
+        assert sum(shard.bytes for shard in shards) == sum(len(text.encode()) for text in expected)
+        assert all(shard.tokens <= 1500 for shard in shards)
+    assert len(manifest.of("train")) > 1
+
+
+def test_three_shards_two_ranks_and_a_restart_give_the_plain_concatenation(prepared):
+    from trainer.data.stream import TrainStream
+
+    folder, _ = prepared
+    paths = [folder / shard.file for shard in Manifest.read(folder).of("train")]
+    assert len(paths) >= 3
+    row = np.concatenate([open_shard(path) for path in paths])
+    seen = []
+    for steps in (range(4), range(4, 9)):  # killed after four steps; new streams
+        streams = [TrainStream(TokenFiles(paths), 256, 32, 9, rank, 2) for rank in range(2)]
+        seen += [stream[step][:, :-1].flatten().numpy() for step in steps for stream in streams]
+    assert np.array_equal(np.concatenate(seen), row[np.arange(9 * 256) % len(row)])
+
+
+def test_preparing_again_does_nothing_until_a_setting_changes(prepared, tmp_path: Path, shard_folder: Path):
+    folder, _ = prepared
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    source = LocalText(
+        [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl.zst")],
+        str(folder),
+        val_every=5,
+        tokenizer=str(shard_folder / "tokenizer.model"),
+        shard_tokens=1500,
+    )
+    source.prepare()
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    source.val_every = 4
+    source.prepare()
+    assert verify(folder).source["val_every"] == 4
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_verify_finds_any_changed_byte(prepared, split: str):
+    folder, _ = prepared
+    path = folder / Manifest.read(folder).of(split)[0].file
+    whole = path.read_bytes()
+    for position in (*range(0, 12, 3), 500, 1024, 1025, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x41]) + whole[position + 1 :])
+        with pytest.raises(UserError, match=path.name):
+            verify(folder)
+    path.write_bytes(whole[:-2])
+    with pytest.raises(UserError, match="cut or damaged"):
+        verify(folder)
+
+
+def test_training_documents_of_the_validation_files_are_left_out(tmp_path: Path, shard_folder: Path, capsys):
+    texts = make_documents(30, 3)
+    (tmp_path / "t.jsonl").write_bytes(jsonl(texts))
+    (tmp_path / "v.jsonl").write_bytes(jsonl(texts[10:12] + make_documents(5, 4)))
+    model = str(shard_folder / "tokenizer.model")
+    LocalText([str(tmp_path / "t.jsonl")], str(tmp_path / "o"), [str(tmp_path / "v.jsonl")], tokenizer=model).prepare()
+    assert "left out 2 training documents" in capsys.readouterr().out
+    manifest = verify(tmp_path / "o")
+    assert [sum(s.documents for s in manifest.of(split)) for split in ("train", "val")] == [28, 7]
+
+
+def test_a_document_longer_than_a_shard_is_refused(tmp_path: Path, shard_folder: Path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["word " * 300, "b"]))
+    model = str(shard_folder / "tokenizer.model")
+    with pytest.raises(UserError, match="longer than a shard"):
+        LocalText([str(tmp_path / "a.jsonl")], str(tmp_path / "o"), tokenizer=model, shard_tokens=100).prepare()
+    assert not (tmp_path / "o/manifest.json").exists()
+
+
+def test_a_killed_preparation_leaves_no_manifest_and_the_next_one_is_whole(tmp_path: Path, shard_folder: Path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(make_documents(200, 5)))
+    source = (
+        f"LocalText(['{tmp_path}/a.jsonl'], '{tmp_path}/o', tokenizer='{shard_folder}/tokenizer.model', "
+        "val_every=3, shard_tokens=1500)"
+    )
+    script = (
+        "import os, trainer.data.tokenise as t\n"
+        "from trainer.data.sources import LocalText\n"
+        "old = t.sha256_of\n"
+        "def die(path):\n"
+        "    if '000001' in str(path): os.kill(os.getpid(), 9)\n"
+        "    return old(path)\n"
+        "t.sha256_of = die\n"
+        f"{source}.prepare()\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert killed.returncode == -9
+    assert list((tmp_path / "o").glob("*.bin"))
+    assert not (tmp_path / "o/manifest.json").exists()
+    LocalText(
+        [f"{tmp_path}/a.jsonl"],
+        f"{tmp_path}/o",
+        tokenizer=f"{shard_folder}/tokenizer.model",
+        val_every=3,
+        shard_tokens=1500,
+    ).prepare()
+    assert sum(shard.documents for shard in verify(tmp_path / "o").shards) == 200
+
+
+def test_inspect_shows_shards_documents_and_lengths(prepared, capsys):
+    folder, texts = prepared
+    capsys.readouterr()
+    assert main(["inspect", str(folder), "--documents", "1"]) == 0
+    shown = capsys.readouterr().out
+    first = next(text for text in texts if split_of(text, 5) == "train")
+    assert first[:60] in shown
+    assert "bytes per token" in shown
+    assert "tokens a document" in shown
+    assert main(["inspect", str(folder / "none")]) == 1

@@ -1,0 +1,60 @@
+"""`trainer inspect`: what lies in a folder of shards."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from jsonargparse import ArgumentParser
+
+from trainer.data.manifest import documents_of
+from trainer.data.shards import open_shard
+from trainer.data.sources import list_shards
+from trainer.data.tokenizer import BOS, ByteTable, load_tokenizer
+
+BAR = 40
+
+
+def run(words: list[str]) -> None:
+    """Run with the words after the command.
+
+    Raises:
+        UserError: If the folder holds no shards or no tokenizer.
+    """
+    parser = ArgumentParser(prog="trainer inspect", description="Show what lies in a folder of token shards.")
+    parser.add_argument("folder", type=str, help="Folder with *_train_*.bin and *_val_*.bin.")
+    parser.add_argument("--tokenizer", type=str | None, help="SentencePiece model; default: tokenizer.model beside.")
+    parser.add_argument("--documents", type=int, default=3, help="Documents to show.")
+    options = parser.parse_args(words)
+    folder = Path(options.folder)
+    text = list_shards(folder, Path(options.tokenizer) if options.tokenizer else folder / "tokenizer.model")
+    tokenizer = load_tokenizer(text.tokenizer)
+    table = ByteTable.from_tokenizer(tokenizer)
+    lengths: list[np.ndarray] = []
+    for split, paths in (("train", text.train), ("val", text.val)):
+        for path in paths:
+            tokens = open_shard(path)
+            starts = np.flatnonzero(tokens == BOS)
+            lengths.append(np.diff(starts, append=len(tokens)))
+            sample = torch.from_numpy(tokens[:1_000_000].astype(np.int32))
+            rate = int(table.count(sample[:-1], sample[1:]).sum()) / len(sample)
+            print(
+                f"{split:<5} {path.name}  {len(tokens):,} tokens  {len(starts):,} documents  "
+                f"{rate:.2f} bytes per token (first million)"
+            )
+    print_histogram(np.concatenate(lengths))
+    for index, document in zip(range(options.documents), documents_of(open_shard(text.train[0])), strict=False):
+        shown = tokenizer.decode(document[:200].tolist())
+        print(f"\ndocument {index + 1}, {len(document):,} tokens: {shown[:500]}{' ...' if len(shown) > 500 else ''}")
+
+
+def print_histogram(lengths: np.ndarray) -> None:
+    """Documents by length, in powers of two."""
+    if not len(lengths):
+        print("no document starts here: the shards hold no BOS")
+        return
+    print("\ntokens a document")
+    classes = np.floor(np.log2(np.maximum(lengths, 1))).astype(int)
+    counts = np.bincount(classes)
+    for power in range(int(classes.min()), len(counts)):
+        bar = "#" * round(BAR * counts[power] / counts.max())
+        print(f"  {2**power:>9,} to {2 ** (power + 1) - 1:>9,}  {counts[power]:>9,}  {bar}")

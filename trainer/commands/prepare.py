@@ -1,0 +1,70 @@
+"""`trainer prepare`: make the shards of a recipe's source, or check them."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from trainer.data import manifest
+from trainer.data.sources import Source
+from trainer.errors import UserError
+from trainer.recipes import find_recipe
+
+
+def run(words: list[str]) -> None:
+    """Run with the words after the command.
+
+    Raises:
+        UserError: If the recipe or its text cannot be used, or the check finds a difference.
+    """
+    parser = ArgumentParser(prog="trainer prepare", description="Make the token shards of a recipe's source.")
+    parser.add_argument("--config", default="quickstart", help="Recipe, by name or path.")
+    parser.add_argument("--verify", action="store_true", help="Read every shard again and compare with the manifest.")
+    parser.add_subclass_arguments(Source, "data.source", required=True)
+    recipe = find_recipe(parser_value(words, "--config") or "quickstart")
+    parser.set_defaults({"data.source": (yaml.safe_load(recipe.read_text()) or {}).get("data", {}).get("source")})
+    config = parser.parse_args(words)
+    try:
+        source: Source = parser.instantiate(config).data.source
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    started = time.monotonic()
+    source.prepare()
+    text = source.prepared()
+    folder = text.train[0].parent
+    if config.verify:
+        found = manifest.verify(folder)
+        print(f"verified {len(found.shards)} shards in {time.monotonic() - started:.1f} s")
+    print_manifest(folder)
+
+
+def parser_value(words: list[str], name: str) -> str | None:
+    """The last value of an option, read before the parser is complete."""
+    value = None
+    for word, following in zip(words, [*words[1:], None], strict=True):
+        if word == name:
+            value = following
+        elif word.startswith(f"{name}="):
+            value = word.partition("=")[2]
+    return value
+
+
+def print_manifest(folder: Path) -> None:
+    """One line a split."""
+    found = manifest.Manifest.read(folder)
+    if found is None:
+        print(f"{folder}: shards made elsewhere (no {manifest.NAME})")
+        return
+    for split in ("train", "val"):
+        shards = found.of(split)
+        total: dict[str, Any] = {
+            name: sum(getattr(shard, name) for shard in shards)
+            for name in ("documents", "tokens", "bytes", "text_bytes")
+        }
+        print(
+            f"{split:<5} {len(shards)} shards  {total['documents']:,} documents  {total['tokens']:,} tokens  "
+            f"{total['bytes']:,} bytes ({total['text_bytes']:,} before normalisation)"
+        )
+    print(f"in {folder}")

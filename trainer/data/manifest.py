@@ -1,0 +1,134 @@
+"""What lies in a folder of shards: `manifest.json`, written last, so that a half-made folder has none."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.data.shards import TokenArray, open_shard
+from trainer.data.tokenizer import BOS, load_tokenizer
+from trainer.errors import UserError
+from trainer.files import atomic_write, sha256_of
+
+NAME = "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """One shard.
+
+    Attributes:
+        file: Its name in the folder.
+        split: train or val.
+        documents: Documents in it, each after a BOS.
+        tokens: Tokens in it, BOS included.
+        bytes: UTF-8 bytes of the text the tokens stand for, which bits per byte are counted by.
+        text_bytes: UTF-8 bytes of the text before the tokenizer's normalisation.
+        sha256: Of the file.
+    """
+
+    file: str
+    split: str
+    documents: int
+    tokens: int
+    bytes: int
+    text_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A folder of shards.
+
+    Attributes:
+        source: Class and settings of the source, in plain values.
+        tokenizer_sha256: Of `tokenizer.model` beside the shards.
+        shards: In reading order.
+        versions: Of the libraries that made it.
+    """
+
+    source: dict[str, Any]
+    tokenizer_sha256: str
+    shards: list[ShardRecord]
+    versions: dict[str, str]
+
+    def write(self, folder: Path) -> None:
+        """Write it beside the shards."""
+        with atomic_write(folder / NAME) as file:
+            file.write(json.dumps({"format": FORMAT, **asdict(self)}, indent=1).encode())
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest | None":
+        """The manifest of a folder, or None if there is none.
+
+        Raises:
+            UserError: If it is damaged or of another format.
+        """
+        path = folder / NAME
+        if not path.is_file():
+            return None
+        try:
+            values = json.loads(path.read_text())
+            if values.pop("format") != FORMAT:
+                raise ValueError("unknown format")
+            return cls(**{**values, "shards": [ShardRecord(**shard) for shard in values["shards"]]})
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            raise UserError(
+                f"{path}: is not a manifest this version reads ({error}); prepare the folder again"
+            ) from error
+
+    def of(self, split: str) -> list[ShardRecord]:
+        """The shards of one split."""
+        return [shard for shard in self.shards if shard.split == split]
+
+
+def documents_of(tokens: TokenArray) -> Iterator[TokenArray]:
+    """Tokens of each document, without BOS."""
+    starts = np.flatnonzero(tokens == BOS)
+    for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
+        yield tokens[start + 1 : end]
+
+
+def verify(folder: Path) -> Manifest:
+    """Read every shard again and compare it with the manifest.
+
+    Header, size, checksum, largest token, documents, and the bytes of the text, which are counted by decoding every
+    document: another way than the table that training uses. No document is in both splits.
+
+    Raises:
+        UserError: At the first difference.
+    """
+    manifest = Manifest.read(folder)
+    if manifest is None:
+        raise UserError(f"{folder}: has no {NAME}; shards made elsewhere can be inspected, but not verified")
+    if sha256_of(folder / "tokenizer.model") != manifest.tokenizer_sha256:
+        raise UserError(f"{folder / 'tokenizer.model'}: is not the tokenizer of the manifest; prepare the folder again")
+    tokenizer = load_tokenizer(folder / "tokenizer.model")
+    pieces = tokenizer.get_piece_size()
+    seen: dict[str, set[bytes]] = {"train": set(), "val": set()}
+    for shard in sorted(manifest.shards, key=lambda shard: shard.split == "train"):  # the small split first
+        path = folder / shard.file
+        tokens = open_shard(path)
+        if (highest := int(np.max(tokens))) >= pieces:
+            raise UserError(f"{path}: holds token {highest}, but the tokenizer has {pieces:,} pieces; prepare it again")
+        found = {"tokens": len(tokens), "documents": 0, "bytes": 0}
+        for document in documents_of(tokens):
+            found["documents"] += 1
+            found["bytes"] += len(tokenizer.decode(document.tolist()).encode())
+            key = document.tobytes()
+            if shard.split == "val":
+                seen["val"].add(key)
+            elif key in seen["val"]:
+                raise UserError(f"{path}: document {found['documents']:,} is in the validation split too")
+        found_sha = {**found, "sha256": sha256_of(path)}
+        for name, value in found_sha.items():
+            if value != getattr(shard, name):
+                raise UserError(
+                    f"{path}: {name} is {value}, but the manifest says {getattr(shard, name)}; "
+                    "it was changed or damaged: prepare it again"
+                )
+    return manifest
