@@ -209,6 +209,14 @@ def test_a_killed_preparation_leaves_no_manifest_and_the_next_one_is_whole(tmp_p
     assert sum(shard.documents for shard in verify(tmp_path / "o").shards) == 200
 
 
+def test_another_source_inherits_nothing_from_the_quickstart(tmp_path: Path, shard_folder: Path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(make_documents(400, 9)))
+    words = [f"--data.source.train_files=[{tmp_path}/a.jsonl]", f"--data.source.folder={tmp_path}/o"]
+    words.append(f"--data.source.tokenizer={shard_folder}/tokenizer.model")
+    assert main(["prepare", "--data.source", "LocalText", *words]) == 0
+    assert Manifest.read(tmp_path / "o").source["val_every"] == 100  # the quickstart's source says 40
+
+
 def test_inspect_shows_shards_documents_and_lengths(prepared, capsys):
     folder, texts = prepared
     capsys.readouterr()

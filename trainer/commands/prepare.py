@@ -23,8 +23,10 @@ def run(words: list[str]) -> None:
     parser.add_argument("--config", default="quickstart", help="Recipe, by name or path.")
     parser.add_argument("--verify", action="store_true", help="Read every shard again and compare with the manifest.")
     parser.add_subclass_arguments(Source, "data.source", required=True)
-    recipe = find_recipe(parser_value(words, "--config") or "quickstart")
-    parser.set_defaults({"data.source": (yaml.safe_load(recipe.read_text()) or {}).get("data", {}).get("source")})
+    named = parser_value(words, "--config")
+    if named or parser_value(words, "--data.source") is None:  # another class would inherit settings of the recipe's
+        recipe = find_recipe(named or "quickstart")
+        parser.set_defaults({"data.source": (yaml.safe_load(recipe.read_text()) or {}).get("data", {}).get("source")})
     config = parser.parse_args(words)
     try:
         source: Source = parser.instantiate(config).data.source
