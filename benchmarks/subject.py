@@ -1,7 +1,8 @@
 """What a benchmark measures: a recipe as `trainer fit` would run it, on text that every machine has."""
 
+import atexit
 import json
-import os
+import shutil
 import tempfile
 import time
 from importlib.metadata import version
@@ -24,8 +25,8 @@ def load(recipe: str, words: list[str]) -> TrainerCLI:
         words: Further options of `trainer fit`.
     """
     quiet_libraries()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = find_recipe(recipe)
     cli = TrainerCLI(
         "fit",

@@ -20,7 +20,7 @@ from trainer.step import StepFence, clip_gradients, train_step
 
 
 class Stopwatch(pl.Callback):
-    """Times the bare loop before the first step, then as many of Lightning's steps, alternately if asked twice."""
+    """Times the bare loop before the first step, then as many of Lightning's steps."""
 
     def __init__(self, steps: int, settle: int = 5) -> None:
         self.steps = steps

@@ -223,6 +223,7 @@ def test_every_recipe_opens_with_its_purpose():
         (["fit", "--config", "int5mlp_10l"], 1, "no such data folder"),
         (["fit", "--model.num_layer", "3"], 2, "num_layer"),
         (["fit", "--wallclock.seconds", "-1"], 1, "wallclock.seconds must be positive"),
+        (["fit", "--model.micro_batch_tokens", "0"], 1, "micro_batch_tokens must be at least 1 or auto"),
         (["validate"], 1, "validate needs --ckpt"),
         (["validate", "--ckpt", "none.ckpt"], 1, "no such file"),
         (["validate", "--ckpt", "https://example.org/a.ckpt"], 1, "addresses are not opened"),

@@ -43,6 +43,8 @@ class LanguageModel(pl.LightningModule):
             transformer: Sizes of the model, as in TransformerConfig.
         """
         super().__init__()
+        if micro_batch_tokens != "auto" and micro_batch_tokens < 1:
+            raise ValueError(f"model.micro_batch_tokens must be at least 1 or auto, not {micro_batch_tokens}")
         self.automatic_optimization = False
         self.model = Transformer(TransformerConfig(**transformer))
         self.optimizer_config = optimizer

@@ -92,6 +92,7 @@ def prepared(tmp_path: Path, shard_folder: Path) -> tuple[Path, list[str]]:
     words = [f"--data.source.train_files=[{tmp_path}/a.jsonl,{tmp_path}/b.jsonl.zst]"]
     words += [f"--data.source.folder={tmp_path}/out", f"--data.source.tokenizer={shard_folder}/tokenizer.model"]
     words += ["--data.source.val_every=5", "--data.source.shard_tokens=1500"]
+    assert main(["prepare", "--data.source=LocalText", *words]) == 0
     assert main(["prepare", "--data.source=LocalText", *words, "--verify"]) == 0
     return tmp_path / "out", texts
 
@@ -207,6 +208,31 @@ def test_a_killed_preparation_leaves_no_manifest_and_the_next_one_is_whole(tmp_p
         shard_tokens=1500,
     ).prepare()
     assert sum(shard.documents for shard in verify(tmp_path / "o").shards) == 200
+
+
+def test_verify_mends_nothing_and_prepare_does(prepared, tmp_path: Path, shard_folder: Path, capsys):
+    folder, _ = prepared
+    words = [
+        "prepare",
+        "--data.source=LocalText",
+        f"--data.source.train_files=[{tmp_path}/a.jsonl,{tmp_path}/b.jsonl.zst]",
+    ]
+    words += [f"--data.source.folder={folder}", f"--data.source.tokenizer={shard_folder}/tokenizer.model"]
+    words += ["--data.source.val_every=5", "--data.source.shard_tokens=1500"]
+    shard = folder / "text_train_000000.bin"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-2])
+    assert main([*words, "--verify"]) == 1
+    assert "text_train_000000.bin: header promises" in capsys.readouterr().err
+    assert len(shard.read_bytes()) == len(whole) - 2
+    assert main(words) == 0
+    assert shard.read_bytes() == whole
+    (folder / "manifest.json").write_text("{")
+    assert main([*words, "--verify"]) == 1
+    assert main(words) == 0
+    assert main([*words, "--verify"]) == 0
+    assert main([*words, "--data.source.val_every=1"]) == 1
+    assert "val_every must be at least 2" in capsys.readouterr().err
 
 
 def test_another_source_inherits_nothing_from_the_quickstart(tmp_path: Path, shard_folder: Path):

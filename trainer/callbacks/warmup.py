@@ -61,19 +61,30 @@ class CompileWarmup(pl.Callback):
 
     def _train(self, trainer: pl.Trainer, module: LanguageModel, tokens: Tensor) -> int:
         """Make the steps with as few slices as memory allows; returns their number."""
-        length = module.sequence_length
-        sequences = len(tokens)
-        if module.micro_batch_tokens != "auto":
-            self._steps(module, tokens, module.micro_batches(sequences))
-            return module.micro_batches(sequences)
+        auto = module.micro_batch_tokens == "auto"
+        slices = self._fewest_slices(trainer, module, tokens) if auto else module.micro_batches(len(tokens))
+        optimizer = module.configure_optimizers()
+
+        def update() -> None:
+            clip_gradients(module.model.parameters(), module.optimizer_config.grad_clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        for _ in range(self.steps):
+            train_step(module.nll, tokens, slices, _backward, update)
+        return slices
+
+    def _fewest_slices(self, trainer: pl.Trainer, module: LanguageModel, tokens: Tensor) -> int:
+        """Try forward and backward; without an update, in which processes would wait for one that has no memory."""
+        length, sequences = module.sequence_length, len(tokens)
         for slices in (count for count in range(1, sequences + 1) if sequences % count == 0):
             try:
-                self._steps(module, tokens, slices)
+                train_step(module.nll, tokens, slices, _backward, lambda: None)
                 fits = True
             except torch.cuda.OutOfMemoryError:
                 fits = False
+            module.zero_grad()
             if not fits:  # outside the handler, which holds on to the tensors of the failed step
-                module.zero_grad()
                 torch.cuda.empty_cache()
             if _on_all_ranks(fits, module.device):
                 module.micro_batch_tokens = sequences // slices * length
@@ -82,19 +93,9 @@ class CompileWarmup(pl.Callback):
                 return slices
         raise UserError(f"{module.device}: not even one sequence of {length:,} tokens fits; shorten it or the model")
 
-    def _steps(self, module: LanguageModel, tokens: Tensor, slices: int) -> None:
-        optimizer = module.configure_optimizers()
 
-        def backward(loss: Tensor, last: bool) -> None:
-            loss.backward()
-
-        def update() -> None:
-            clip_gradients(module.model.parameters(), module.optimizer_config.grad_clip_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-
-        for _ in range(self.steps):
-            train_step(module.nll, tokens, slices, backward, update)
+def _backward(loss: Tensor, last: bool) -> None:
+    loss.backward()
 
 
 def _on_all_ranks(fits: bool, device: torch.device) -> bool:

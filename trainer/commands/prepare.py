@@ -21,7 +21,9 @@ def run(words: list[str]) -> None:
     """
     parser = ArgumentParser(prog="trainer prepare", description="Make the token shards of a recipe's source.")
     parser.add_argument("--config", default="quickstart", help="Recipe, by name or path.")
-    parser.add_argument("--verify", action="store_true", help="Read every shard again and compare with the manifest.")
+    parser.add_argument(
+        "--verify", action="store_true", help="Make nothing: read every shard again and compare with the manifest."
+    )
     parser.add_subclass_arguments(Source, "data.source", required=True)
     named = parser_value(words, "--config")
     if named or parser_value(words, "--data.source") is None:  # another class would inherit settings of the recipe's
@@ -33,9 +35,9 @@ def run(words: list[str]) -> None:
     except ValueError as error:
         raise UserError(str(error)) from error
     started = time.monotonic()
-    source.prepare()
-    text = source.prepared()
-    folder = text.train[0].parent
+    if not config.verify:  # a check must not mend what it is to find
+        source.prepare()
+    folder = source.prepared().train[0].parent
     if config.verify:
         found = manifest.verify(folder)
         print(f"verified {len(found.shards)} shards in {time.monotonic() - started:.1f} s")

@@ -114,8 +114,6 @@ class LocalText(Source):
             vocab_size: Pieces of a tokenizer trained here.
             shard_tokens: Longest shard.
         """
-        if val_every < 2:
-            raise ValueError(f"data.source.val_every must be at least 2, not {val_every}")
         self.train_files = train_files
         self.val_files = val_files
         self.val_every = val_every
@@ -126,6 +124,8 @@ class LocalText(Source):
 
     def prepare(self) -> None:
         """Tokenise every file, unless the manifest says that this was done."""
+        if self.val_every < 2:
+            raise UserError(f"data.source.val_every must be at least 2, not {self.val_every}")
         train = find_files(self.train_files)
         val = find_files(self.val_files or [])
         record: dict[str, object] = {

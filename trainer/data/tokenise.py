@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from trainer.data.manifest import NAME, Manifest, ShardRecord
-from trainer.data.shards import TokenArray, write_shard
+from trainer.data.shards import HEADER_BYTES, TokenArray, write_shard
 from trainer.data.tokenizer import BOS, ByteTable, load_tokenizer
 from trainer.errors import UserError
 from trainer.files import sha256_of
@@ -180,11 +180,14 @@ class Progress:
 
 def is_prepared(folder: Path, source: dict[str, Any]) -> bool:
     """Whether a folder's manifest names this source and its shards are there in full length."""
-    manifest = Manifest.read(folder)
+    try:
+        manifest = Manifest.read(folder)
+    except UserError:  # damaged: as good as none
+        return False
     if manifest is None or manifest.source != source:
         return False
     return all(
-        (folder / shard.file).is_file() and (folder / shard.file).stat().st_size == 1024 + 2 * shard.tokens
+        (folder / shard.file).is_file() and (folder / shard.file).stat().st_size == HEADER_BYTES + 2 * shard.tokens
         for shard in manifest.shards
     )
 
