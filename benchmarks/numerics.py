@@ -1,7 +1,7 @@
 """Is the fast step the same step? Gradients, scores and a loss curve of the compiled model against the eager one.
 
-The eager float32 model with torch's own attention is the measure. Its weights are random but nowhere zero, so that every
-gradient is. bfloat16 itself moves gradients by about as much as `eager_gradient_error` says.
+The eager float32 model with torch's own attention is the measure. Its weights are random but nowhere zero, so that no
+gradient is zero. bfloat16 itself moves gradients by about as much as `eager_gradient_error` says.
 """
 
 import argparse
