@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from trainer.data import published  # noqa: F401 - a choice for --data.source
 from trainer.data.shards import MAX_VOCAB, TokenFiles
 from trainer.data.sources import PreparedText, Shards, Source
 from trainer.data.stream import Order, TrainStream

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
-from trainer.data import manifest
+from trainer.data import manifest, published  # noqa: F401 - a choice for --data.source
 from trainer.data.sources import Source
 from trainer.errors import UserError
 from trainer.recipes import find_recipe

@@ -1,0 +1,256 @@
+"""The published export from a server that speaks the hub's protocol, with the faults that networks have."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from huggingface_hub import constants
+
+from trainer.data.published import PublishedFineWeb
+from trainer.data.shards import TokenFiles, write_shard
+from trainer.data.tokenizer import train_tokenizer
+from trainer.errors import UserError
+
+REPO = "someone/golf"
+COMMIT = "c0ffee" * 6 + "abcd"
+MODEL = "tokenizers/tiny.model"
+
+
+class Hub:
+    """Files of one dataset, and what goes wrong with them."""
+
+    def __init__(self, files: dict[str, bytes]):
+        self.files = files
+        self.cut: set[str] = set()  # paths whose first answer ends half-way
+        self.listed_longer: set[str] = set()  # paths that the listing gives another size
+        self.missing: set[str] = set()  # paths that are listed but not served
+        self.served: list[tuple[str, str | None]] = []
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *args):
+                pass
+
+            def answer(self, status, body=b"", headers=(), promised=None):
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body) if promised is None else promised))
+                for name, value in headers:
+                    self.send_header(name, value)
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(body)
+
+            def refuse(self, code):
+                self.answer(404, b"", [("X-Error-Code", code), ("X-Repo-Commit", COMMIT)])
+
+            def do_HEAD(self):
+                self.do_GET()
+
+            def do_GET(self):
+                path = self.path.partition("?")[0]
+                api, resolve = f"/api/datasets/{REPO}/", f"/datasets/{REPO}/resolve/{COMMIT}/"
+                if path.startswith(f"{api}revision/"):
+                    if path.endswith("/nowhere"):
+                        return self.refuse("RevisionNotFound")
+                    return self.answer(200, json.dumps({"id": REPO, "sha": COMMIT, "siblings": []}).encode())
+                if path.startswith(f"{api}tree/{COMMIT}"):
+                    return self.answer(200, json.dumps([hub.entry(name) for name in hub.files]).encode())
+                if not path.startswith(resolve):
+                    return self.refuse("RepoNotFound")
+                name = path.removeprefix(resolve)
+                if name not in hub.files or name in hub.missing:
+                    return self.refuse("EntryNotFound")
+                body = hub.files[name]
+                etag = [("ETag", f'"{hashlib.sha256(body).hexdigest()}"'), ("X-Repo-Commit", COMMIT)]
+                start = self.headers.get("Range")
+                if self.command == "GET":
+                    hub.served.append((name, start))
+                if self.command == "GET" and name in hub.cut:
+                    hub.cut.remove(name)
+                    self.answer(200, body[: len(body) // 2], etag, promised=len(body))
+                    self.close_connection = True
+                    return None
+                if start:
+                    first = int(start.removeprefix("bytes=").partition("-")[0])
+                    content_range = ("Content-Range", f"bytes {first}-{len(body) - 1}/{len(body)}")
+                    return self.answer(206, body[first:], [*etag, content_range])
+                return self.answer(200, body, etag)
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def entry(self, name):
+        body = self.files[name]
+        size = len(body) + (100 if name in self.listed_longer else 0)
+        oid = hashlib.sha256(body).hexdigest()
+        lfs = {"lfs": {"oid": oid, "size": size, "pointerSize": 100}} if name.endswith(".bin") else {}
+        return {"type": "file", "path": name, "size": size, "oid": oid[:40], **lfs}
+
+    def stop(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    """Files of an export: two training shards, one validation shard, a tokenizer."""
+    folder = tmp_path_factory.mktemp("export")
+    words = ("the golf ball rolls over the green and into the water " * 20).split()
+    lines = (" ".join(words[n % 50 : n % 50 + 9]) for n in range(400))
+    train_tokenizer(lines, 280, folder / "tiny.model", 1)
+    rng = np.random.default_rng(0)
+    files = {f"datasets/{MODEL}": (folder / "tiny.model").read_bytes()}
+    for name in ("fineweb_train_000000", "fineweb_train_000001", "fineweb_val_000000"):
+        write_shard(folder / name, rng.integers(4, 280, 5_000).astype(np.uint16))
+        files[f"datasets/datasets/tiny_sp280/{name}.bin"] = (folder / name).read_bytes()
+    files["datasets/manifest.json"] = json.dumps(
+        {
+            "datasets": [
+                {"name": "tiny_sp280", "tokenizer_name": "sp280", "stats": {"files_train": 2, "files_val": 1}},
+                {"name": "other", "tokenizer_name": "sp280", "stats": {"files_train": 1, "files_val": 1}},
+            ],
+            "tokenizers": [{"name": "sp280", "model_path": MODEL, "vocab_path": "tokenizers/tiny.vocab"}],
+        }
+    ).encode()
+    return files
+
+
+@pytest.fixture
+def hub(export, tmp_path, monkeypatch):
+    hub = Hub(dict(export))
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    yield hub
+    hub.stop()
+
+
+def source(**changes):
+    return PublishedFineWeb(**{"variant": "tiny_sp280", "train_shards": 2, "repo_id": REPO, **changes})
+
+
+def shard(name):
+    return f"datasets/datasets/tiny_sp280/fineweb_{name}.bin"
+
+
+def tokens_of(body):
+    return np.frombuffer(body, dtype="<u2", offset=1024)
+
+
+def assert_whole(hub, text, train_shards=2):
+    expected = np.concatenate([tokens_of(hub.files[shard(f"train_{n:06d}")]) for n in range(train_shards)])
+    files = TokenFiles(text.train)
+    np.testing.assert_array_equal(files.read(0, len(files)), expected)
+    np.testing.assert_array_equal(TokenFiles(text.val).read(0, 5_000), tokens_of(hub.files[shard("val_000000")]))
+    assert text.tokenizer.read_bytes() == hub.files[f"datasets/{MODEL}"]
+
+
+def test_downloads_once_and_then_needs_no_network(hub):
+    source().prepare()
+    assert_whole(hub, source().prepared())
+    served = len(hub.served)
+    source().prepare()
+    assert len(hub.served) == served
+    hub.stop()
+    source().prepare()
+    assert_whole(hub, source().prepared())
+
+
+def test_only_the_wanted_training_shards_but_the_whole_validation(hub):
+    source(train_shards=1).prepare()
+    assert_whole(hub, source(train_shards=1).prepared(), train_shards=1)
+    assert shard("train_000001") not in [name for name, _ in hub.served]
+    source(train_shards=None).prepare()
+    assert_whole(hub, source(train_shards=None).prepared())
+    assert len(hub.served) == len({name for name, _ in hub.served})
+
+
+def test_a_cut_connection_is_resumed_where_it_broke(hub):
+    hub.cut = {shard("train_000001")}
+    source().prepare()
+    assert_whole(hub, source().prepared())
+    half = len(hub.files[shard("train_000001")]) // 2
+    assert [start for name, start in hub.served if name == shard("train_000001")] == [None, f"bytes={half}-"]
+
+
+def test_a_file_damaged_in_the_cache_is_fetched_again(hub, capsys):
+    source().prepare()
+    damaged = source().prepared().train[1]
+    damaged.write_bytes(damaged.read_bytes()[:-500])
+    source().prepare()
+    assert_whole(hub, source().prepared())
+    assert "downloaded again" in capsys.readouterr().out
+
+
+def test_a_shard_truncated_at_the_server_is_refused(hub):
+    hub.files[shard("train_000001")] = hub.files[shard("train_000001")][:-500]
+    with pytest.raises(UserError, match=r"fineweb_train_000001\.bin.*header promises 5,000 tokens"):
+        source().prepare()
+
+
+def test_a_size_that_differs_from_the_listing_is_refused(hub):
+    hub.listed_longer = {shard("train_000000")}
+    with pytest.raises(UserError, match="the download failed.*size"):
+        source().prepare()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"variant": "tiny_sp9"}, r"variant 'tiny_sp9' is not in someone/golf; there are: other, tiny_sp280"),
+        ({"train_shards": 3}, r"train_shards is 3, but tiny_sp280 in someone/golf has 2"),
+        ({"train_shards": 0}, r"give 1 to 2"),
+        ({"variant": "other", "train_shards": 1}, r"promises other/fineweb_train_000000.bin, but.*holds 0"),
+        ({"repo_id": "nobody/nothing"}, r"nobody/nothing: there is no such dataset"),
+        ({"revision": "nowhere"}, r"has no revision nowhere"),
+    ],
+)
+def test_what_does_not_exist_is_named(hub, changes, said):
+    with pytest.raises(UserError, match=said):
+        source(**changes).prepare()
+
+
+def test_a_file_that_vanished_is_named(hub):
+    hub.missing = {shard("val_000000")}
+    with pytest.raises(UserError, match="the download failed"):
+        source().prepare()
+
+
+def test_a_dataset_without_a_manifest_is_refused(hub):
+    del hub.files["datasets/manifest.json"]
+    with pytest.raises(UserError, match=r"holds no datasets/manifest\.json"):
+        source().prepare()
+
+
+def test_without_a_network_the_error_says_so(hub):
+    hub.stop()
+    with pytest.raises(UserError, match="cannot be reached; go online once"):
+        source().prepare()
+
+
+def test_prepare_on_the_command_line_takes_the_hubs_settings(hub, tmp_path):
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    words = ["--data.source", "PublishedFineWeb", "--data.source.variant", "tiny_sp280", "--data.source.repo_id", REPO]
+    command = [sys.executable, "-m", "trainer", "prepare", *words, "--data.source.train_shards"]
+    done = subprocess.run([*command, "2"], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(list(Path(tmp_path / "home").rglob("fineweb_train_*.bin"))) == 2
+    done = subprocess.run([*command, "7"], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "train_shards is 7" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,152 @@
+"""The published FineWeb export, fetched from the Hugging Face Hub into the Hub's own cache."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+from trainer.data.shards import open_shard
+from trainer.data.sources import PreparedText, Source
+from trainer.errors import UserError
+
+MANIFEST = "datasets/manifest.json"
+
+
+class PublishedFineWeb(Source):
+    """The challenge's tokenised FineWeb, downloaded once.
+
+    The files lie in the Hub's cache, and its settings count: HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE. The names
+    and the layout are those of the manifest in openai/parameter-golf's dataset.
+    """
+
+    def __init__(
+        self,
+        variant: str = "fineweb10B_sp1024",
+        train_shards: int | None = 10,
+        repo_id: str = "willdepueoai/parameter-golf",
+        revision: str = "main",
+        parallel_files: int = 8,
+    ) -> None:
+        """Fetch the first training shards and the whole validation split of one export.
+
+        Args:
+            variant: Name of the export, which tells its tokenizer.
+            train_shards: Training shards, of 100 million tokens (200 MB) each; null for all.
+            repo_id: Dataset on the Hub.
+            revision: Branch, tag or commit of the dataset.
+            parallel_files: Files downloaded at once.
+        """
+        self.variant = variant
+        self.train_shards = train_shards
+        self.repo_id = repo_id
+        self.revision = revision
+        self.parallel_files = parallel_files
+
+    def prepare(self) -> None:
+        """Download what is missing; look at the size and header of every shard, and fetch a damaged one again.
+
+        Raises:
+            UserError: If the export or so many shards do not exist, or the download fails.
+        """
+        text = self._find(local=False)
+        damaged = [path for path in [*text.train, *text.val] if not _is_whole(path)]
+        for path in damaged:
+            print(f"{path}: is damaged; it is downloaded again", flush=True)
+            path.resolve().unlink()  # the cache keeps contents and names apart
+            path.unlink(missing_ok=True)
+        if damaged:
+            self._find(local=False)
+        for path in damaged:
+            open_shard(path)
+
+    def prepared(self) -> PreparedText:
+        """The shards in the cache, without asking the network."""
+        return self._find(local=True)
+
+    def _find(self, local: bool) -> PreparedText:
+        """Files of the export, downloaded unless `local`."""
+        folder = self._fetch([MANIFEST], self.revision, local)
+        dataset, tokenizer = self._entries(folder / MANIFEST)
+        available, validation = dataset["stats"]["files_train"], dataset["stats"]["files_val"]
+        wanted = available if self.train_shards is None else self.train_shards
+        if not 1 <= wanted <= available:
+            raise UserError(
+                f"data.source.train_shards is {wanted}, but {self.variant} in {self.repo_id} has {available} of them; "
+                f"give 1 to {available}, or null for all"
+            )
+        names = {
+            "train": [f"{self.variant}/fineweb_train_{number:06d}.bin" for number in range(wanted)],
+            "val": [f"{self.variant}/fineweb_val_{number:06d}.bin" for number in range(validation)],
+            "tokenizer": [tokenizer["model_path"]],
+        }
+        # The snapshot's folder is named by its commit: the files belong together even if the branch moves meanwhile.
+        self._fetch([f"*/{name}" for group in names.values() for name in group], folder.name, local)
+        found = {group: [self._only(folder, name) for name in members] for group, members in names.items()}
+        return PreparedText(found["train"], found["val"], found["tokenizer"][0])
+
+    def _entries(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The manifest's entries of the export and of its tokenizer."""
+        if not path.is_file():
+            raise UserError(f"{self.repo_id}: holds no {MANIFEST}; check data.source.repo_id and data.source.revision")
+        try:
+            manifest = json.loads(path.read_text())
+            datasets = {entry["name"]: entry for entry in manifest["datasets"]}
+            tokenizers = {entry["name"]: entry for entry in manifest["tokenizers"]}
+            if self.variant in datasets:
+                entry = datasets[self.variant]
+                int(entry["stats"]["files_train"]), int(entry["stats"]["files_val"])
+                return entry, {"model_path": str(tokenizers[entry["tokenizer_name"]]["model_path"])}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: is not a manifest of the challenge's data ({error!r})") from error
+        known = ", ".join(sorted(datasets)) or "none"
+        raise UserError(f"data.source.variant {self.variant!r} is not in {self.repo_id}; there are: {known}")
+
+    def _only(self, folder: Path, name: str) -> Path:
+        found = list(folder.rglob(name))
+        if len(found) != 1:
+            raise UserError(
+                f"{self.repo_id}: its manifest promises {name}, but the repository holds {len(found)} such files; "
+                "try another data.source.revision"
+            )
+        return found[0]
+
+    def _fetch(self, patterns: list[str], revision: str, local: bool) -> Path:
+        """Folder of the snapshot that holds the files of these patterns."""
+        try:
+            folder = huggingface_hub.snapshot_download(
+                self.repo_id,
+                repo_type="dataset",
+                revision=revision,
+                allow_patterns=patterns,
+                max_workers=self.parallel_files,
+                local_files_only=local,
+            )
+        except LocalEntryNotFoundError as error:
+            raise UserError(
+                f"{self.repo_id}: is not (wholly) in the Hub's cache and {constants.ENDPOINT} cannot be reached; "
+                "go online once and run `trainer prepare`, or use another data.source"
+            ) from error
+        except RevisionNotFoundError as error:
+            raise UserError(f"{self.repo_id}: has no revision {revision}; set data.source.revision to main") from error
+        except RepositoryNotFoundError as error:
+            raise UserError(
+                f"{self.repo_id}: there is no such dataset, or it is not public; "
+                "check data.source.repo_id, or set HF_TOKEN"
+            ) from error
+        except Exception as error:  # the Hub's HTTP library, and with it the classes, differs between its versions
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(
+                f"{self.repo_id}: the download failed ({reason}); run it again, what is whole is kept"
+            ) from error
+        return Path(folder)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        open_shard(path)
+    except UserError:
+        return False
+    return True
