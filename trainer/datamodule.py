@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from trainer.data import published  # noqa: F401 - a choice for --data.source
-from trainer.data.shards import MAX_VOCAB, TokenFiles
+from trainer.data.manifest import NAME, Manifest, check_vocabulary
+from trainer.data.shards import MAX_VOCAB, TokenFiles, open_shard
 from trainer.data.sources import PreparedText, Shards, Source
 from trainer.data.stream import Order, TrainStream
 from trainer.data.tokenizer import ByteTable, load_tokenizer
@@ -111,10 +112,26 @@ class TokenData(pl.LightningDataModule):
         val = TokenFiles(self.text.val)
         needed = self.evaluation.max_tokens + 1 if stage == "validate" and self.evaluation.max_tokens else len(val)
         tokens = val.read(0, min(needed, len(val)))
-        if (highest := int(np.max(tokens))) >= pieces:
-            raise UserError(f"{self.text.val[0]}: holds token {highest}, but the tokenizer has only {pieces:,} pieces")
+        check_vocabulary(self.text.val[0], tokens, pieces)
+        if stage == "fit":
+            self._check_training_tokens(pieces)
         self.val_tokens = torch.from_numpy(tokens.astype(np.int32))
         self._plans()  # an unusable split shows itself now
+
+    def _check_training_tokens(self, pieces: int) -> None:
+        """Refuse a token that the model has no row for now: on a GPU it would be an assertion in the middle of a run.
+
+        Shards made here need no second look: their manifest names the tokenizer. Others are read once, 200 MB each.
+        """
+        manifest = Manifest.read(self.text.train[0].parent)
+        if manifest is None:
+            for path in self.text.train:
+                check_vocabulary(path, open_shard(path), pieces)
+        elif manifest.tokenizer_sha256 != self.tokenizer_sha256:
+            raise UserError(
+                f"{self.text.tokenizer}: is not the tokenizer that made the shards in {self.text.train[0].parent} "
+                f"(sha256 {self.tokenizer_sha256[:12]}..., their {NAME} says {manifest.tokenizer_sha256[:12]}...)"
+            )
 
     def _plans(self) -> list[tuple[EvaluationConfig, int]]:
         """The evaluations of this stage, each with its number of targets."""

@@ -93,6 +93,19 @@ def documents_of(tokens: TokenArray) -> Iterator[TokenArray]:
         yield tokens[start + 1 : end]
 
 
+def check_vocabulary(path: Path, tokens: TokenArray, pieces: int) -> None:
+    """Look at every token of a shard.
+
+    Raises:
+        UserError: If one is beyond the tokenizer.
+    """
+    if (highest := int(np.max(tokens))) >= pieces:
+        raise UserError(
+            f"{path}: holds token {highest}, but the tokenizer has only {pieces:,} pieces; "
+            "it was made with another tokenizer, or is damaged: prepare it again"
+        )
+
+
 def verify(folder: Path) -> Manifest:
     """Read every shard again and compare it with the manifest.
 
@@ -113,8 +126,7 @@ def verify(folder: Path) -> Manifest:
     for shard in sorted(manifest.shards, key=lambda shard: shard.split == "train"):  # the small split first
         path = folder / shard.file
         tokens = open_shard(path)
-        if (highest := int(np.max(tokens))) >= pieces:
-            raise UserError(f"{path}: holds token {highest}, but the tokenizer has {pieces:,} pieces; prepare it again")
+        check_vocabulary(path, tokens, pieces)
         found = {"tokens": len(tokens), "documents": 0, "bytes": 0}
         for document in documents_of(tokens):
             found["documents"] += 1
