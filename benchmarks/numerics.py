@@ -42,9 +42,9 @@ class Comparison(pl.Callback):
 
         @contextmanager
         def kernel(eager: bool) -> Iterator[NllFn]:
-            model.set_attention_kernel(SdpaKernel() if eager else pl_module.kernel)
+            model.set_kernels(SdpaKernel() if eager else pl_module.kernel, pl_module.fused_mlp and not eager)
             yield model.nll if eager else fast
-            model.set_attention_kernel(pl_module.kernel)
+            model.set_kernels(pl_module.kernel, pl_module.fused_mlp)
 
         def gradients(eager: bool, full: bool) -> dict[str, Tensor]:
             rows = stream[0][: self.sequences].to(pl_module.device)

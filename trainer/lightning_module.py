@@ -15,6 +15,7 @@ from trainer.evaluation.metric import BitsPerByte, Score
 from trainer.evaluation.sliding import NllFn, WindowScorer
 from trainer.evaluation.windows import WindowBatch
 from trainer.model.attention_kernel import AttentionKernel, SdpaKernel, choose_kernel
+from trainer.model.fused_mlp import choose_fusion
 from trainer.model.transformer import Transformer, TransformerConfig
 from trainer.optim.muon_adamw import MuonAdamW, OptimizerConfig, parameter_groups
 from trainer.optim.schedule import ScheduleConfig, lr_multiplier, muon_momentum
@@ -55,6 +56,7 @@ class LanguageModel(pl.LightningModule):
         self.lr_multiplier = 1.0  # of the step in progress or just done
         self.gradient_norm = torch.zeros(())
         self.kernel: AttentionKernel = SdpaKernel()
+        self.fused_mlp = False
         self.is_compiled = False
         self.nll: NllFn = self.model.nll
         self.metrics = torch.nn.ModuleList()
@@ -74,6 +76,9 @@ class LanguageModel(pl.LightningModule):
             str(self.trainer.precision), torch.float32
         )
         self.kernel = choose_kernel(config.attention.backend, config.heads, self.sequence_length, device, dtype)
+        self.fused_mlp = choose_fusion(
+            config.mlp.fused, (config.model_dim, config.mlp.ratio * config.model_dim), device, dtype
+        )
         self.is_compiled = self.compile_choice == "on" or (self.compile_choice == "auto" and device.type == "cuda")
         if self.is_compiled:
             # DDP's graph splitting would make other graphs than the warm-up compiled.
@@ -81,8 +86,8 @@ class LanguageModel(pl.LightningModule):
         self.nll = self.nll_of(self.model)
 
     def nll_of(self, model: Transformer) -> NllFn:
-        """A model's loss function, compiled if this run compiles; with this run's attention kernel."""
-        model.set_attention_kernel(self.kernel)
+        """A model's loss function, compiled if this run compiles; with this run's kernels."""
+        model.set_kernels(self.kernel, self.fused_mlp)
         return torch.compile(model.nll, fullgraph=True, dynamic=False) if self.is_compiled else model.nll
 
     def configure_optimizers(self) -> MuonAdamW:

@@ -14,7 +14,7 @@ from trainer.model.transformer import Transformer, TransformerConfig
 def test_the_count_is_torchs_with_half_of_the_attention(config: TransformerConfig):
     """torch counts all pairs of positions; causal attention needs those up to its own, (T + 1) / 2 of T."""
     length, model = 64, Transformer(config)
-    model.set_attention_kernel(SdpaKernel("math"))
+    model.set_kernels(SdpaKernel("math"), False)
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, length, dtype=torch.int32))
     heads, _, width = config.heads

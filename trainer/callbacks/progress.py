@@ -29,9 +29,11 @@ class Progress(pl.Callback):
         budget = pl_module.clock.budget
         limits = [f"{budget:,.0f} s"] if budget is not None else []
         limits += [f"{trainer.max_steps:,} steps"] if trainer.max_steps > 0 else []
+        how = [f"attention: {pl_module.kernel.describe()}"]
+        how += ["fused MLP"] if pl_module.fused_mlp else []
+        how += ["compiled" if pl_module.is_compiled else "not compiled"]
         print(
-            f"training {count:,} parameters on {pl_module.device}, {trainer.precision}, attention: "
-            f"{pl_module.kernel.describe()}, {'compiled' if pl_module.is_compiled else 'not compiled'}; "
+            f"training {count:,} parameters on {pl_module.device}, {trainer.precision}, {', '.join(how)}; "
             f"ends after {' or '.join(limits) or 'never: set a limit'}",
             flush=True,
         )

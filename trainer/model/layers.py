@@ -17,13 +17,17 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """Map (..., in_features) to (..., out_features), each output times its `scale`, (out_features,).
+        """Map (..., in_features) to (..., out_features), each output times its `scale`, (out_features,)."""
+        return F.linear(x, self.cast(x.dtype, scale))
+
+    def cast(self, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
+        """The matrix as it is multiplied with.
 
         The scale goes into the matrix: its gradient then comes out of the matrix's, and no pass over all positions is
         made for it.
         """
         weight = self.weight if scale is None else scale[:, None] * self.weight
-        return F.linear(x, weight.to(x.dtype))
+        return weight.to(dtype)
 
 
 def rms_norm(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from trainer.model.fused_mlp import Fusion, squared_relu_mlp
 from trainer.model.layers import Linear
 
 
@@ -13,9 +14,12 @@ class MLPConfig:
 
     Args:
         ratio: Hidden width over model width.
+        fused: Square inside the matrix products (Triton, Hopper GPUs or newer, 16-bit precision); auto does it where
+            it runs.
     """
 
     ratio: int = 3
+    fused: Fusion = "auto"
 
 
 class MLP(nn.Module):
@@ -25,7 +29,11 @@ class MLP(nn.Module):
         super().__init__()
         self.up = Linear(dim, config.ratio * dim)
         self.down = Linear(config.ratio * dim, dim)
+        self.is_fused = False
 
     def forward(self, x: Tensor, scale: Tensor) -> Tensor:
         """Map (B, T, D) to (B, T, D), each channel times its `scale`, (D,)."""
+        if self.is_fused:
+            up, down = self.up.cast(x.dtype), self.down.cast(x.dtype, scale)
+            return squared_relu_mlp(x.flatten(0, 1), up, down)[0].view_as(x)
         return self.down(self.up(x).relu().square(), scale)

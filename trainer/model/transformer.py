@@ -136,11 +136,12 @@ class Transformer(nn.Module):
         if self.head is not None:
             nn.init.zeros_(self.head.weight)
 
-    def set_attention_kernel(self, kernel: AttentionKernel) -> None:
-        """Use one way of computing attention in every block."""
+    def set_kernels(self, attention: AttentionKernel, fused_mlp: bool) -> None:
+        """Use one way of computing attention and one of computing the MLP in every block."""
         for block in self.blocks:
             assert isinstance(block, Block)
-            block.attention.kernel = kernel
+            block.attention.kernel = attention
+            block.mlp.is_fused = fused_mlp
 
     def hidden(self, ids: Tensor, first: int = 0) -> Tensor:
         """Final normalised states.

@@ -1,0 +1,73 @@
+"""Squared ReLU inside the matrix products, against the plain MLP and torch's own derivatives."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from trainer.errors import UserError
+from trainer.model import fused_mlp
+from trainer.model.fused_mlp import choose_fusion, squared_relu_mlp
+from trainer.model.mlp import MLP, MLPConfig
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def plain_product(a, b, squared):
+    """What the kernel computes, as formulas."""
+    product = a @ b.mT
+    return product.relu().square() if squared is None else product * 2 * squared.sqrt()
+
+
+def test_operator_and_its_derivative_equal_torchs(monkeypatch):
+    monkeypatch.setattr(fused_mlp, "_product", plain_product)
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((7, 4), (6, 4), (4, 6))]
+    assert torch.autograd.gradcheck(lambda *tensors: squared_relu_mlp(*tensors)[0], inputs)
+    x, up, down = inputs
+    expected = F.linear(F.linear(x, up).relu().square(), down)
+    torch.testing.assert_close(squared_relu_mlp(x, up, down)[0], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_fused_module_equals_the_plain_one_with_scale_and_all_gradients(monkeypatch):
+    monkeypatch.setattr(fused_mlp, "_product", plain_product)
+    torch.manual_seed(0)
+    mlp = MLP(MLPConfig(ratio=3), 8).double()
+    x = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
+    scale = torch.randn(8, dtype=torch.float64, requires_grad=True)
+    found = []
+    for mlp.is_fused in (False, True):
+        out = mlp(x, scale)
+        found.append((out, *torch.autograd.grad(out.sin().sum(), (x, scale, *mlp.parameters()))))
+    for plain, fused in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel needs a GPU")
+def test_kernel_equals_the_formula_also_for_sizes_that_no_tile_divides():
+    if not fused_mlp.runs_on((72, 424), GPU, torch.bfloat16):
+        pytest.skip("the kernel needs a GPU with a tensor memory accelerator (Hopper or newer)")
+    torch.manual_seed(0)
+    a, b = torch.randn(1000, 72, device=GPU).bfloat16(), torch.randn(424, 72, device=GPU).bfloat16()
+    y = fused_mlp._product(a, b, None)
+    for found, squared in ((y, None), (fused_mlp._product(a, b, y), y)):
+        expected = plain_product(a.double(), b.double(), None if squared is None else squared.double())
+        assert (found.double() - expected).norm() / expected.norm() < 3e-3
+
+
+@pytest.mark.parametrize(
+    ("choice", "device", "dtype", "runs", "expected"),
+    [
+        ("auto", GPU, torch.bfloat16, True, True),
+        ("auto", GPU, torch.bfloat16, False, False),  # an older GPU, or no Triton
+        ("auto", CPU, torch.bfloat16, True, False),
+        ("off", GPU, torch.bfloat16, True, False),
+        ("on", GPU, torch.float16, True, True),
+    ],
+)
+def test_fusion_is_used_where_it_runs(choice, device, dtype, runs, expected):
+    assert choose_fusion(choice, (64, 192), device, dtype, lambda *_: runs) is expected
+
+
+def test_fusion_that_is_asked_for_in_vain_is_refused():
+    with pytest.raises(UserError, match=r"model\.mlp\.fused 'on' does not run on cpu"):
+        choose_fusion("on", (64, 192), CPU, torch.bfloat16)
