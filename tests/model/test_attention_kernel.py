@@ -55,10 +55,15 @@ def test_keys_are_expanded_before_a_slower_kernel_is_taken():
     assert chosen.describe() == "flash, keys and values expanded"
 
 
+def test_an_optional_package_that_is_installed_in_vain_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(attention_kernel, "is_installed", lambda: True)
+    with pytest.warns(UserWarning, match="flash-attn-4 is installed but does not run"):
+        assert choose_kernel("auto", *CARD, table(cudnn=2.0)).describe() == "cudnn"
+
+
 def test_the_optional_package_is_tried_only_where_it_is_installed(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(attention_kernel, "is_installed", lambda: True)
     assert choose_kernel("auto", *CARD, table(fa4=0.002, cudnn=0.003)).describe() == "fa4"
-    assert choose_kernel("auto", *CARD, table(cudnn=0.003)).describe() == "cudnn"
     monkeypatch.setattr(attention_kernel, "is_installed", lambda: False)
     assert choose_kernel("auto", *CARD, table(fa4=0.002, cudnn=0.003)).describe() == "cudnn"
     with pytest.raises(UserError, match="flash-attn-4"):

@@ -150,6 +150,8 @@ def choose_kernel(
             if taken is not None:
                 seconds[kernel] = taken
                 break
+    if name == "auto" and is_installed() and FlashAttention4() not in seconds:
+        warnings.warn("flash-attn-4 is installed but does not run here: import flash_attn.cute says why", stacklevel=2)
     if not seconds:
         raise UserError(f"model.attention.backend {name!r} does not run on this device in {dtype}; use auto")
     return min(seconds, key=lambda kernel: seconds[kernel])
