@@ -12,6 +12,7 @@ from tests.conftest import TINY
 from trainer.model.attention import AttentionConfig, rotary_tables, rotate
 from trainer.model.embedding import SmearGate, bigram_buckets
 from trainer.model.layers import Linear
+from trainer.model.mlp import MLPConfig
 from trainer.model.transformer import Transformer, TransformerConfig
 
 
@@ -181,3 +182,10 @@ def test_a_config_survives_the_round_trip_and_bad_ones_are_refused():
             TransformerConfig(**bad)
     with pytest.raises(ValueError, match="not a model config"):
         TransformerConfig.from_dict({"depth": 3})
+
+
+def test_stored_config_is_the_model_and_not_the_machine():
+    """A file trained with one card's kernels must load on a card without them."""
+    config = TransformerConfig(attention=AttentionConfig(qk_gain_init=2.0, backend="cudnn"), mlp=MLPConfig(4, "on"))
+    expected = TransformerConfig(attention=AttentionConfig(qk_gain_init=2.0), mlp=MLPConfig(4))
+    assert TransformerConfig.from_dict(config.to_dict()) == expected

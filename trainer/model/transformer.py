@@ -65,8 +65,10 @@ class TransformerConfig:
         return attention.num_heads, attention.num_kv_heads, self.model_dim // attention.num_heads
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain builtins, for a checkpoint or an artifact."""
-        return asdict(self)
+        """Plain builtins, for a checkpoint or an artifact; without the choice of kernels, which is the machine's."""
+        values = asdict(self)
+        del values["attention"]["backend"], values["mlp"]["fused"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TransformerConfig":
