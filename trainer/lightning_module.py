@@ -14,7 +14,7 @@ from trainer.errors import UserError
 from trainer.evaluation.metric import BitsPerByte, Score
 from trainer.evaluation.sliding import NllFn, WindowScorer
 from trainer.evaluation.windows import WindowBatch
-from trainer.model.attention_kernel import AttentionKernel, SdpaKernel, choose_kernel
+from trainer.model.attention_kernel import AttentionKernel, SdpaKernel, choose_kernel, let_graphs_be_stored
 from trainer.model.fused_mlp import choose_fusion
 from trainer.model.transformer import Transformer, TransformerConfig
 from trainer.optim.muon_adamw import MuonAdamW, OptimizerConfig, parameter_groups
@@ -83,6 +83,7 @@ class LanguageModel(pl.LightningModule):
         if self.is_compiled:
             # DDP's graph splitting would make other graphs than the warm-up compiled.
             torch._dynamo.config.optimize_ddp = False
+            let_graphs_be_stored()
         self.nll = self.nll_of(self.model)
 
     def nll_of(self, model: Transformer) -> NllFn:

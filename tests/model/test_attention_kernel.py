@@ -1,12 +1,16 @@
 """Attention kernels agree, and the choice between them is right on cards that are not here."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from trainer.errors import UserError
 from trainer.model import attention_kernel
-from trainer.model.attention_kernel import AttentionKernel, SdpaKernel, choose_kernel
+from trainer.model.attention_kernel import AttentionKernel, SdpaKernel, choose_kernel, let_graphs_be_stored
 
 CARD = ((8, 4, 64), 128, torch.device("cuda"), torch.float16)
 
@@ -79,3 +83,22 @@ def test_a_named_kernel_that_does_not_run_is_refused_by_name():
 
 def test_a_cpu_lets_torch_choose():
     assert choose_kernel("auto", (8, 4, 64), 128, torch.device("cpu"), torch.float32) == SdpaKernel()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_a_compiled_kernel_is_stored_once_per_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    let_graphs_be_stored()
+    q = torch.randn(1, 8, 2, 16)
+
+    def seen(backend: str) -> dict[str, int]:
+        torch._dynamo.reset()
+        counters.clear()
+        assert torch.compile(SdpaKernel(backend), fullgraph=True)(q, q, q).shape == q.shape
+        return {key: count for key, count in counters["aot_autograd"].items() if key.startswith("autograd_cache")}
+
+    assert [seen(name) for name in ("math", "flash", "math")] == [
+        {"autograd_cache_miss": 1, "autograd_cache_saved": 1},
+        {"autograd_cache_miss": 1, "autograd_cache_saved": 1},
+        {"autograd_cache_hit": 1},
+    ]
