@@ -37,7 +37,7 @@ def main() -> None:
 
     def alone() -> None:
         for start in range(0, len(texts), 512):
-            processor.encode(texts[start : start + 512], num_threads=threads)
+            processor.encode_as_numpy(texts[start : start + 512], num_threads=threads)
 
     def whole() -> None:
         with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,5 @@
 """Text into shards: all cores, bounded memory, and no shard under its name before it is whole."""
 
-import array
 import hashlib
 import itertools
 import os
@@ -22,6 +21,7 @@ from trainer.files import sha256_of
 CHUNK_BYTES = 4_000_000  # of text, tokenised at once
 SHARD_TOKENS = 100_000_000  # as in the published export
 SPLITS = ("train", "val")
+IdArray = np.ndarray[tuple[int], np.dtype[np.int32]]
 BEGIN = np.array([BOS], dtype=np.uint16)
 
 
@@ -113,19 +113,19 @@ def tokenise(
     progress = Progress(fraction)
     chunks = _chunks(documents)
 
-    def encode() -> tuple[list[tuple[str, str, int]], list[list[int]]] | None:
+    def encode() -> tuple[list[tuple[str, str, int]], list[IdArray]] | None:
         chunk = next(chunks, None)
         if chunk is None:
             return None
-        return chunk, processor.encode([text for _, text, _ in chunk], num_threads=threads)
+        # Arrays: Python's integers would take a fifth of the time, on one core.
+        return chunk, processor.encode_as_numpy([text for _, text, _ in chunk], num_threads=threads)
 
     with ThreadPoolExecutor(1) as encoder:
         waiting = encoder.submit(encode)
         while (result := waiting.result()) is not None:
             waiting = encoder.submit(encode)
             for (split, _, size), ids in zip(*result, strict=True):
-                # array is five times faster than numpy at taking Python's integers
-                writers[split].add(np.frombuffer(array.array("H", ids), dtype=np.uint16), size)
+                writers[split].add(ids.astype(np.uint16), size)
             progress.add(sum(size for _, _, size in result[0]))
     for writer in writers.values():
         writer.flush()
