@@ -1,4 +1,7 @@
-"""The training stream of a recipe: tokens per second from the shards to the device, against plain memory-map reads."""
+"""The training stream of a recipe: tokens per second from the shards to the device, against plain memory-map reads.
+
+And how long a step of 2 million tokens a second waits for its batch when a thread reads ahead.
+"""
 
 import argparse
 import time
@@ -7,8 +10,11 @@ import numpy as np
 import torch
 
 from benchmarks.subject import load, report, synchronize
+from trainer.data.prefetch import Prefetcher
 from trainer.data.shards import TokenFiles
 from trainer.data.stream import TrainStream
+
+CONSUMED_PER_SECOND = 2_000_000
 
 
 def main() -> None:
@@ -21,7 +27,9 @@ def main() -> None:
     data, device = cli.datamodule, cli.trainer.strategy.root_device
     data.prepare_data()
     text = data.source.prepared()
-    stream = TrainStream(TokenFiles(text.train), data.batch_tokens, data.sequence_length, options.steps)
+    stream = TrainStream(
+        TokenFiles(text.train), data.batch_tokens, data.sequence_length, options.steps, order=data.order, seed=data.seed
+    )
     on_gpu = device.type == "cuda"
 
     def streamed() -> None:
@@ -45,11 +53,24 @@ def main() -> None:
         synchronize(device)
         return options.steps * data.batch_tokens / (time.perf_counter() - started)
 
+    def waiting() -> float:
+        """Share of a consumer's time that it waits."""
+        waited, started = 0.0, time.perf_counter()
+        batches = iter(Prefetcher(stream, lambda: 0, on_gpu))
+        for _ in range(min(options.steps, 100)):
+            asked = time.perf_counter()
+            next(batches)
+            waited += time.perf_counter() - asked
+            time.sleep(data.batch_tokens / CONSUMED_PER_SECOND)
+        return waited / (time.perf_counter() - started)
+
     found, bound = rate(streamed), rate(copied)
     row = {
         "stream_tokens_per_second": round(found),
         "array_slices_tokens_per_second": round(bound),
         "ratio": round(found / bound, 2),
+        "waiting_percent_of_2m_tokens_per_second": round(100 * waiting(), 3),
+        "order": data.order,
         "batch_tokens": data.batch_tokens,
     }
     report(f"data {options.recipe} {' '.join(words)}".strip(), row, device)

@@ -36,6 +36,19 @@ def test_accumulated_micro_batches_give_the_loss_and_gradient_of_the_whole(slice
         assert (a - b).norm() <= 1e-5 * a.norm() + 1e-7
 
 
+def test_places_without_a_token_are_no_targets():
+    """The loss of a padded row is the mean over the targets it has, whatever stands at the padding."""
+    torch.manual_seed(0)
+    model = Transformer(TINY)
+    tokens = torch.randint(0, 300, (2, 17), dtype=torch.int32)
+    tokens[1, 11:] = -1
+    nll = torch.cat([model.nll(row[None, :-1], row[None, 1:])[0] for row in (tokens[0], tokens[1, :11])])
+    assert nll.shape == (26,)
+    for slices in (1, 2):
+        loss = train_step(model.nll, tokens, slices, lambda loss, last: loss.backward(), lambda: None)
+        assert abs(loss - nll.mean()) < 1e-6
+
+
 def test_clipping_scales_to_the_limit_and_zero_means_no_limit():
     parameters = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2))]
 

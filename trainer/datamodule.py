@@ -1,15 +1,14 @@
 """The data module: prepares a source once, serves the training stream and the evaluation windows."""
 
-from collections.abc import Iterator
-
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader, Dataset
 
 from trainer.data import published  # noqa: F401 - a choice for --data.source
 from trainer.data.manifest import NAME, Manifest, check_vocabulary
+from trainer.data.prefetch import Prefetcher
 from trainer.data.shards import MAX_VOCAB, TokenFiles, open_shard
 from trainer.data.sources import PreparedText, Shards, Source
 from trainer.data.stream import Order, TrainStream
@@ -20,20 +19,6 @@ from trainer.evaluation.windows import EvaluationConfig, WindowBatch, batch_plan
 from trainer.files import sha256_of
 
 ENDLESS = 2**40  # steps of a run without a step limit
-
-
-class StepSampler(Sampler[int]):
-    """Steps from the first one that is not done; the position is f(global_step), so no batch is lost on resume."""
-
-    def __init__(self, data: TrainStream, trainer: pl.Trainer) -> None:
-        self.data = data
-        self.trainer = trainer
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.trainer.global_step, len(self.data)))
-
-    def __len__(self) -> int:
-        return len(self.data)
 
 
 class WindowBatches(Dataset[WindowBatch]):
@@ -70,8 +55,9 @@ class TokenData(pl.LightningDataModule):
             batch_tokens: Tokens of one optimizer step, over all devices.
             sequence_length: Tokens of one training sequence.
             order: sequential (the reference's): one running stream, shard after shard. shuffled: pieces of a sequence's
-                length from all shards, each once an epoch.
-            seed: Of the shuffled order.
+                length from all shards, each once an epoch. documents: the same with sequences that start at a document
+                and are packed from whole ones; longer documents are cut, and all tokens are read once at the start.
+            seed: Of the orders that shuffle.
             vocab_size: Pieces the model knows; linked to model.vocab_size.
             evaluation: How validation text is scored; linked to eval.
         """
@@ -142,7 +128,7 @@ class TokenData(pl.LightningDataModule):
         targets = min(evaluation.max_tokens or targets, targets)
         return [(plain, targets)] + ([] if evaluation.is_plain else [(evaluation, targets)])
 
-    def train_dataloader(self) -> DataLoader[Tensor]:
+    def train_dataloader(self) -> Prefetcher:
         """Steps of this rank."""
         trainer = self.trainer
         assert trainer is not None
@@ -157,9 +143,11 @@ class TokenData(pl.LightningDataModule):
             self.order,
             self.seed,
         )
-        return DataLoader(
-            stream, batch_size=None, sampler=StepSampler(stream, trainer), pin_memory=torch.cuda.is_available()
-        )
+        if stream.packing is not None:
+            rank_zero_info(
+                f"packed documents into {len(stream.packing):,} sequences, {100 * stream.packing.filled:.2f} % filled"
+            )
+        return Prefetcher(stream, lambda: trainer.global_step, torch.cuda.is_available())
 
     def val_dataloader(self) -> list[DataLoader[WindowBatch]]:
         """Window starts of this rank: plain, and sliding too unless training is going on."""

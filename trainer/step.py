@@ -21,7 +21,8 @@ def train_step(
 
     Args:
         loss_fn: Losses of (b, T) inputs and targets from a first position on, as `Transformer.nll`.
-        tokens: (n, T + 1); in each row every token is the target of the one before.
+        tokens: (n, T + 1); in each row every token is the target of the one before. A place with -1 holds no token;
+            nothing is learned there.
         micro_batches: Number of slices the n sequences are learned in, to bound memory.
         backward: Called with the loss of each slice and whether it is the last.
         update: Called once, when all gradients are there.
@@ -29,8 +30,8 @@ def train_step(
     Returns:
         Mean loss, a detached scalar on the device.
     """
-    inputs, targets = tokens[:, :-1].chunk(micro_batches), tokens[:, 1:].chunk(micro_batches)
-    count = tokens.size(0) * (tokens.size(1) - 1)
+    inputs, targets = tokens[:, :-1].clamp(min=0).chunk(micro_batches), tokens[:, 1:].chunk(micro_batches)
+    count = (tokens[:, 1:] >= 0).sum()
     total = torch.zeros((), device=tokens.device)
     for index, (x, y) in enumerate(zip(inputs, targets, strict=True)):
         loss = loss_fn(x, y, 0).sum() / count

@@ -1,6 +1,8 @@
 """Shards, stream, tokenizer and byte table against plain Python and numpy."""
 
 import json
+import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +12,11 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trainer.data.prefetch import Prefetcher
 from trainer.data.shards import TokenFiles, open_shard, write_shard
 from trainer.data.sources import LocalText, PythonDocumentation, Shards, docstrings_of
 from trainer.data.stream import TrainStream
-from trainer.data.tokenizer import ByteTable, load_tokenizer
+from trainer.data.tokenizer import BOS, ByteTable, load_tokenizer
 from trainer.errors import UserError
 
 
@@ -87,6 +90,69 @@ def test_shuffled_pieces_come_once_an_epoch_in_another_order_each_time(three_sha
     assert set(whole[:124]) == set(whole[124:]) == pieces
     assert whole[:124] != whole[124:]
     assert read(range(restart, 41))[: 8 * max(0, 31 - restart)] == whole[8 * restart :]
+
+
+@settings(deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60).filter(lambda found: sum(found) > 32),
+    world=st.sampled_from([1, 2, 4]),
+    seed=st.integers(0, 3),
+)
+def test_packed_sequences_hold_every_token_of_an_epoch_once(lengths: list[int], world: int, seed: int):
+    """Tokens are numbered, so that a row says where it was cut; -1 only stands at its end."""
+    total, capacity = sum(lengths), 9
+    starts = np.cumsum(lengths) - lengths
+    tokens = np.arange(100, 100 + total, dtype=np.uint16)
+    tokens[starts] = BOS
+    with tempfile.TemporaryDirectory() as folder:
+        for number, part in enumerate(np.array_split(tokens, [total // 3, total // 2])):
+            if len(part):
+                write_shard(Path(folder) / f"{number}.bin", part)
+        files = TokenFiles(sorted(Path(folder).iterdir()))
+        streams = [TrainStream(files, 8 * world, 8, 500, rank, world, "documents", seed) for rank in range(world)]
+        rows = len(streams[0].packing or [])
+        read = torch.cat([stream[step] for step in range(2 * rows // world + 1) for stream in streams]).numpy()
+    for epoch in range(2):
+        places = []
+        for row in read[epoch * rows : (epoch + 1) * rows]:
+            held = row[row >= 0]
+            assert len(held)
+            assert (row[len(held) :] == -1).all()
+            numbered = held != BOS
+            if numbered[0]:  # no document starts here: none that starts is in this row
+                assert numbered.all()
+            places += held[numbered].tolist()
+        assert sorted(places) == tokens[tokens != BOS].tolist()
+    assert rows == best_fit_decreasing([min(capacity, n - k) for n in lengths for k in range(0, n, capacity)], capacity)
+
+
+def best_fit_decreasing(lengths: list[int], capacity: int) -> int:
+    """The textbook's way, one piece at a time: rows that it takes."""
+    free: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [space for space in free if space >= length]
+        if fitting:
+            free.remove(min(fitting))
+        free.append((min(fitting) if fitting else capacity) - length)
+    return len(free)
+
+
+def test_a_thread_reads_ahead_from_the_first_step_that_is_not_done(three_shards):
+    stream = TrainStream(three_shards[0], 64, 8, 20)
+    loader = Prefetcher(stream, lambda: 7, depth=3)
+    assert len(loader) == 20
+    assert [batch.tolist() for batch in loader] == [stream[step].tolist() for step in range(7, 20)]
+    batches = iter(loader)
+    next(batches)
+    batches.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+def test_an_error_of_the_reading_thread_ends_the_run(three_shards, monkeypatch: pytest.MonkeyPatch):
+    stream = TrainStream(three_shards[0], 64, 8, 20)
+    monkeypatch.setattr(stream.files, "read", lambda *_: (_ for _ in ()).throw(OSError("the disk is gone")))
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(iter(Prefetcher(stream, lambda: 0)))
 
 
 def test_a_batch_that_does_not_fit_is_refused(three_shards):

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from trainer.data.packing import Packing, document_starts, pack
 from trainer.data.shards import TokenFiles
 from trainer.errors import UserError
 
-Order = Literal["sequential", "shuffled"]
+Order = Literal["sequential", "shuffled", "documents"]
+PADDING = -1  # a place without a token
 
 
 class TrainStream(Dataset[Tensor]):
@@ -43,8 +45,8 @@ class TrainStream(Dataset[Tensor]):
             world_size: Number of processes.
             order: sequential reads one running stream, shard after shard, and goes on with the first token after the
                 last; shuffled reads pieces of a sequence's length from anywhere, each once an epoch, in an order that
-                seed and epoch determine.
-            seed: Of the shuffled order.
+                seed and epoch determine; documents does so with sequences that are packed from whole documents.
+            seed: Of the orders that shuffle.
 
         Raises:
             UserError: If the batch is not a whole number of sequences per rank, or longer than the data.
@@ -68,6 +70,10 @@ class TrainStream(Dataset[Tensor]):
         self.batch_sequences = batch_tokens // sequence_length
         self.local_sequences = self.batch_sequences // world_size
         self.pieces = (len(files) - 1) // sequence_length  # each with the token after it, its last target
+        self.packing: Packing | None = None
+        if order == "documents":
+            self.packing = pack(document_starts(files), len(files), sequence_length)
+            self.pieces = len(self.packing)
 
     def __len__(self) -> int:
         return self.num_steps
@@ -76,17 +82,25 @@ class TrainStream(Dataset[Tensor]):
         """Tokens of one step and rank, each sequence with one look-ahead token for its last target.
 
         Returns:
-            (sequences, sequence_length + 1) int32.
+            (sequences, sequence_length + 1) int32; PADDING after the last token of a sequence that is not full.
         """
         first = step * self.batch_sequences + self.rank * self.local_sequences
         if self.order == "sequential":
             run = self.files.read(first * self.length, self.local_sequences * self.length + 1)
             rows = np.lib.stride_tricks.sliding_window_view(run, self.length + 1)[:: self.length]
-        else:
-            numbers = range(first, first + self.local_sequences)
-            places = [permutation(self.seed, n // self.pieces, self.pieces)[n % self.pieces] for n in numbers]
-            rows = np.stack([self.files.read(int(place) * self.length, self.length + 1) for place in places])
-        return torch.from_numpy(rows.astype(np.int32))
+            return torch.from_numpy(rows.astype(np.int32))
+        filled = np.full((self.local_sequences, self.length + 1), PADDING, dtype=np.int32)
+        for row, number in zip(filled, range(first, first + self.local_sequences), strict=True):
+            place = int(permutation(self.seed, number // self.pieces, self.pieces)[number % self.pieces])
+            at = 0
+            for start, count in self._piece(place):
+                row[at : at + count] = self.files.read(start, count)
+                at += count
+        return torch.from_numpy(filled)
+
+    def _piece(self, place: int) -> list[tuple[int, int]]:
+        """Start and length of the stretches that make up a sequence."""
+        return self.packing.row(place) if self.packing else [(place * self.length, self.length + 1)]
 
 
 @lru_cache(maxsize=2)  # a batch may lie across the end of an epoch

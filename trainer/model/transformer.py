@@ -186,7 +186,7 @@ class Transformer(nn.Module):
 
         Args:
             ids: (B, T) tokens.
-            targets: (B, T) tokens that follow them.
+            targets: (B, T) tokens that follow them; -1 costs nothing.
             first: First position that is scored.
 
         Returns:
@@ -194,4 +194,6 @@ class Transformer(nn.Module):
         """
         logits = self.logits(self.hidden(ids, first))
         targets = targets[:, first:].long()
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none").view_as(
+            targets
+        )
