@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.subject import report
 from trainer.data.documents import TextFiles, find_files
-from trainer.data.tokenise import tokenise
+from trainer.data.tokenise import Document, tokenise
 from trainer.data.tokenizer import load_tokenizer
 
 
@@ -25,14 +25,14 @@ def main() -> None:
     options = parser.parse_args()
     paths = find_files(options.files)
 
-    def documents() -> list[str]:
+    def read() -> list[str]:
         sizes = itertools.accumulate((len(text.encode()) for text in TextFiles(paths)), initial=0)
         count = sum(1 for size in itertools.takewhile(lambda size: size < 1e6 * options.megabytes, sizes))
         return list(itertools.islice(TextFiles(paths), count))
 
-    texts = documents()
+    texts = read()
     size = sum(len(text.encode()) for text in texts) / 1e6
-    pairs = [("val" if index == 0 else "train", text) for index, text in enumerate(texts)]
+    documents = [Document("val" if index == 0 else "train", text, "") for index, text in enumerate(texts)]
     processor, threads = load_tokenizer(options.tokenizer), os.cpu_count() or 1
 
     def alone() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
 
     def whole() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            tokenise(pairs, Path(options.tokenizer), Path(folder), {})
+            tokenise(documents, Path(options.tokenizer), Path(folder), {})
 
     seconds: dict[str, float] = {"alone": 9e9, "whole": 9e9}
     for _ in range(3):  # alternately: a machine's speed drifts

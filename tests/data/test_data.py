@@ -1,6 +1,7 @@
 """Shards, stream, tokenizer and byte table against plain Python and numpy."""
 
 import json
+import os
 import tempfile
 import threading
 from pathlib import Path
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 import zstandard
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from trainer.data.normalisation import NormalisationSample
 from trainer.data.prefetch import Prefetcher
 from trainer.data.shards import TokenFiles, open_shard, write_shard
 from trainer.data.sources import LocalText, PythonDocumentation, Shards, docstrings_of
@@ -163,14 +165,33 @@ def test_a_batch_that_does_not_fit_is_refused(three_shards):
         TrainStream(files, 8000, 8, 10)
 
 
+# GOLF_TOKENIZERS names a folder with further .model files, such as the challenge's own.
+REAL_TOKENIZERS = sorted(Path(os.environ["GOLF_TOKENIZERS"]).glob("*.model")) if "GOLF_TOKENIZERS" in os.environ else []
+
+
+@pytest.mark.parametrize("model", [None, *REAL_TOKENIZERS], ids=lambda path: path.stem if path else "trained here")
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(max_size=60) | st.text("aé漢🙂 \t\u00a0\u200d\u0301\u0007▁09", max_size=60))
-def test_the_byte_table_counts_the_bytes_of_the_normalised_text(shard_folder: Path, text: str):
-    tokenizer = load_tokenizer(shard_folder / "tokenizer.model")
+@example(text="")
+@example(text="  two  spaces\u00a0and\u3000wide ones   ")
+@example(text="👩‍👩‍👧 e\u0301 é ﬁ … \x00\x07\t\r\n")
+def test_the_byte_table_counts_the_bytes_of_the_normalised_text(shard_folder: Path, model: Path | None, text: str):
+    tokenizer = load_tokenizer(model or shard_folder / "tokenizer.model")
     table = ByteTable.from_tokenizer(tokenizer)
     ids = torch.tensor([1, *tokenizer.encode(text)])
     expected = len(tokenizer.normalize(text).replace("\u2581", " ").encode())
     assert int(table.count(ids[:-1], ids[1:]).sum()) == expected
+
+
+def test_what_normalisation_replaces_is_told(shard_folder: Path):
+    sample = NormalisationSample(load_tokenizer(shard_folder / "tokenizer.model"))
+    for text in ("plain words", "no\u00a0break\u00a0space", "three dots…", "e\u0301"):
+        sample.add(text)
+    said = sample.describe()
+    assert said == (
+        "normalisation changed 3 of the first 4 documents (43 bytes became 40); "
+        "U+00A0 NO-BREAK SPACE to ' ' 2 times, U+2026 … to '...' 1 times"
+    )
 
 
 def test_control_pieces_cost_nothing_and_byte_pieces_one(shard_folder: Path):

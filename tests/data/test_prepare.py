@@ -175,7 +175,7 @@ def test_training_documents_of_the_validation_files_are_left_out(tmp_path: Path,
 def test_a_document_longer_than_a_shard_is_refused(tmp_path: Path, shard_folder: Path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(["word " * 300, "b"]))
     model = str(shard_folder / "tokenizer.model")
-    with pytest.raises(UserError, match="longer than a shard"):
+    with pytest.raises(UserError, match=r"a\.jsonl: a document of .* is longer than a shard"):
         LocalText([str(tmp_path / "a.jsonl")], str(tmp_path / "o"), tokenizer=model, shard_tokens=100).prepare()
     assert not (tmp_path / "o/manifest.json").exists()
 
@@ -208,6 +208,38 @@ def test_a_killed_preparation_leaves_no_manifest_and_the_next_one_is_whole(tmp_p
         shard_tokens=1500,
     ).prepare()
     assert sum(shard.documents for shard in verify(tmp_path / "o").shards) == 200
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_that_looks_whole(tmp_path: Path, shard_folder: Path):
+    """A limit on the size of files stands for the disk: the first shard goes beyond it."""
+    (tmp_path / "a.jsonl").write_bytes(jsonl(make_documents(4000, 5)))
+    words = ["prepare", "--data.source=LocalText", f"--data.source.train_files=[{tmp_path}/a.jsonl]"]
+    words += [f"--data.source.folder={tmp_path}/o", f"--data.source.tokenizer={shard_folder}/tokenizer.model"]
+    words += ["--data.source.val_every=3", "--data.source.shard_tokens=150000"]
+    script = (
+        "import resource, sys\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (260000, 260000))\n"
+        "from trainer.__main__ import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    full = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=False)
+    assert full.returncode == 1
+    assert "text_train_000000.bin: cannot be written (File too large); free some space" in full.stderr
+    assert "Traceback" not in full.stderr
+    assert not list((tmp_path / "o").glob("*.bin"))
+    assert not (tmp_path / "o/manifest.json").exists()
+    assert main(words) == 0
+    assert sum(shard.documents for shard in verify(tmp_path / "o").shards) == 4000
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, shard_folder: Path, capsys):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(make_documents(20, 5)))
+    words = ["--data.source=LocalText", f"--data.source.train_files=[{tmp_path}/a.jsonl]"]
+    words += [f"--data.source.folder={tmp_path}/a.jsonl/o", f"--data.source.tokenizer={shard_folder}/tokenizer.model"]
+    assert main(["prepare", *words]) == 1
+    assert (
+        "a.jsonl/o: cannot be written (Not a directory); choose another data.source.folder" in capsys.readouterr().err
+    )
 
 
 def test_verify_mends_nothing_and_prepare_does(prepared, tmp_path: Path, shard_folder: Path, capsys):

@@ -14,7 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from trainer.data.documents import TextFiles, find_files
-from trainer.data.tokenise import SHARD_TOKENS, clear, finished, is_prepared, split_of, tokenise
+from trainer.data.tokenise import SHARD_TOKENS, Document, clear, finished, is_prepared, split_of, tokenise
 from trainer.data.tokenizer import load_tokenizer, train_tokenizer
 from trainer.errors import UserError
 from trainer.files import atomic_write, sha256_of
@@ -152,23 +152,28 @@ class LocalText(Source):
         print(
             f"tokenising {len(files.paths):,} files ({sum(files.sizes) / 1e6:,.1f} MB) into {self.folder}", flush=True
         )
-        splits = self._split(files, len(val)) if val else ((split_of(text, self.val_every), text) for text in files)
-        tokenise(splits, model, self.folder, record, lambda: files.fraction, self.shard_tokens)
+        tokenise(
+            self._documents(files, len(val)), model, self.folder, record, lambda: files.fraction, self.shard_tokens
+        )
         finished(self.folder)
 
-    def _split(self, files: TextFiles, val_count: int) -> Iterator[tuple[str, str]]:
-        """Validation files first; of the rest, documents that are not among them."""
+    def _documents(self, files: TextFiles, val_count: int) -> Iterator[Document]:
+        """Validation files first; of the rest, documents that are not among them. Without such files, by hash."""
         known: set[bytes] = set()
         left_out = 0
         for text in files:
+            place = str(files.paths[files.index])
+            if not val_count:
+                yield Document(split_of(text, self.val_every), text, place)
+                continue
             key = hashlib.sha256(text.encode()).digest()
             if files.index < val_count:
                 known.add(key)
-                yield "val", text
+                yield Document("val", text, place)
             elif key in known:
                 left_out += 1
             else:
-                yield "train", text
+                yield Document("train", text, place)
         if left_out:
             print(f"left out {left_out:,} training documents that are in the validation files", flush=True)
 
@@ -223,8 +228,8 @@ class PythonDocumentation(Source):
         documents = list(itertools.chain.from_iterable(map(_stretches, self._modules())))
         # Neighbours in one module are alike: a small batch of them would be many times the same lesson.
         documents.sort(key=_text_hash)
-        splits = [(split_of(text, self.val_every), text) for text in documents]
-        train = [text for split, text in splits if split == "train"]
+        splits = [Document(split_of(text, self.val_every), text, "the documentation") for text in documents]
+        train = [document.text for document in splits if document.split == "train"]
         if not train or len(train) == len(splits):
             places = ", ".join(map(str, self.roots))
             raise UserError(f"{places}: too few docstrings found for two splits; use another data.source")

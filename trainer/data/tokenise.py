@@ -8,17 +8,18 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from trainer.data.manifest import NAME, Manifest, ShardRecord
+from trainer.data.normalisation import NormalisationSample
 from trainer.data.shards import HEADER_BYTES, TokenArray, write_shard
 from trainer.data.tokenizer import BOS, ByteTable, load_tokenizer
 from trainer.errors import UserError
 from trainer.files import sha256_of
 
-CHUNK_BYTES = 4_000_000  # of text, tokenised at once
+CHUNK_LETTERS = 4_000_000  # of text, tokenised at once
 SHARD_TOKENS = 100_000_000  # as in the published export
 SPLITS = ("train", "val")
 IdArray = np.ndarray[tuple[int], np.dtype[np.int32]]
@@ -28,6 +29,14 @@ BEGIN = np.array([BOS], dtype=np.uint16)
 def split_of(text: str, val_every: int) -> str:
     """Whether a document is for training or, about one in `val_every`, for validation: by its sha256 alone."""
     return SPLITS[int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) % val_every == 0]
+
+
+class Document(NamedTuple):
+    """A text, the split it is for, and where it stands, for an error."""
+
+    split: str
+    text: str
+    place: str
 
 
 class ShardWriter:
@@ -42,7 +51,7 @@ class ShardWriter:
         self._parts: list[TokenArray] = []
         self._tokens = self._text_bytes = 0
 
-    def add(self, ids: TokenArray, text_bytes: int) -> None:
+    def add(self, ids: TokenArray, text_bytes: int, place: str) -> None:
         """Take a document, without BOS.
 
         Raises:
@@ -51,7 +60,7 @@ class ShardWriter:
         length = len(ids) + 1
         if length > self.shard_tokens:
             raise UserError(
-                f"a document of {length:,} tokens is longer than a shard ({self.shard_tokens:,}); "
+                f"{place}: a document of {length:,} tokens is longer than a shard ({self.shard_tokens:,}); "
                 "cut it into documents, for instance into lines of a .jsonl file"
             )
         if self._tokens + length > self.shard_tokens:
@@ -83,7 +92,7 @@ class ShardWriter:
 
 
 def tokenise(
-    documents: Iterable[tuple[str, str]],
+    documents: Iterable[Document],
     tokenizer: Path,
     folder: Path,
     source: dict[str, Any],
@@ -96,7 +105,7 @@ def tokenise(
     each split, twice while it is written, and three chunks.
 
     Args:
-        documents: Pairs of split and text, in reading order.
+        documents: In reading order.
         tokenizer: SentencePiece model.
         folder: Where the shards go.
         source: What made them, for the manifest.
@@ -109,29 +118,33 @@ def tokenise(
     processor = load_tokenizer(tokenizer)
     table = ByteTable.from_tokenizer(processor)
     writers = {split: ShardWriter(folder, split, table, shard_tokens) for split in SPLITS}
+    sample = NormalisationSample(processor)
     threads = os.cpu_count() or 1
     progress = Progress(fraction)
     chunks = _chunks(documents)
 
-    def encode() -> tuple[list[tuple[str, str, int]], list[IdArray]] | None:
+    def encode() -> tuple[list[Document], list[IdArray]] | None:
         chunk = next(chunks, None)
         if chunk is None:
             return None
         # Arrays: Python's integers would take a fifth of the time, on one core.
-        return chunk, processor.encode_as_numpy([text for _, text, _ in chunk], num_threads=threads)
+        return chunk, processor.encode_as_numpy([document.text for document in chunk], num_threads=threads)
 
     with ThreadPoolExecutor(1) as encoder:
         waiting = encoder.submit(encode)
         while (result := waiting.result()) is not None:
             waiting = encoder.submit(encode)
-            for (split, _, size), ids in zip(*result, strict=True):
-                writers[split].add(ids.astype(np.uint16), size)
-            progress.add(sum(size for _, _, size in result[0]))
+            for document, ids in zip(*result, strict=True):
+                sample.add(document.text)
+                size = len(document.text.encode())
+                writers[document.split].add(ids.astype(np.uint16), size, document.place)
+                progress.add(size)
     for writer in writers.values():
         writer.flush()
         if not writer.records:
             raise UserError(f"{folder}: no document is left for the {writer.split} split; give more text")
     progress.end()
+    print(sample.describe(), flush=True)
     records = [record for split in SPLITS for record in writers[split].records]
     versions = {name: version(name) for name in ("sentencepiece", "numpy")}
     manifest = Manifest(source, sha256_of(tokenizer), records, versions)
@@ -139,13 +152,16 @@ def tokenise(
     return manifest
 
 
-def _chunks(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str, int]]]:
-    sized = ((split, text, len(text.encode())) for split, text in documents)
-    for first in sized:
-        chunk, total = [first], first[2]
-        while total < CHUNK_BYTES and (more := next(sized, None)) is not None:
-            chunk.append(more)
-            total += more[2]
+def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    chunk: list[Document] = []
+    letters = 0
+    for document in documents:
+        chunk.append(document)
+        letters += len(document.text)
+        if letters >= CHUNK_LETTERS:
+            yield chunk
+            chunk, letters = [], 0
+    if chunk:
         yield chunk
 
 
