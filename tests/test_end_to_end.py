@@ -129,21 +129,21 @@ def test_export_makes_the_same_artifact_from_the_checkpoint(finished):
 
 
 def test_a_resumed_run_ends_with_the_same_weights_bit_by_bit(finished, tmp_path: Path, shard_folder: Path):
-    """Five of eight steps, a crash, and the rest; SWA's snapshot of step 6 comes after the resume."""
+    """Five of eight steps, an error in the sixth, and the rest; SWA's snapshot of step 6 comes after the resume."""
     whole, _ = finished
     (tmp_path / "crash.py").write_text(
-        "import sys, lightning.pytorch as pl\n"
-        "from trainer.callbacks.late_swa import LateSWA\n"
+        "import sys\n"
+        "from trainer.lightning_module import LanguageModel\n"
         "from trainer.__main__ import main\n"
-        "old = LateSWA.on_train_batch_end\n"
-        "def crash(self, trainer, module, *rest):\n"
-        "    old(self, trainer, module, *rest)\n"
-        "    if trainer.global_step == 5: raise RuntimeError('planted')\n"
-        "LateSWA.on_train_batch_end = crash\n"
+        "old = LanguageModel.training_step\n"
+        "def crash(self, batch, index):\n"
+        "    if self.steps_done == 5: raise RuntimeError('planted')\n"
+        "    old(self, batch, index)\n"
+        "LanguageModel.training_step = crash\n"
         "main(sys.argv[1:])\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    words = small(shard_folder, "--checkpoints.every=5")
+    words = small(shard_folder)
     broken = subprocess.run(
         [sys.executable, "crash.py", *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )

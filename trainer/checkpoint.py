@@ -1,8 +1,14 @@
-"""Reading a checkpoint without running anything from it, and the weights it holds."""
+"""Reading a checkpoint without running anything from it, and the weights it holds.
 
+A checkpoint is torch's own zip file; its archive comment is the sha256 of all bytes before it, so that other tools can
+still load it.
+"""
+
+import hashlib
 import pickle
+import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -10,6 +16,47 @@ from torch import Tensor
 from trainer.errors import UserError
 
 OWN_KEY = "golf_trainer"  # plain values that let `export` and `validate` use the file alone
+
+SEAL = b"sha256:"
+SEAL_BYTES = len(SEAL) + 64
+ZIP_END = b"PK\x05\x06"  # of 22 bytes with no comment; the last two are the comment's length
+
+
+def seal(file: BinaryIO) -> None:
+    """Give a zip file that ends at the file's end the checksum as its comment."""
+    file.seek(-22, 2)
+    if file.read(4) != ZIP_END:
+        raise RuntimeError("torch.save wrote no plain zip file")
+    file.seek(-2, 2)
+    file.write(struct.pack("<H", SEAL_BYTES))
+    digest = _sha256(file, file.seek(0, 2))
+    file.write(SEAL + digest)
+
+
+def _sha256(file: BinaryIO, count: int) -> bytes:
+    """Hexadecimal sha256 of the first bytes of a file; the position is then behind them."""
+    file.seek(0)
+    sha = hashlib.sha256()
+    while count:
+        piece = file.read(min(count, 2**20))
+        sha.update(piece)
+        count -= len(piece)
+    return sha.hexdigest().encode()
+
+
+def damage(path: str | Path) -> str | None:
+    """What is wrong with a checkpoint's bytes, or None if its checksum is right."""
+    try:
+        with Path(path).open("rb") as file:
+            left = file.seek(0, 2) - SEAL_BYTES
+            file.seek(max(left, 0))
+            stored = file.read()
+            if left < 0 or not stored.startswith(SEAL):
+                return "no checksum at its end: it was cut, or not written by this trainer"
+            right = stored == SEAL + _sha256(file, left)
+    except OSError as error:
+        return error.strerror or str(error)
+    return None if right else "its checksum does not match"
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -20,6 +67,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: there is no such checkpoint")
+    if found := damage(path):
+        raise UserError(f"{path}: is damaged ({found}); go on from another one, --ckpt last finds it")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from trainer.checkpoint import load_checkpoint
+from trainer.checkpoint import load_checkpoint, seal
 from trainer.errors import UserError
 from trainer.files import atomic_write
 
@@ -15,10 +15,11 @@ class AtomicCheckpointIO(CheckpointIO):
     """Lightning stages in the system's temp folder and moves without a sync; a full disk left a damaged file there."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write beside the target, flush, rename."""
+        """Write beside the target, add the checksum, flush, rename."""
         try:
             with atomic_write(path) as file:
                 torch.save(checkpoint, file)
+                seal(file)
         except RuntimeError as error:  # torch's own word for a failed write
             raise UserError(f"{path}: the checkpoint cannot be written ({error}); free some space") from error
 

@@ -16,14 +16,14 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from trainer.callbacks.checkpoint import Checkpoints
+from trainer.callbacks.checkpoint import LAST, Checkpoints
 from trainer.callbacks.export import PostTrainExport
 from trainer.callbacks.late_swa import LateSWA
 from trainer.callbacks.progress import Progress
 from trainer.callbacks.throughput import Throughput
 from trainer.callbacks.wallclock import WallclockCutoff
 from trainer.callbacks.warmup import CompileWarmup
-from trainer.checkpoint import OWN_KEY, live_state, load_checkpoint, stored_average
+from trainer.checkpoint import OWN_KEY, damage, live_state, load_checkpoint, stored_average
 from trainer.checkpoint_io import AtomicCheckpointIO
 from trainer.datamodule import TokenData
 from trainer.env_aliases import alias_options
@@ -189,15 +189,22 @@ def run_folder_of(path: Path) -> Path:
 
 
 def newest_checkpoint(root: Path, recipe: str) -> str:
-    """The newest `last.ckpt` of a recipe.
+    """The newest checkpoint of a recipe's runs that is whole; says which newer ones are not.
 
     Raises:
         UserError: If there is none.
     """
-    found = sorted((root / recipe).glob("*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise UserError(f"--ckpt last: {root / recipe} holds no checkpoint; start without --ckpt")
-    return str(found[-1])
+    found = list((root / recipe).glob(f"*/checkpoints/{LAST}")) + list(
+        (root / recipe).glob("*/checkpoints/step-*.ckpt")
+    )
+    found.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)  # stable: of two names, last.ckpt comes first
+    for path in found:
+        if (reason := damage(path)) is None:
+            return str(path)
+        _print_once(f"{path}: is damaged ({reason}); looking for an older one")
+    raise UserError(
+        f"--ckpt last: {root / recipe} holds no {'whole ' if found else ''}checkpoint; start without --ckpt"
+    )
 
 
 def run(command: str, args: Sequence[str]) -> None:
@@ -313,8 +320,6 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=r"The '\w+_dataloader' does not have many workers")
     # The data module's position is a function of the step, so a mid-epoch checkpoint is exact.
     warnings.filterwarnings("ignore", message=r"You're resuming from a checkpoint that ended before the epoch ended")
-    # The state after a step is what a resumed run needs.
-    warnings.filterwarnings("ignore", message=r"Using ModelCheckpoint with manual optimization")
     # Lightning calls a function of torch's that got a new name.
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
     # Evaluations of the whole split are not an epoch of anything.

@@ -55,6 +55,7 @@ class LanguageModel(pl.LightningModule):
         self.clock = TrainingClock()  # the wallclock callback puts the run's own here
         self.lr_multiplier = 1.0  # of the step in progress or just done
         self.gradient_norm = torch.zeros(())
+        self.updating = False  # between an update's begin and the end of all that belongs to its step
         self.kernel: AttentionKernel = SdpaKernel()
         self.fused_mlp = False
         self.is_compiled = False
@@ -147,6 +148,7 @@ class LanguageModel(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip here: gradients are no longer scaled by the fp16 loss scale."""
+        self.updating = True
         self.gradient_norm = clip_gradients(self.model.parameters(), self.optimizer_config.grad_clip_norm)
 
     def on_validation_epoch_start(self) -> None:

@@ -1,33 +1,113 @@
-"""Checkpoints of a run: the newest one, during and at the end of training."""
+"""Checkpoints of a run: while it trains, when it ends, and when it is stopped.
 
+Lightning's ModelCheckpoint is not used: on an error or Ctrl-C it would save in the middle of an update.
+"""
+
+import os
+import shutil
+import signal
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_info
+
+from trainer.lightning_module import LanguageModel
+
+LAST = "last.ckpt"
 
 
-class Checkpoints(ModelCheckpoint):
-    """Lightning's checkpoint callback, in the run's own folder; keeps one file, `last.ckpt`."""
+class Checkpoints(Checkpoint):
+    """Keeps the newest few as `step-N.ckpt`, and `last.ckpt` as another name of the newest."""
 
-    def __init__(self, every: int = 1000) -> None:
+    def __init__(self, every: int = 1000, keep: int = 2) -> None:
         """Save while training.
 
         Args:
-            every: Steps between two saves; one more is made when training ends or fails.
+            every: Steps between two saves; one more is made when training ends, fails or is stopped.
+            keep: Checkpoints that stay.
         """
-        super().__init__(filename="last", every_n_train_steps=every, save_top_k=1, enable_version_counter=False)
-        self.save_on_exception = True
+        if every < 1 or keep < 1:
+            raise ValueError(f"checkpoints.every and checkpoints.keep must be at least 1, not {every} and {keep}")
+        self.every = every
+        self.keep = keep
+        self.saved_step: int | None = None
+        self._handler: Any = None
+        self._interrupted = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put the folder inside the run's."""
-        if stage == "fit":
-            self.dirpath = str(Path(str(trainer.log_dir)) / "checkpoints")
+        self.folder = Path(str(trainer.log_dir)) / "checkpoints"
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        """Save when it is time, and after the last step: before the export, which could fail."""
-        last = trainer.should_stop or trainer.global_step == trainer.max_steps
-        if last:
-            trainer.save_checkpoint(Path(str(self.dirpath)) / "last.ckpt", weights_only=False)
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let Ctrl-C wait for the end of an update; nothing was trained yet that is not in the file gone on from."""
+        assert isinstance(pl_module, LanguageModel)
+        self.saved_step = trainer.global_step
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            if not pl_module.updating or self._interrupted:  # a second one does not wait
+                raise KeyboardInterrupt
+            self._interrupted = True
+
+        try:
+            self._handler = signal.signal(signal.SIGINT, stop)
+        except ValueError:  # not the main thread: no signal comes here
+            self._handler = None
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Save when it is time, and after the last step: before the export, which could fail.
+
+        Lightning calls this callback last, so everything that belongs to the step is done.
+        """
+        assert isinstance(pl_module, LanguageModel)
+        pl_module.updating = False
+        if self._interrupted:
+            raise KeyboardInterrupt
+        step = trainer.global_step
+        if trainer.should_stop or step == trainer.max_steps or step % self.every == 0:
+            self._save(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Save what was trained since the last time, unless an update was cut in the middle."""
+        assert isinstance(pl_module, LanguageModel)
+        self._restore_handler()
+        if self.saved_step is None or trainer.global_step == self.saved_step:
+            return
+        if pl_module.updating:
+            rank_zero_info(f"stopped in the middle of a step; step {self.saved_step:,} is the last one that is saved")
         else:
-            super().on_train_batch_end(trainer, pl_module, *args)
+            self._save(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Ctrl-C is Python's own again."""
+        self._restore_handler()
+
+    def _restore_handler(self) -> None:
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
+            self._handler = None
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        step = trainer.global_step
+        if step == self.saved_step:
+            return
+        path = self.folder / f"step-{step:09d}.ckpt"
+        trainer.save_checkpoint(path, weights_only=False)
+        self.saved_step = step
+        if trainer.is_global_zero:
+            _name_again(path, self.folder / LAST)
+            for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.keep]:
+                old.unlink()
+
+
+def _name_again(path: Path, name: Path) -> None:
+    """Let another name mean a file, without a second copy where the file system can do that."""
+    link = name.with_name(f".{name.name}.link")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(path, link)
+    except OSError:
+        shutil.copyfile(path, link)
+    os.replace(link, name)

@@ -1,0 +1,147 @@
+"""Runs that die, files that rot: what was saved is whole, and what goes on from it ends with the same weights."""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.test_end_to_end import digest, small, trainer
+from trainer.checkpoint import damage, load_checkpoint
+from trainer.errors import UserError
+
+KILLS = int(os.environ.get("GOLF_KILLS", "3"))  # more of them take 4 seconds each
+RUNS = Path("runs/int5mlp_10l_parity")
+# `trainer` with something planted into it, by way of sitecustomize.
+PLANTED = "import sys\n{}\nfrom trainer.__main__ import main\nsys.exit(main(sys.argv[1:]))\n"
+
+
+def planted(code: str, *words: str, cwd: Path) -> subprocess.Popen[str]:
+    """Start the trainer after some code that changes it."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-c", PLANTED.format(code), *words]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=cwd, env=environment, **pipes)
+
+
+def long(shards: Path, *more: str) -> list[str]:
+    return small(shards, "--trainer.max_steps=60", "--checkpoints.every=7", "--model.schedule.warmdown_steps=30", *more)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, shard_folder: Path) -> Path:
+    """A run of 60 steps that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    result = trainer(*long(shard_folder), cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder / RUNS / "1/checkpoints"
+
+
+def test_the_newest_checkpoints_stay_and_last_is_the_newest(whole: Path):
+    assert sorted(path.name for path in whole.iterdir()) == ["last.ckpt", "step-000000056.ckpt", "step-000000060.ckpt"]
+    assert os.path.samefile(whole / "last.ckpt", whole / "step-000000060.ckpt")
+
+
+def test_a_run_killed_at_random_moments_ends_with_the_same_weights(whole: Path, tmp_path: Path, shard_folder: Path):
+    rng = random.Random()
+    slow = "import time\nfrom trainer.step import StepFence\nStepFence.record = lambda self, *_: time.sleep(0.03)"
+    for _ in range(KILLS):
+        ckpt = ["--ckpt=last"] if list((tmp_path / RUNS).glob("*/checkpoints/*.ckpt")) else []
+        with planted(slow, *long(shard_folder), *ckpt, cwd=tmp_path) as process:
+            assert process.stdout is not None
+            assert any(line.startswith("training ") for line in process.stdout)
+            time.sleep(rng.uniform(0, 1.5))
+            process.kill()
+    resumed = trainer(*long(shard_folder), "--ckpt=last", cwd=tmp_path)
+    if "start without --ckpt" in resumed.stderr:  # every kill came before the first save
+        resumed = trainer(*long(shard_folder), cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    newest = max((tmp_path / RUNS).glob("*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    assert digest(newest) == digest(whole / "last.ckpt")
+
+
+@pytest.mark.parametrize("moment", ["seal", "replace"])
+def test_a_kill_during_a_save_leaves_the_one_before(moment: str, whole: Path, tmp_path: Path, shard_folder: Path):
+    die = {
+        "seal": "import trainer.checkpoint_io as io\nold = io.seal\nname = 'seal'",
+        "replace": "import os as io\nold = io.replace\nname = 'replace'",
+    }[moment]
+    die += (
+        "\nimport os\nseen = []\n"
+        "def kill(*words):\n"
+        "    if name == 'seal' or 'step-' in str(words[-1]): seen.append(1)\n"
+        "    if len(seen) == 3: os.kill(os.getpid(), 9)\n"
+        "    return old(*words)\n"
+        "setattr(io, name, kill)"
+    )
+    with planted(die, *long(shard_folder), cwd=tmp_path) as process:
+        process.communicate()
+        assert process.returncode == -9
+    resumed = trainer(*long(shard_folder), "--ckpt=last", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"going on from {RUNS}/1/checkpoints/last.ckpt" in resumed.stdout
+    assert load_checkpoint(tmp_path / RUNS / "1/checkpoints/last.ckpt")["global_step"] == 14
+    assert digest(tmp_path / RUNS / "2/checkpoints/last.ckpt") == digest(whole / "last.ckpt")
+
+
+def test_every_damage_to_a_checkpoint_is_seen(whole: Path, tmp_path: Path):
+    good = (whole / "last.ckpt").read_bytes()
+    path = tmp_path / "a.ckpt"
+    places = [*range(0, len(good), len(good) // 150), *range(len(good) - 100, len(good))]
+    for place in places:
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        with pytest.raises(UserError, match=r"a\.ckpt: is damaged"):
+            load_checkpoint(path)
+    for content in (b"", good[:10], good[: len(good) // 2], good[:-1], good + b"\0"):
+        path.write_bytes(content)
+        assert damage(path)
+    with pytest.raises(UserError, match="there is no such checkpoint"):
+        load_checkpoint(tmp_path)
+
+
+def test_last_means_the_newest_whole_checkpoint(whole: Path, tmp_path: Path, shard_folder: Path):
+    folder = tmp_path / RUNS / "1/checkpoints"
+    folder.mkdir(parents=True)
+    for age, name in enumerate(("step-000000060.ckpt", "step-000000056.ckpt")):
+        content = (whole / name).read_bytes()
+        (folder / name).write_bytes(content if age else content[:-5000])
+        os.utime(folder / name, (1e9 - age, 1e9 - age))
+    os.link(folder / "step-000000060.ckpt", folder / "last.ckpt")
+    result = trainer(*long(shard_folder), "--ckpt=last", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "last.ckpt: is damaged (no checksum at its end" in result.stdout
+    assert f"going on from {RUNS}/1/checkpoints/step-000000056.ckpt" in result.stdout
+    assert digest(tmp_path / RUNS / "2/checkpoints/last.ckpt") == digest(whole / "last.ckpt")
+    (folder / "step-000000056.ckpt").unlink()
+    os.rename(tmp_path / RUNS / "2", tmp_path / "elsewhere")
+    result = trainer(*long(shard_folder), "--ckpt=last", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "holds no whole checkpoint; start without --ckpt" in result.stderr
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_the_checkpoint_before_stays(
+    whole: Path, tmp_path: Path, shard_folder: Path
+):
+    """The third save meets the limit, as on a disk that others have filled meanwhile."""
+    size = (whole / "last.ckpt").stat().st_size
+    full = (
+        "import resource, trainer.checkpoint_io as io\nold = io.atomic_write\nseen = []\n"
+        "def write(path):\n"
+        "    seen.append(path)\n"
+        f"    if len(seen) == 3: resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2}))\n"
+        "    return old(path)\n"
+        "io.atomic_write = write"
+    )
+    with planted(full, *long(shard_folder), cwd=tmp_path) as process:
+        _, errors = process.communicate()
+    assert process.returncode == 1
+    assert errors.strip().count("\n") == 0, errors
+    assert "step-000000021.ckpt: " in errors
+    assert "cannot be written" in errors
+    folder = tmp_path / RUNS / "1/checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "step-000000007.ckpt", "step-000000014.ckpt"]
+    assert load_checkpoint(folder / "last.ckpt")["global_step"] == 14
