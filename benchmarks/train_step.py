@@ -45,7 +45,8 @@ class Stopwatch(pl.Callback):
             loss.backward()
 
         def update() -> None:
-            clip_gradients(model.parameters(), pl_module.optimizer_config.grad_clip_norm)
+            norms = clip_gradients(model.parameters(), pl_module.optimizer_config.grad_clip_norm)
+            optimizer.finite = norms.total.isfinite()
             optimizer.step()
             optimizer.zero_grad()
 
@@ -59,8 +60,8 @@ class Stopwatch(pl.Callback):
             )
             slices = pl_module.micro_batches(len(tokens))
             with trainer.precision_plugin.forward_context():
-                train_step(pl_module.nll, tokens, slices, backward, update)
-            fence.record()
+                loss = train_step(pl_module.nll, tokens, slices, backward, update)
+            fence.record(step, loss)
         synchronize(pl_module.device)
         self.bare = (time.perf_counter() - started) / self.steps
         model.load_state_dict(saved)

@@ -48,7 +48,12 @@ def test_the_newest_checkpoints_stay_and_last_is_the_newest(whole: Path):
 
 def test_a_run_killed_at_random_moments_ends_with_the_same_weights(whole: Path, tmp_path: Path, shard_folder: Path):
     rng = random.Random()
-    slow = "import time\nfrom trainer.step import StepFence\nStepFence.record = lambda self, *_: time.sleep(0.03)"
+    slow = (
+        "import time\n"
+        "from trainer.step import StepFence\n"
+        "old = StepFence.record\n"
+        "StepFence.record = lambda *words: (time.sleep(0.03), old(*words))[1]"
+    )
     for _ in range(KILLS):
         ckpt = ["--ckpt=last"] if list((tmp_path / RUNS).glob("*/checkpoints/*.ckpt")) else []
         with planted(slow, *long(shard_folder), *ckpt, cwd=tmp_path) as process:
@@ -145,3 +150,39 @@ def test_a_full_disk_ends_the_run_in_one_line_and_the_checkpoint_before_stays(
     folder = tmp_path / RUNS / "1/checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "step-000000007.ckpt", "step-000000014.ckpt"]
     assert load_checkpoint(folder / "last.ckpt")["global_step"] == 14
+
+
+def bad_gradient(*steps: int) -> str:
+    """One gradient becomes nan at some steps (counted from 1), as a bad batch would make it."""
+    return (
+        "from trainer.lightning_module import LanguageModel as M\n"
+        "old = M.on_before_optimizer_step\n"
+        "def poison(self, optimizer):\n"
+        f"    if self.steps_done + 1 in {steps}: self.model.blocks[2].mlp.down.weight.grad[0, 0] = float('nan')\n"
+        "    old(self, optimizer)\n"
+        "M.on_before_optimizer_step = poison"
+    )
+
+
+def test_a_bad_gradient_stops_the_run_with_good_weights_saved(tmp_path: Path, shard_folder: Path):
+    with planted(bad_gradient(5), *small(shard_folder), cwd=tmp_path) as process:
+        _, errors = process.communicate()
+    assert process.returncode == 1
+    assert "step 5: the loss is " in errors
+    assert "the gradient norm nan (bad gradient: blocks.2.mlp.down.weight); this update was not made" in errors
+    assert "Traceback" not in errors
+    saved = load_checkpoint(tmp_path / RUNS / "1/checkpoints/last.ckpt")
+    assert saved["global_step"] == 5
+    assert all(tensor.isfinite().all() for tensor in saved["state_dict"].values() if tensor.is_floating_point())
+
+
+def test_bad_gradients_are_skipped_up_to_a_bound(tmp_path: Path, shard_folder: Path):
+    words = small(shard_folder, "--watch.nonfinite=skip", "--watch.max_skipped=2")
+    with planted(bad_gradient(3, 5), *words, cwd=tmp_path) as process:
+        _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert "skipped (2 of at most 2)" in errors
+    with planted(bad_gradient(3, 5, 6), *words, cwd=tmp_path) as process:
+        _, errors = process.communicate()
+    assert process.returncode == 1
+    assert "this update after 2 skipped ones was not made" in errors

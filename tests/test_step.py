@@ -58,10 +58,10 @@ def test_clipping_scales_to_the_limit_and_zero_means_no_limit():
 
     norm = (3 * 9 + 2 * 16) ** 0.5
     fill()
-    assert clip_gradients(parameters, 0.5).item() == pytest.approx(norm)
+    assert clip_gradients(parameters, 0.5).total.item() == pytest.approx(norm)
     assert parameters[0].grad.tolist() == pytest.approx([3 * 0.5 / norm] * 3, rel=1e-5)
     fill()
-    assert clip_gradients(parameters, 0).item() == pytest.approx(norm)
+    assert clip_gradients(parameters, 0).total.item() == pytest.approx(norm)
     assert parameters[1].grad.tolist() == [4.0, 4.0]
 
 
@@ -116,8 +116,9 @@ def test_the_host_waits_for_the_step_before_the_last(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     fence = StepFence(torch.device("cuda"))
-    for _ in range(4):
-        fence.record()
+    found = [fence.record(step, torch.tensor([10.0 * step])) for step in (1, 2, 3, 4)]
     assert happened == ["record 1", "record 2", "record 3", "wait 1", "record 4", "wait 2"]
-    StepFence(torch.device("cpu")).record()
+    assert found == [[], [], [(1, torch.tensor([10.0]))], [(2, torch.tensor([20.0]))]]
+    assert [step for step, _ in fence.drain()] == [3, 4]
+    assert StepFence(torch.device("cpu")).record(7, torch.tensor([1.0])) == [(7, torch.tensor([1.0]))]
     assert Event.made == 4

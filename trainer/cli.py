@@ -23,6 +23,7 @@ from trainer.callbacks.progress import Progress
 from trainer.callbacks.throughput import Throughput
 from trainer.callbacks.wallclock import WallclockCutoff
 from trainer.callbacks.warmup import CompileWarmup
+from trainer.callbacks.watch import Watch
 from trainer.checkpoint import OWN_KEY, damage, live_state, load_checkpoint, stored_average
 from trainer.checkpoint_io import AtomicCheckpointIO
 from trainer.datamodule import TokenData
@@ -85,6 +86,7 @@ class TrainerCLI(LightningCLI):
         parser.link_arguments("model.vocab_size", "data.vocab_size")
         parser.add_lightning_class_args(CompileWarmup, "warmup")
         parser.add_lightning_class_args(WallclockCutoff, "wallclock")
+        parser.add_lightning_class_args(Watch, "watch")
         parser.add_lightning_class_args(LateSWA, "late_swa")
         parser.add_lightning_class_args(PostTrainExport, "export")
         parser.add_lightning_class_args(Progress, "progress")

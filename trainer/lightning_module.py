@@ -19,7 +19,7 @@ from trainer.model.fused_mlp import choose_fusion
 from trainer.model.transformer import Transformer, TransformerConfig
 from trainer.optim.muon_adamw import MuonAdamW, OptimizerConfig, parameter_groups
 from trainer.optim.schedule import ScheduleConfig, lr_multiplier, muon_momentum
-from trainer.step import StepFence, clip_gradients, train_step
+from trainer.step import GradientNorms, StepFence, clip_gradients, train_step
 
 
 class LanguageModel(pl.LightningModule):
@@ -54,7 +54,8 @@ class LanguageModel(pl.LightningModule):
         self.compile_choice = compile
         self.clock = TrainingClock()  # the wallclock callback puts the run's own here
         self.lr_multiplier = 1.0  # of the step in progress or just done
-        self.gradient_norm = torch.zeros(())
+        self.gradient_norms = GradientNorms(torch.zeros(()), torch.zeros(0))
+        self.finished: list[tuple[int, Tensor]] = []  # steps the device has done meanwhile: loss and gradient norms
         self.updating = False  # between an update's begin and the end of all that belongs to its step
         self.kernel: AttentionKernel = SdpaKernel()
         self.fused_mlp = False
@@ -124,9 +125,10 @@ class LanguageModel(pl.LightningModule):
                     self.manual_backward(loss)
 
         loss = train_step(self.nll, batch, self.micro_batches(len(batch)), backward, optimizer.step)
-        self.fence.record()
+        values = torch.cat([torch.stack([loss, self.gradient_norms.total]), self.gradient_norms.each])
+        self.finished = self.fence.record(self.steps_done, values)
         # Tensors of the device only: to log a Python number, Lightning copies it there and waits for all queued work.
-        self.log_dict({"train/loss": loss, "train/gradient_norm": self.gradient_norm})
+        self.log_dict({"train/loss": loss, "train/gradient_norm": self.gradient_norms.total})
 
     def _no_sync(self) -> Any:
         strategy = self.trainer.strategy
@@ -147,9 +149,11 @@ class LanguageModel(pl.LightningModule):
         optimizer.set_rates(self.lr_multiplier, momentum)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip here: gradients are no longer scaled by the fp16 loss scale."""
+        """Clip here: gradients are no longer scaled by the fp16 loss scale. They are summed over ranks already."""
+        assert isinstance(optimizer, MuonAdamW)
         self.updating = True
-        self.gradient_norm = clip_gradients(self.model.parameters(), self.optimizer_config.grad_clip_norm)
+        self.gradient_norms = clip_gradients(self.model.parameters(), self.optimizer_config.grad_clip_norm)
+        optimizer.finite = self.gradient_norms.total.isfinite()
 
     def on_validation_epoch_start(self) -> None:
         """Empty the sums; the tokens lie on the device already."""

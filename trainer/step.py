@@ -5,6 +5,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,17 +42,32 @@ def train_step(
     return total
 
 
-def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale all gradients so that their global norm is at most `max_norm` (0: leave them).
+class GradientNorms(NamedTuple):
+    """Norms of the gradients before clipping, on the device.
 
-    Returns:
-        The norm before, a scalar on the device.
+    Attributes:
+        total: Of all together, a scalar; not finite if one gradient is not.
+        each: Of every tensor, (tensors,).
     """
-    return torch.nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf"))
+
+    total: Tensor
+    each: Tensor
+
+
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> GradientNorms:
+    """Scale all gradients so that their global norm is at most `max_norm` (0: leave them)."""
+    used = [parameter for parameter in parameters if parameter.grad is not None]
+    each = torch.stack(torch._foreach_norm([parameter.grad for parameter in used if parameter.grad is not None]))
+    total = torch.linalg.vector_norm(each)
+    torch.nn.utils.clip_grads_with_norm_(used, max_norm if max_norm > 0 else float("inf"), total)
+    return GradientNorms(total, each)
 
 
 class StepFence:
-    """Keep the host at most two steps ahead of the device, so that a clock read on the host is true."""
+    """Keep the host at most two steps ahead of the device, so that a clock read on the host is true.
+
+    It also brings numbers of each step to the host without another wait.
+    """
 
     def __init__(self, device: torch.device, depth: int = 2) -> None:
         """Prepare for a device; on a CPU there is nothing to wait for.
@@ -60,16 +76,37 @@ class StepFence:
             device: Where the steps run.
             depth: Steps that may be queued.
         """
-        self._depth = depth
         self._on_gpu = device.type == "cuda"
-        self._events: deque[torch.cuda.Event] = deque()
+        self._depth = depth if self._on_gpu else 0
+        self._queued: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
-    def record(self) -> None:
-        """Mark the end of a step; wait for the end of the step `depth` before it."""
-        if not self._on_gpu:
-            return
-        event = torch.cuda.Event()
-        event.record()
-        self._events.append(event)
-        if len(self._events) > self._depth:
-            self._events.popleft().synchronize()
+    def record(self, step: int, values: Tensor) -> list[tuple[int, Tensor]]:
+        """Mark the end of a step; wait for the end of the step `depth` before it.
+
+        Args:
+            step: Its number.
+            values: Its numbers, on the device.
+
+        Returns:
+            Numbers of the steps that are done since the last call, on the host.
+        """
+        event = None
+        if self._on_gpu:
+            values = values.to("cpu", non_blocking=True)  # into pinned memory
+            event = torch.cuda.Event()
+            event.record()
+        self._queued.append((step, values, event))
+        return self._take(self._depth)
+
+    def drain(self) -> list[tuple[int, Tensor]]:
+        """Wait for all steps; returns the numbers that `record` has not."""
+        return self._take(0)
+
+    def _take(self, left: int) -> list[tuple[int, Tensor]]:
+        done = []
+        while len(self._queued) > left:
+            step, values, event = self._queued.popleft()
+            if event is not None:
+                event.synchronize()
+            done.append((step, values))
+        return done

@@ -160,3 +160,31 @@ def test_a_paused_clock_does_not_count_and_a_saved_one_goes_on():
     assert not other.expired
     time[0] = 106.0
     assert other.expired
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_step_with_a_bad_gradient_changes_nothing_bit_by_bit(device: str):
+    """Three ways to the same weights: nobody looked, all was good, and a bad step between two good ones."""
+
+    def train(steps: list[bool | None]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        torch.manual_seed(0)
+        model, config = Transformer(TINY).to(device), OptimizerConfig()
+        optimizer = MuonAdamW(parameter_groups(model, config), config)
+        torch.manual_seed(1)
+        for finite in steps:
+            for number, parameter in enumerate(model.parameters()):
+                grad = torch.full_like(parameter, float("nan")) if finite is False else torch.randn_like(parameter)
+                parameter.grad = torch.zeros_like(parameter) if finite is False and number % 3 else grad
+            optimizer.finite = None if finite is None else torch.tensor(finite, device=device)
+            optimizer.step()
+        state = [value for kept in optimizer.state.values() for value in kept.values()]
+        return [p.detach().clone() for p in model.parameters()], state
+
+    weights, state = train([None, None])
+    for steps in ([True, True], [True, False, True], [True, False, False, True, False]):
+        found, kept = train(steps)
+        assert all(torch.equal(a, b) for a, b in zip(weights, found, strict=True)), steps
+        assert all(torch.equal(a, b) for a, b in zip(state, kept, strict=True)), steps

@@ -73,7 +73,12 @@ def parameter_groups(model: Transformer, config: OptimizerConfig) -> list[dict[s
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Both halves in one `step`. Learning rates and momentum are set from outside before each."""
+    """Both halves in one `step`. Learning rates and momentum are set from outside before each.
+
+    Attributes:
+        finite: A bool on the device, set before a step: whether all gradients are finite. Where it is False, the step
+            changes neither parameters nor state, and the host does not have to know. None: nobody looked.
+    """
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> None:
         """Hold the parameter groups.
@@ -83,6 +88,7 @@ class MuonAdamW(torch.optim.Optimizer):
             config: Momentum, betas, epsilon and Newton-Schulz steps.
         """
         self.config = config
+        self.finite: Tensor | None = None
         super().__init__(groups, {"momentum": config.momentum})
         for group in self.param_groups:
             group["base_lr"] = group["lr"]
@@ -116,10 +122,12 @@ class MuonAdamW(torch.optim.Optimizer):
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             buffers.append(state["momentum_buffer"])
-        torch._foreach_mul_(buffers, group["momentum"])
+        if self.finite is not None:
+            grads = [torch.where(self.finite, grad, 0.0) for grad in grads]
+        torch._foreach_mul_(buffers, self._unless_bad(group["momentum"], params[0]))
         torch._foreach_add_(buffers, grads)
         updates = torch._foreach_add(grads, buffers, alpha=group["momentum"])  # Nesterov
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_mul_(params, self._unless_bad(1 - group["lr"] * group["weight_decay"], params[0]))
         shapes: dict[tuple[int, int], tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
         for index, parameter in enumerate(params):
             rows, cols = parameter.shape
@@ -131,6 +139,8 @@ class MuonAdamW(torch.optim.Optimizer):
             stacks += [torch.stack([updates[index] for index in tall]).to(dtype).mT] if tall else []
             batches.append(torch.cat(stacks))
         batches = orthogonalise(batches, self.config.newton_schulz_steps)
+        if self.finite is not None:
+            batches = [torch.where(self.finite, batch, 0.0) for batch in batches]
         for (wide, tall), batch in zip(shapes.values(), batches, strict=True):
             for indices, part in ((wide, batch[: len(wide)]), (tall, batch[len(wide) :].mT)):
                 if not indices:
@@ -141,8 +151,16 @@ class MuonAdamW(torch.optim.Optimizer):
                 # Like strides and types, so that one kernel serves all matrices of a shape.
                 torch._foreach_add_(chosen, part.to(chosen[0].dtype).contiguous().unbind(), alpha=alpha)
 
+    def _unless_bad(self, factor: float, like: Tensor) -> Tensor | float:
+        """A factor, or one where a gradient is not finite."""
+        if self.finite is None:
+            return factor
+        return torch.where(self.finite, torch.full((), factor, dtype=like.dtype, device=like.device), 1.0)
+
     def _adamw(self, params: list[Tensor], group: dict[str, Any]) -> None:
         on_gpu = params[0].is_cuda
+        if self.finite is not None and not on_gpu and not self.finite:
+            return
         for parameter in params:
             state = self.state[parameter]
             if not state:
@@ -160,6 +178,7 @@ class MuonAdamW(torch.optim.Optimizer):
             foreach=False,
             fused=on_gpu,
             amsgrad=False,
+            found_inf=(~self.finite).float() if self.finite is not None and on_gpu else None,
             beta1=self.config.beta1,
             beta2=self.config.beta2,
             lr=group["lr"],
