@@ -32,7 +32,8 @@ from trainer.errors import UserError
 from trainer.evaluation.windows import EvaluationConfig
 from trainer.lightning_module import LanguageModel
 from trainer.model.transformer import TransformerConfig
-from trainer.quantize.artifact import MAGIC, read_artifact
+from trainer.quantize.artifact import read_artifact
+from trainer.quantize.container import MAGIC
 from trainer.recipes import find_recipe
 
 Precision = Literal["auto", "bf16-mixed", "16-mixed", "32-true", "64-true"]

@@ -1,12 +1,20 @@
 """The quantiser against numpy bit by bit; the artifact against its own promises."""
 
+import hashlib
+import json
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import zstandard
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -14,8 +22,9 @@ from tests.conftest import TINY
 from trainer.errors import UserError
 from trainer.model.transformer import Transformer, TransformerConfig
 from trainer.quantize.artifact import read_artifact, write_artifact
+from trainer.quantize.container import StoredTensor, write_container
 from trainer.quantize.export import export
-from trainer.quantize.intn import dequantize_rows, prune_smallest, quantize_rows
+from trainer.quantize.intn import prune_smallest, quantize_rows
 from trainer.quantize.policy import QuantizationConfig, kind_of
 
 FLOATS = st.floats(-(2.0**12), 2.0**12, width=32)
@@ -34,7 +43,7 @@ def test_quantised_rows_equal_numpy_bit_by_bit(w: np.ndarray, bits: int):
     symbols, scales = quantize_rows(torch.from_numpy(w), bits)
     assert np.array_equal(symbols.numpy(), expected)
     assert np.array_equal(scales.numpy(), scale)
-    back = dequantize_rows(symbols, scales).numpy()
+    back = StoredTensor(f"int{bits}", symbols.numpy(), scales.numpy()).floats()
     # half a step, and what the clamp takes when float16 rounded the scale down
     step = scale.astype(np.float32)[:, None]
     assert (np.abs(back - w) <= step * (0.5 + clip * 2.0**-11) * 1.0001).all()
@@ -82,7 +91,9 @@ def test_an_artifact_gives_back_the_rounded_weights(written):
     for name, tensor in state.items():
         kind = kinds[name]
         if kind.startswith("int"):
-            expected = dequantize_rows(*quantize_rows(tensor, int(kind[3:])))
+            symbols, scale = quantize_rows(tensor, int(kind[3:]))
+            rows = symbols.numpy().reshape(len(scale), -1) * scale.numpy().astype(np.float32)[:, None]
+            expected = torch.from_numpy(rows.reshape(tensor.shape))
         else:
             expected = tensor.half().float() if kind == "float16" else tensor
         assert torch.equal(artifact.state[name], expected)
@@ -102,22 +113,151 @@ def test_any_damage_is_refused(written):
         path.write_bytes(raw[:position] + bytes([raw[position] ^ 1]) + raw[position + 1 :])
         with pytest.raises(UserError):
             read_artifact(path)
-    for damaged in (raw[:-1], raw[: len(raw) // 2], b"", raw + b"x", raw + raw[40:]):
+    cut = [raw[:length] for length in range(0, len(raw), 1024)]
+    for damaged in (raw[:-1], *cut, raw + b"x", raw + raw[40:]):
         path.write_bytes(damaged)
         with pytest.raises(UserError):
             read_artifact(path)
 
 
-def test_a_frame_that_promises_too_much_is_refused_unread(written):
-    import hashlib
-
+@pytest.mark.parametrize(("promised", "message"), [(2**31, "not between"), (70_000, "not a valid artifact")])
+def test_a_frame_that_holds_another_size_than_it_promises_is_refused(written, promised: int, message: str):
     path, _, _ = written
     bomb = zstandard.ZstdCompressor(write_checksum=True).compress(bytes(2**20))
     at = bomb.index((2**20).to_bytes(4, "little"))
-    bomb = bomb[:at] + (2**31).to_bytes(4, "little") + bomb[at + 4 :]
-    path.write_bytes(b"GOLFLM01" + hashlib.sha256(bomb).digest() + bomb)
-    with pytest.raises(UserError, match="not between"):
+    path.write_bytes(sealed(bomb[:at] + promised.to_bytes(4, "little") + bomb[at + 4 :]))
+    with pytest.raises(UserError, match=message):
         read_artifact(path)
+
+
+def sealed(frame: bytes) -> bytes:
+    return b"GOLFLM02" + hashlib.sha256(frame).digest() + frame
+
+
+def forged(raw: bytes, change: Callable[[dict[str, Any]], object], more: bytes = b"") -> bytes:
+    """The file with another header and a right checksum, as an attacker would make it."""
+    content = zstandard.ZstdDecompressor().decompress(raw[40:])
+    length = struct.unpack_from("<I", content)[0]
+    header = json.loads(content[4 : 4 + length])
+    change(header)
+    encoded = json.dumps(header).encode()
+    content = struct.pack("<I", len(encoded)) + encoded + content[4 + length :] + more
+    return sealed(zstandard.ZstdCompressor(write_checksum=True).compress(content))
+
+
+def set_in(*path: Any) -> Callable[[dict[str, Any]], None]:
+    *keys, last, value = path
+
+    def change(header: Any) -> None:
+        for key in keys:
+            header = header[key]
+        header[last] = value
+
+    return change
+
+
+FORGERIES = [
+    (set_in("codec", "brotli"), "unknown codec"),
+    (set_in("tensors", 1, "offset", 0), "not where the one before it ends"),
+    (set_in("tensors", 0, "offset", 1), "not where the one before it ends"),
+    (lambda header: header["tensors"][0].pop("offset"), "offset"),
+    (set_in("tensors", 0, "shape", [2**31, 2**31]), "has the shape"),
+    (set_in("tensors", 0, "shape", [2**30, 2**30, 2**30]), "fewer bytes than its tensors need"),
+    (set_in("tensors", 0, "shape", [-1]), "has the shape"),
+    (set_in("tensors", 0, "shape", [True]), "has the shape"),
+    (set_in("tensors", 0, "shape", 7), "not a valid artifact"),
+    (set_in("tensors", 0, "kind", "object"), "unknown kind"),
+    (set_in("tensors", 0, "kind", ["int5"]), "not a valid artifact"),
+    (set_in("tensors", 0, "name", 3), "is no text"),
+    (set_in("tensors", {}), "do not fill its content"),
+    (set_in("tensors", None), "not a valid artifact"),
+    (lambda header: header["tensors"].pop(), "do not fill its content"),
+    (lambda header: header["tensors"].append(header["tensors"][-1]), "there twice"),
+    (set_in("model", "num_layers", "many"), "not a model config"),
+    (set_in("model", "num_layers", 10**9), "do not fit its model"),
+    (set_in("model", "model_dim", 2**20), "do not fit its model"),
+    (set_in("model", "evil", 1), "not a model config"),
+    (set_in("tokenizer_sha256", 5), "fingerprint is no text"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), FORGERIES)
+def test_a_forged_header_is_refused(written, change, message: str):
+    path, _, _ = written
+    path.write_bytes(forged(path.read_bytes(), change))
+    with pytest.raises(UserError, match=message):
+        read_artifact(path).build()
+
+
+def test_bytes_after_the_tensors_and_a_second_frame_are_refused(written):
+    path, _, _ = written
+    raw = path.read_bytes()
+    path.write_bytes(forged(raw, lambda header: None, more=b"hidden"))
+    with pytest.raises(UserError, match="do not fill its content"):
+        read_artifact(path)
+    path.write_bytes(sealed(raw[40:] + zstandard.compress(b"second")))
+    with pytest.raises(UserError, match="not a valid artifact"):
+        read_artifact(path)
+    path.write_bytes(b"GOLFLM03" + raw[8:])
+    with pytest.raises(UserError, match="has artifact version '03', but only 02 is known"):
+        read_artifact(path)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_content_under_a_right_checksum_is_read_or_refused(written, tmp_path: Path, data: st.DataObject):
+    """The layers that a checksum hides from flipped bytes: the header and the frame itself."""
+    path, _, _ = written
+    content = bytearray(zstandard.ZstdDecompressor().decompress(path.read_bytes()[40:]))
+    for _ in range(data.draw(st.integers(1, 5))):
+        place = data.draw(st.integers(0, 3000) | st.integers(0, len(content) - 1))
+        content[place : place + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=6))
+    (tmp_path / "fuzzed").write_bytes(sealed(zstandard.ZstdCompressor(write_checksum=True).compress(bytes(content))))
+    with suppress(UserError):
+        read_artifact(tmp_path / "fuzzed").build()
+
+
+def test_the_specification_is_enough_to_read_the_file(written):
+    """A reader written from docs/artifact.md alone, with struct, json, numpy and zstandard."""
+    path, _, _ = written
+    raw = path.read_bytes()
+    assert raw[:8] == b"GOLFLM02"
+    assert raw[8:40] == hashlib.sha256(raw[40:]).digest()
+    content = zstandard.ZstdDecompressor().decompress(raw[40:])
+    (length,) = struct.unpack("<I", content[:4])
+    header = json.loads(content[4 : 4 + length])
+    payload = content[4 + length :]
+    expected = read_artifact(path)
+    assert header["model"] == expected.model.to_dict()
+    for entry in header["tensors"]:
+        count, at = int(np.prod(entry["shape"])), entry["offset"]
+        width = {"float16": 2, "float32": 4}.get(entry["kind"])
+        if width:
+            planes = np.frombuffer(payload, np.uint8, count * width, at).reshape(width, count)
+            values = planes.T.copy().view("<f2" if width == 2 else "<f4").ravel().astype(np.float32)
+        else:
+            rows = count // entry["shape"][-1]
+            symbols = np.frombuffer(payload, np.int8, count, at).reshape(rows, -1)
+            planes = np.frombuffer(payload, np.uint8, 2 * rows, at + count).reshape(2, rows)
+            values = symbols * planes.T.copy().view("<f2").astype(np.float32)
+        assert np.array_equal(values.reshape(entry["shape"]), expected.state[entry["name"]].numpy())
+
+
+def test_the_reader_needs_neither_torch_nor_much_memory(tmp_path: Path):
+    """20 million parameters: 80 MB in float32, and no more than 200 MB besides."""
+    rng = np.random.default_rng(0)
+    values = rng.integers(-16, 16, (5000, 4000), dtype=np.int8)
+    write_container(tmp_path / "a.zst", {}, {"w": StoredTensor("int5", values, np.ones(5000, np.float16))})
+    script = (
+        "import resource, sys\n"
+        "from trainer.quantize.container import read_container\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        f"floats = read_container({str(tmp_path / 'a.zst')!r})[1]['w'].floats()\n"
+        "assert 'torch' not in sys.modules\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 - floats.nbytes)\n"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(found.stdout) < 200e6
 
 
 def test_export_counts_both_files_and_fails_over_the_cap(tmp_path: Path):

@@ -34,8 +34,3 @@ def quantize_rows(tensor: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     scale = (rows.abs().amax(dim=1) / clip).clamp(min=SMALLEST_SCALE).half()
     symbols = (rows / scale.float()[:, None]).round().clamp(-clip - 1, clip).to(torch.int8)
     return symbols.view(tensor.shape), scale
-
-
-def dequantize_rows(symbols: Tensor, scale: Tensor) -> Tensor:
-    """The inverse of `quantize_rows`, float32."""
-    return (symbols.reshape(len(scale), -1).float() * scale.float()[:, None]).view(symbols.shape)
