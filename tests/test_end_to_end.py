@@ -13,8 +13,8 @@ import pytest
 import torch
 import yaml
 
-from tests.conftest import ROOT, TINY_OPTIONS
-from trainer.checkpoint import load_checkpoint
+from tests.conftest import ROOT, TINY, TINY_OPTIONS
+from trainer.checkpoint import load_checkpoint, seal
 from trainer.cli import resolve_precision
 from trainer.data.shards import open_shard
 from trainer.env_aliases import PLAIN, SPECIAL, alias_options
@@ -253,11 +253,19 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path):
         def __reduce__(self):
             return (os.system, (f"touch {tmp_path / 'ran'}",))
 
-    (tmp_path / "bomb.ckpt").write_bytes(pickle.dumps({"golf_trainer": Bomb()}))
-    torch.save({"golf_trainer": Bomb()}, tmp_path / "bomb2.ckpt")
-    for name in ("bomb.ckpt", "bomb2.ckpt"):
-        result = trainer("export", "--ckpt", name, cwd=tmp_path)
+    own = {"golf_trainer": {"model": TINY.to_dict()}, "state_dict": {}}
+    (tmp_path / "plain.ckpt").write_bytes(pickle.dumps({**own, "bomb": Bomb()}))
+    torch.save({**own, "bomb": Bomb()}, tmp_path / "unsealed.ckpt")
+    torch.save({**own, "bomb": Bomb()}, tmp_path / "sealed.ckpt")
+    torch.save({**own, "hyper_parameters": {"_instantiator": Bomb()}}, tmp_path / "instantiator.ckpt")
+    for name in ("sealed.ckpt", "instantiator.ckpt"):
+        with (tmp_path / name).open("r+b") as file:
+            seal(file)
+    unsafe = "cannot be read safely"
+    for name, said in {"plain": "damaged", "unsealed": "damaged", "sealed": unsafe, "instantiator": unsafe}.items():
+        result = trainer("export", "--ckpt", f"{name}.ckpt", cwd=tmp_path)
         assert result.returncode == 1
+        assert said in result.stderr
         assert "Traceback" not in result.stderr
     assert not (tmp_path / "ran").exists()
 

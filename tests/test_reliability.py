@@ -1,7 +1,9 @@
 """Runs that die, files that rot: what was saved is whole, and what goes on from it ends with the same weights."""
 
+import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.test_end_to_end import digest, small, trainer
 from trainer.checkpoint import damage, load_checkpoint
+from trainer.clock import TrainingClock
 from trainer.errors import UserError
 
 KILLS = int(os.environ.get("GOLF_KILLS", "3"))  # more of them take 4 seconds each
@@ -186,3 +189,72 @@ def test_bad_gradients_are_skipped_up_to_a_bound(tmp_path: Path, shard_folder: P
         _, errors = process.communicate()
     assert process.returncode == 1
     assert "this update after 2 skipped ones was not made" in errors
+
+
+def at_step(step: int, code: str) -> str:
+    """Something that happens after so many steps of training."""
+    return (
+        "from pathlib import Path\nimport os, shutil\n"
+        "from trainer.callbacks.watch import Watch as W\n"
+        "old = W.on_train_batch_start\n"
+        "def happen(self, trainer, module, *rest):\n"
+        "    old(self, trainer, module, *rest)\n"
+        f"    if trainer.global_step == {step}: {code}\n"
+        "W.on_train_batch_start = happen"
+    )
+
+
+SHARD = "Path(trainer.datamodule.text.train[0])"
+FAULTS = {
+    "a shard is cut": (f"os.truncate({SHARD}, 4000)", "train_000000.bin: had", True),
+    "a shard is removed": (f"os.unlink({SHARD})", "train_000000.bin: was there when the run began", True),
+    "the reading thread dies": (
+        "trainer.train_dataloader.dataset.files.read = lambda *_: os.stat('/nowhere/shard')",
+        "/nowhere/shard: No such file or directory",
+        True,
+    ),
+    "the run folder cannot be written": (
+        "shutil.rmtree(Path(trainer.log_dir) / 'checkpoints'); (Path(trainer.log_dir) / 'checkpoints').touch()",
+        "cannot be written",
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_others_ends_the_run_in_one_line(fault: str, tmp_path: Path, shard_folder: Path):
+    code, said, is_saved = FAULTS[fault]
+    shutil.copytree(shard_folder, tmp_path / "data")
+    with planted(at_step(9, code), *long(tmp_path / "data"), cwd=tmp_path) as process:
+        _, errors = process.communicate()
+    assert process.returncode == 1, errors
+    assert errors.strip().count("\n") == 0, errors
+    assert said in errors
+    if is_saved:  # what was trained until the fault; batches that were read ahead may still be learned
+        assert load_checkpoint(tmp_path / RUNS / "1/checkpoints/last.ckpt")["global_step"] >= 9
+
+
+def test_the_budget_is_kept_to_one_step_and_validation_is_not_counted(tmp_path: Path, shard_folder: Path):
+    slow = (
+        "import time\n"
+        "from trainer.step import StepFence\n"
+        "from trainer.lightning_module import LanguageModel as M\n"
+        "step, score = StepFence.record, M.on_validation_epoch_start\n"
+        "StepFence.record = lambda *words: (time.sleep(0.1), step(*words))[1]\n"
+        "M.on_validation_epoch_start = lambda self: (time.sleep(0.5), score(self))[1]"
+    )
+    words = small(shard_folder, "--trainer.max_steps=1000", "--wallclock.seconds=1")
+    with planted(slow, *words, cwd=tmp_path) as process:
+        _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    summary = json.loads((tmp_path / RUNS / "1/summary.json").read_text())
+    assert 1 <= summary["train_seconds"] < 1.3
+    assert 5 <= summary["steps"] <= 10
+
+
+def test_a_clock_that_jumps_moves_no_training_time(monkeypatch: pytest.MonkeyPatch):
+    clock = TrainingClock(10.0)
+    clock.start()
+    monkeypatch.setattr(time, "time", lambda: 0.0)  # the system's clock is set back by decades
+    clock.pause()
+    assert 0 <= clock.elapsed < 5

@@ -71,9 +71,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: is damaged ({found}); go on from another one, --ckpt last finds it")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path}: cannot be read safely: it holds more than tensors and plain values") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: is not a checkpoint that can be read safely ({reason})") from error
+        raise UserError(f"{path}: is not a checkpoint that can be read ({reason})") from error
     if not isinstance(checkpoint, dict) or OWN_KEY not in checkpoint:
         raise UserError(f"{path}: was not written by this trainer")
     return checkpoint

@@ -264,6 +264,8 @@ def run(command: str, args: Sequence[str]) -> None:
             cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt, weights_only=True)
         except SIGTERMException as error:
             raise SystemExit(143) from error
+        except OSError as error:  # a full disk or a folder that went away, met by a library
+            raise UserError(f"{error.filename or 'a file'}: {error.strerror or error}") from error
         except SystemExit as error:  # Lightning turns Ctrl-C into exit code 1
             if cli.trainer.interrupted:
                 raise KeyboardInterrupt from error

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,7 +30,8 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); free some space or fix it") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not there, or its folder is not
+            temporary.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

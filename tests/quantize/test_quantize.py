@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import re
 import struct
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -260,11 +262,23 @@ def test_the_reader_needs_neither_torch_nor_much_memory(tmp_path: Path):
     assert int(found.stdout) < 200e6
 
 
-def test_export_counts_both_files_and_fails_over_the_cap(tmp_path: Path):
+def test_export_counts_both_files_and_over_the_cap_says_what_fits_or_stores_that(tmp_path: Path, capsys):
     torch.manual_seed(0)
-    state = Transformer(TINY).state_dict()
-    size = export(state, TINY, QuantizationConfig(), "f" * 64, tmp_path)
-    on_disk = sum((tmp_path / name).stat().st_size for name in ("artifact.zst", "train_gpt.py"))
-    assert size.total == on_disk
-    with pytest.raises(UserError, match="1 bytes over the cap"):
-        export(state, TINY, QuantizationConfig(), "f" * 64, tmp_path, cap=size.total - 1)
+    state = {name: torch.randn_like(tensor) for name, tensor in Transformer(TINY).state_dict().items()}
+    quantization, names = QuantizationConfig(small_tensor=64, prune_above=100), ("artifact.zst", "train_gpt.py")
+    size = export(state, TINY, quantization, "f" * 64, tmp_path)
+    assert size.total == sum((tmp_path / name).stat().st_size for name in names)
+    cap = size.total - 1
+    with pytest.raises(UserError, match=r"1 bytes over the cap of [\d,]+; prune_frac 0.08 would fit") as refused:
+        export(state, TINY, quantization, "f" * 64, tmp_path, cap=cap)
+    assert (tmp_path / "artifact.zst").stat().st_size == size.model  # what was asked for stays for inspection
+    assert not (tmp_path / ".trial.zst").exists()
+    promised = int(re.findall(r"would fit \(([\d,]+) bytes\)", str(refused.value))[0].replace(",", ""))
+    fitted = export(state, TINY, quantization, "f" * 64, tmp_path, cap=cap, fit=True)
+    assert fitted.total == promised == sum((tmp_path / name).stat().st_size for name in names)
+    assert fitted.quantization == replace(quantization, prune_frac=0.08)
+    assert "stored with prune_frac 0.08 instead" in capsys.readouterr().out
+    fewer = export(state, TINY, quantization, "f" * 64, tmp_path, cap=fitted.total - 1, fit=True)
+    assert fewer.quantization == replace(quantization, prune_frac=0.08, mlp_bits=4)
+    with pytest.raises(UserError, match=r"and [\d,]+ with mlp_bits 3, .*, prune_frac 0.08; train a smaller model"):
+        export(state, TINY, quantization, "f" * 64, tmp_path, cap=size.code, fit=True)

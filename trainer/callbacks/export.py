@@ -35,15 +35,18 @@ class PostTrainExport(pl.Callback):
         self,
         quantization: QuantizationConfig = QuantizationConfig(),
         cap: int = CAP,
+        fit: bool = False,
     ) -> None:
         """Export when training ends.
 
         Args:
             quantization: What is stored how.
             cap: Largest size of code and model together, in bytes.
+            fit: If they are larger, prune more and store fewer bits until they fit, instead of failing.
         """
         self.quantization = quantization
         self.cap = cap
+        self.fit = fit
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -72,7 +75,15 @@ class PostTrainExport(pl.Callback):
         export_seconds = time.monotonic()
         if trainer.is_global_zero:
             shutil.copyfile(data.text.tokenizer, folder / "tokenizer.model")
-            size = export(state, pl_module.model.config, self.quantization, data.tokenizer_sha256, folder, self.cap)
+            size = export(
+                state,
+                pl_module.model.config,
+                self.quantization,
+                data.tokenizer_sha256,
+                folder,
+                self.cap,
+                self.fit,
+            )
         trainer.strategy.barrier("artifact written")
         export_seconds = time.monotonic() - export_seconds
         like = pl_module.model.skip_weights
@@ -96,6 +107,7 @@ class PostTrainExport(pl.Callback):
             "bytes_model": size.model,
             "bytes_code": size.code,
             "bytes_cap": self.cap,
+            "quantization": asdict(size.quantization),
             "steps": steps,
             "train_tokens": steps * data.batch_tokens,
             "train_seconds": clock.elapsed,

@@ -8,7 +8,7 @@ from typing import Any
 from trainer.checkpoint import OWN_KEY, live_state, load_checkpoint, stored_average
 from trainer.errors import UserError
 from trainer.model.transformer import TransformerConfig
-from trainer.quantize.export import CAP, export
+from trainer.quantize.export import CAP, ExportedSize, export
 from trainer.quantize.policy import QuantizationConfig
 
 
@@ -18,6 +18,7 @@ def run(args: list[str]) -> None:
     parser.add_argument("--ckpt", required=True, help="checkpoint to export")
     parser.add_argument("--out", help="folder for the files; default: `export` in the checkpoint's run folder")
     parser.add_argument("--cap", type=int, default=CAP, help="largest size of code and model, in bytes (%(default)s)")
+    parser.add_argument("--fit", action="store_true", help="store less until code and model fit")
     options = parser.parse_args(args)
     path = Path(options.ckpt)
     checkpoint = load_checkpoint(path)
@@ -27,7 +28,7 @@ def run(args: list[str]) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: cannot be made ({error.strerror}); choose another --out") from error
-    size = export_checkpoint(checkpoint, out, options.cap)
+    size = export_checkpoint(checkpoint, out, options.cap, options.fit)
     for name in ("tokenizer.model", "config.yaml"):
         if (run_folder / name).is_file() and run_folder != out:
             shutil.copyfile(run_folder / name, out / name)
@@ -36,7 +37,7 @@ def run(args: list[str]) -> None:
     )
 
 
-def export_checkpoint(checkpoint: dict[str, Any], folder: Path, cap: int) -> Any:
+def export_checkpoint(checkpoint: dict[str, Any], folder: Path, cap: int, fit: bool = False) -> ExportedSize:
     """Average, prune, quantise and write, with the settings the checkpoint holds."""
     own = checkpoint[OWN_KEY]
     state = stored_average(checkpoint) or live_state(checkpoint)
@@ -47,4 +48,5 @@ def export_checkpoint(checkpoint: dict[str, Any], folder: Path, cap: int) -> Any
         own["tokenizer_sha256"],
         folder,
         cap,
+        fit,
     )

@@ -82,6 +82,7 @@ class TokenFiles:
         """
         if not paths:
             raise UserError("no token shards to read; prepare the data first")
+        self.paths = [Path(path) for path in paths]
         self.shards = [open_shard(path) for path in paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
 
@@ -93,6 +94,9 @@ class TokenFiles:
 
         Returns:
             (count,) uint16.
+
+        Raises:
+            UserError: If a shard was cut or removed since it was opened.
         """
         out = np.empty(count, dtype=np.uint16)
         filled = 0
@@ -100,8 +104,21 @@ class TokenFiles:
         while filled < count:
             index = int(np.searchsorted(self.ends, position, side="right"))
             offset = position - int(self.ends[index] - len(self.shards[index]))
+            self._check_unchanged(index)
             piece = self.shards[index][offset : offset + count - filled]
             out[filled : filled + len(piece)] = piece
             filled += len(piece)
             position = (position + len(piece)) % len(self)
         return out
+
+    def _check_unchanged(self, index: int) -> None:
+        """Look at the size before a read: past the end of a mapped file, the process would be killed without a word."""
+        path, expected = self.paths[index], HEADER_BYTES + 2 * len(self.shards[index])
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise UserError(f"{path}: was there when the run began, but not now ({error.strerror})") from error
+        if size != expected:
+            raise UserError(
+                f"{path}: had {expected:,} bytes when the run began, but has {size:,} now; prepare it again"
+            )

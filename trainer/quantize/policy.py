@@ -1,11 +1,13 @@
 """Which tensor is stored in which type."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from trainer.model.transformer import TransformerConfig
 
+TIGHT_PRUNING = 0.08
 Kind = str  # "int2" ... "int8", "float16" or "float32"
 
 
@@ -39,6 +41,18 @@ class QuantizationConfig:
                 raise ValueError(f"quantization: bits must lie between 2 and 8, not {bits}")
         if not 0 <= self.prune_frac < 1:
             raise ValueError(f"quantization.prune_frac must lie in [0, 1), not {self.prune_frac}")
+
+
+def tighter(config: QuantizationConfig) -> Iterator[QuantizationConfig]:
+    """Choices that take fewer bytes, each fewer than the one before; the MLP gives first, as in the reference."""
+    for mlp, attention, bigram in ((0, 0, 0), (1, 0, 0), (1, 1, 1), (2, 1, 1), (2, 2, 2)):
+        yield replace(
+            config,
+            prune_frac=max(config.prune_frac, TIGHT_PRUNING),
+            mlp_bits=max(2, config.mlp_bits - mlp),
+            attention_bits=max(2, config.attention_bits - attention),
+            bigram_bits=max(2, config.bigram_bits - bigram),
+        )
 
 
 def kind_of(name: str, tensor: Tensor, model: TransformerConfig, config: QuantizationConfig) -> Kind:
