@@ -246,6 +246,15 @@ def test_a_wrong_vocabulary_is_refused_before_the_first_step(tmp_path: Path, sha
     assert "Traceback" not in result.stderr
 
 
+def test_a_second_run_in_the_same_folder_is_refused(finished, shard_folder: Path):
+    folder, _ = finished
+    before = (folder / "runs/int5mlp_10l_parity/1/summary.json").read_bytes()
+    result = trainer(*small(shard_folder, "--run_name=1"), cwd=folder)
+    assert result.returncode == 1
+    assert "this run exists already; choose another --run_name" in result.stderr
+    assert (folder / "runs/int5mlp_10l_parity/1/summary.json").read_bytes() == before
+
+
 def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path):
     import pickle
 

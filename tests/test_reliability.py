@@ -72,6 +72,27 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_weights(whole: Path, 
     assert digest(newest) == digest(whole / "last.ckpt")
 
 
+def test_ctrl_c_in_the_middle_of_an_update_waits_for_its_end(whole: Path, tmp_path: Path, shard_folder: Path):
+    interrupt = (
+        "import os, signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from trainer.optim.muon_adamw import MuonAdamW\n"
+        "old, seen = MuonAdamW._adamw, []\n"
+        "def between(self, *words):\n"
+        "    seen.append(1)\n"
+        "    if len(seen) == 40: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return old(self, *words)\n"
+        "MuonAdamW._adamw = between"
+    )
+    with planted(interrupt, *long(shard_folder), cwd=tmp_path) as process:
+        process.communicate()
+    assert process.returncode == 130
+    assert load_checkpoint(tmp_path / RUNS / "1/checkpoints/last.ckpt")["global_step"] == 20
+    resumed = trainer(*long(shard_folder), "--ckpt=last", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert digest(tmp_path / RUNS / "2/checkpoints/last.ckpt") == digest(whole / "last.ckpt")
+
+
 @pytest.mark.parametrize("moment", ["seal", "replace"])
 def test_a_kill_during_a_save_leaves_the_one_before(moment: str, whole: Path, tmp_path: Path, shard_folder: Path):
     die = {
