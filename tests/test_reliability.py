@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import ROOT
 from tests.test_end_to_end import digest, small, trainer
@@ -279,3 +280,48 @@ def test_a_clock_that_jumps_moves_no_training_time(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(time, "time", lambda: 0.0)  # the system's clock is set back by decades
     clock.pause()
     assert 0 <= clock.elapsed < 5
+
+
+def test_a_bad_batch_on_one_rank_stops_all_with_good_weights(tmp_path: Path, shard_folder: Path):
+    (tmp_path / "poisoned.py").write_text(
+        "import os, sys\n"
+        "from trainer.lightning_module import LanguageModel as M\n"
+        "from trainer.__main__ import main\n"
+        "old = M.training_step\n"
+        "def step(self, batch, index):\n"
+        "    nll = self.nll\n"
+        "    if self.steps_done == 4 and self.trainer.global_rank == 1:\n"
+        "        self.nll = lambda *words: nll(*words) * float('nan')\n"
+        "    old(self, batch, index)\n"
+        "    self.nll = nll\n"
+        "M.training_step = step\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    words = small(shard_folder, "--trainer.accelerator=cpu", "--trainer.devices=2")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "poisoned.py", *words]
+    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    assert found.stderr.count("trainer: step 5: the loss is ") == 2, found.stderr
+    assert "this update was not made" in found.stderr
+    saved = load_checkpoint(tmp_path / RUNS / "1/checkpoints/last.ckpt")
+    assert saved["global_step"] == 5
+    assert all(tensor.isfinite().all() for tensor in saved["state_dict"].values())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_resumed_run_is_bit_identical_on_a_gpu_with_deterministic_kernels(
+    tmp_path: Path, shard_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    words = small(shard_folder, "--trainer.deterministic=true", "--model.attention.backend=math", "--precision=32-true")
+    whole = trainer(*words, cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    with planted(at_step(5, "raise OSError('planted')"), *words, cwd=tmp_path) as process:
+        _, errors = process.communicate()
+    assert "planted" in errors
+    resumed = trainer(*words, f"--ckpt={RUNS}/2/checkpoints/last.ckpt", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    ends = [digest(tmp_path / RUNS / f"{run}/checkpoints/last.ckpt") for run in (1, 3)]
+    assert load_checkpoint(tmp_path / RUNS / "2/checkpoints/last.ckpt")["global_step"] == 5
+    assert ends[0] == ends[1]
