@@ -1,21 +1,32 @@
 """The command `trainer`: dispatch and exit codes."""
 
 import sys
+from difflib import get_close_matches
 from importlib import import_module
 
 from trainer import __version__
 from trainer.errors import UserError
 
-HELP = """usage: trainer COMMAND [options]      (trainer COMMAND --help lists them)
+COMMANDS = {
+    "fit": ("train, export, load back and score", "fit --config int5mlp_10l"),
+    "validate": ("score a checkpoint or an artifact", "validate --ckpt runs/quickstart/1/artifact.zst"),
+    "export": ("make the artifact again", "export --ckpt runs/quickstart/1/checkpoints/last.ckpt"),
+    "generate": ("write text with a model", "generate --artifact runs/quickstart/1/artifact.zst --prompt The"),
+    "prepare": ("make or check the token shards", "prepare --config quickstart --verify"),
+    "inspect": ("show what lies in a shard folder", "inspect data/python-documentation"),
+    "recipes": ("list what --config knows", "recipes"),
+}
 
-  fit        train, export, load back and score:  trainer fit --config int5mlp_10l
-  validate   score a checkpoint or an artifact:   trainer validate --ckpt runs/quickstart/1/artifact.zst
-  export     make the artifact again:             trainer export --ckpt runs/quickstart/1/checkpoints/last.ckpt
-  prepare    make or check the token shards:      trainer prepare --config quickstart --verify
-  inspect    show what lies in a shard folder:    trainer inspect data/python-documentation
 
-exit codes: 0 done, 1 cannot be done (one line says why), 2 bad options, 130 interrupted, 143 terminated
-"""
+def usage() -> str:
+    """The help of the whole program."""
+    lines = [f"  {name:<10} {what:<35} trainer {example}" for name, (what, example) in COMMANDS.items()]
+    return (
+        "usage: trainer COMMAND [options]      (trainer COMMAND --help lists them)\n\n"
+        + "\n".join(lines)
+        + "\n\nexit codes: 0 done, 1 cannot be done (one line says why), 2 bad options,\n"
+        + "            130 interrupted, 143 terminated\n"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,20 +35,19 @@ def main(argv: list[str] | None = None) -> int:
     command, rest = (words[0], words[1:]) if words else ("--help", [])
     try:
         if command in ("-h", "--help"):
-            print(HELP, end="")
+            print(usage(), end="")
         elif command == "--version":
             print(f"trainer {__version__}")
         elif command in ("fit", "validate"):
             from trainer import cli  # noqa: PLC0415 - Lightning takes seconds to import
 
             cli.run(command, rest)
-        elif command in ("export", "prepare", "inspect"):
+        elif command in COMMANDS:
             import_module(f"trainer.commands.{command}").run(rest)
         else:
-            print(
-                f"trainer: there is no command {command!r}; use fit, validate, export, prepare or inspect",
-                file=sys.stderr,
-            )
+            near = get_close_matches(command, COMMANDS, n=1)
+            meant = f"did you mean {near[0]}?" if near else f"use {', '.join(COMMANDS)}"
+            print(f"trainer: there is no command {command!r}; {meant}", file=sys.stderr)
             return 2
     except UserError as error:
         print(f"trainer: {error}", file=sys.stderr)

@@ -24,16 +24,14 @@ from trainer.callbacks.throughput import Throughput
 from trainer.callbacks.wallclock import WallclockCutoff
 from trainer.callbacks.warmup import CompileWarmup
 from trainer.callbacks.watch import Watch
-from trainer.checkpoint import OWN_KEY, damage, live_state, load_checkpoint, stored_average
+from trainer.checkpoint import damage, load_checkpoint
 from trainer.checkpoint_io import AtomicCheckpointIO
 from trainer.datamodule import TokenData
 from trainer.env_aliases import alias_options
 from trainer.errors import UserError
 from trainer.evaluation.windows import EvaluationConfig
 from trainer.lightning_module import LanguageModel
-from trainer.model.transformer import TransformerConfig
-from trainer.quantize.artifact import read_artifact
-from trainer.quantize.container import MAGIC
+from trainer.loading import run_folder_of, stored_weights
 from trainer.recipes import find_recipe
 
 Precision = Literal["auto", "bf16-mixed", "16-mixed", "32-true", "64-true"]
@@ -186,11 +184,6 @@ def take_option(args: list[str], *names: str) -> tuple[list[str], list[str]]:
     return values, rest
 
 
-def run_folder_of(path: Path) -> Path:
-    """The run folder that a checkpoint or an artifact lies in."""
-    return path.parent.parent if path.parent.name == "checkpoints" else path.parent
-
-
 def newest_checkpoint(root: Path, recipe: str) -> str:
     """The newest checkpoint of a recipe's runs that is whole; says which newer ones are not.
 
@@ -234,8 +227,6 @@ def run(command: str, args: Sequence[str]) -> None:
     if command == "validate" and not wants_help:
         if ckpt is None:
             raise UserError("validate needs --ckpt with a checkpoint or an artifact")
-        if not Path(ckpt).is_file():
-            raise UserError(f"--ckpt {ckpt}: there is no such file")
         beside = run_folder_of(Path(ckpt)) / "config.yaml"
         if not configs and beside.is_file():
             configs = [str(beside)]
@@ -248,8 +239,9 @@ def run(command: str, args: Sequence[str]) -> None:
     words = [*(f"--config={path}" for path in paths), *aliases, *rest]
     stored = None
     if command == "validate" and ckpt and not wants_help:
-        stored = _stored_weights(Path(ckpt), averaged="averaged" in take_option(rest, "--weights")[0])
-        words += [f"--{key}={value}" for key, value in _flat(stored[0].to_dict(), "model")]
+        averaged = "averaged" in take_option(rest, "--weights")[0]
+        stored = stored_weights(Path(ckpt), "averaged" if averaged else "live")
+        words += [f"--{key}={value}" for key, value in _flat(stored.model.to_dict(), "model")]
     try:
         cli = TrainerCLI(command, recipe, words)
     except ValueError as error:  # a setting out of range, refused by the part it belongs to
@@ -272,9 +264,8 @@ def run(command: str, args: Sequence[str]) -> None:
             raise
         return
     assert stored is not None
-    _, state, fingerprint = stored
-    cli.model.model.load_state_dict(state)
-    cli.datamodule.expected_tokenizer = fingerprint
+    cli.model.model.load_state_dict(stored.state)
+    cli.datamodule.expected_tokenizer = stored.tokenizer_sha256
     cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
     names = ["plain", "sliding"][: len(cli.model.scores)]
     for name, score in zip(names, cli.model.scores, strict=True):
@@ -289,21 +280,6 @@ def _flat(values: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
         name = f"{prefix}.{key}"
         pairs += _flat(value, name) if isinstance(value, dict) else [(name, value)]
     return pairs
-
-
-def _stored_weights(path: Path, averaged: bool) -> tuple[TransformerConfig, dict[str, torch.Tensor], str | None]:
-    """Model, tensors and tokenizer of an artifact or a checkpoint."""
-    with path.open("rb") as file:
-        is_artifact = file.read(len(MAGIC)) == MAGIC
-    if is_artifact:
-        artifact = read_artifact(path)
-        return artifact.model, artifact.state, artifact.tokenizer_sha256
-    checkpoint = load_checkpoint(path)
-    own = checkpoint[OWN_KEY]
-    state = stored_average(checkpoint) if averaged else live_state(checkpoint)
-    if state is None:
-        raise UserError(f"{path}: holds fewer than two snapshots, so no average; score it with --weights live")
-    return TransformerConfig.from_dict(own["model"]), state, own.get("tokenizer_sha256")
 
 
 @rank_zero_only

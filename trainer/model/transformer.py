@@ -155,16 +155,32 @@ class Transformer(nn.Module):
         Returns:
             (B, T - first, D), in autocast's type where it is on.
         """
-        dtype = activation_dtype(self.token_embedding.weight)
         rotary = rotary_tables(ids.size(1), self.config.heads[2], self.config.attention.rope_base, ids.device)
+        return self.states(self.embed(ids), rotary, first)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """What the tokens bring in, (B, T) to (B, T, D); a position looks at its token and the two before."""
+        dtype = activation_dtype(self.token_embedding.weight)
         ids = ids.to(torch.int32)
-        x = self.token_embedding(ids).to(dtype) + self.bigram(ids, dtype)
-        x = x0 = self.smear(rms_norm(x))
+        return self.smear(rms_norm(self.token_embedding(ids).to(dtype) + self.bigram(ids, dtype)))
+
+    def states(self, x0: Tensor, rotary: Tensor, first: int = 0) -> Tensor:
+        """Run the blocks.
+
+        Args:
+            x0: (B, T, D) of `embed`.
+            rotary: (2, T, d) of `rotary_tables`, for the positions of `x0`.
+            first: First position that is wanted.
+
+        Returns:
+            (B, T - first, D), normalised.
+        """
+        x = x0
         skips: list[Tensor] = []
         for index, block in enumerate(self.blocks):
             reached = index - (len(self.blocks) - self.num_skips)
             if reached >= 0:
-                x = x + self.skip_weights[reached].to(dtype) * skips.pop()
+                x = x + self.skip_weights[reached].to(x.dtype) * skips.pop()
             x = block(x, x0, rotary, first if index == len(self.blocks) - 1 else 0)
             if index < self.num_skips:
                 skips.append(x)

@@ -19,12 +19,12 @@ class Artifact:
     Attributes:
         model: Its sizes.
         state: float32 tensors by name.
-        tokenizer_sha256: Fingerprint of the tokenizer it was trained with.
+        tokenizer_sha256: Fingerprint of the tokenizer it was trained with; None in a checkpoint without one.
     """
 
     model: TransformerConfig
     state: dict[str, Tensor]
-    tokenizer_sha256: str
+    tokenizer_sha256: str | None
 
     def build(self) -> Transformer:
         """The model with these weights.

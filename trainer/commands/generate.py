@@ -1,0 +1,79 @@
+"""`trainer generate`: text from an artifact or a checkpoint."""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from trainer.data.tokenizer import BOS
+from trainer.errors import UserError
+from trainer.generation import Decoder, generate, sample, stream_text
+from trainer.loading import load_artifact
+
+EXAMPLE = """example:
+  trainer generate --artifact runs/quickstart/1/artifact.zst --prompt "Return the" --tokens 100
+"""
+
+
+def run(words: list[str]) -> None:
+    """Run with the words after the command.
+
+    Raises:
+        UserError: If a file cannot be used or a number makes no sense.
+    """
+    parser = argparse.ArgumentParser(
+        prog="trainer generate",
+        description="Write text with a trained model.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--artifact", "--ckpt", required=True, help="artifact or checkpoint")
+    parser.add_argument("--prompt", action="append", default=[], help="text to go on from; may be given several times")
+    parser.add_argument("--prompts", help="file with a prompt a line")
+    parser.add_argument("--tokens", type=int, default=200, help="most tokens to write for each (%(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most probable (%(default)s)")
+    parser.add_argument("--top_k", type=int, default=0, help="draw from so many of the most probable; 0: all")
+    parser.add_argument(
+        "--top_p", type=float, default=0.95, help="draw from the most probable that add up to this (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (%(default)s)")
+    parser.add_argument("--context", type=int, default=2048, help="tokens that are looked back at (%(default)s)")
+    parser.add_argument("--tokenizer", help="SentencePiece model; default: tokenizer.model in the run's folder")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    options = parser.parse_args(words)
+    if options.temperature < 0 or not 0 < options.top_p <= 1 or min(options.top_k, options.tokens) < 0:
+        raise UserError("--temperature, --top_k and --tokens must not be negative, and --top_p lie in (0, 1]")
+    if options.context < 2:
+        raise UserError(f"--context must be at least 2, not {options.context}")
+    prompts = options.prompt + (_lines(Path(options.prompts)) if options.prompts else [])
+    try:
+        device = torch.device(options.device)
+        model, tokenizer = load_artifact(options.artifact, options.tokenizer, device)
+    except RuntimeError as error:  # torch's word for a device that is not there
+        raise UserError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
+    decoder = Decoder(model, options.context)
+    for number, prompt in enumerate(prompts or [""]):
+        generator = torch.Generator(device).manual_seed(options.seed)
+        draw = partial(
+            sample,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            generator=generator,
+        )
+        ids = [BOS, *tokenizer.encode(prompt)]
+        sys.stdout.write(("\n\n" if number else "") + prompt)
+        for text in stream_text(tokenizer, ids, generate(decoder, ids, options.tokens, draw)):
+            sys.stdout.write(text)
+            sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {path}: cannot be read as UTF-8 text ({error})") from error
