@@ -94,6 +94,8 @@ def test_a_run_folder_holds_everything(finished, shard_folder: Path):
     assert summary["versions"]["torch"] == torch.__version__
     assert summary["val_tokens"] == 300
     assert summary["val_bpb"] == pytest.approx(score_of(output)["val_bpb"], abs=1e-7)
+    assert list(summary["stages"]) == ["live_plain", "averaged_plain", "artifact_plain", "artifact_sliding"]
+    assert "What it writes" in (run / "report.html").read_text()
     assert (run / "config.yaml").exists()
     assert "train/loss" in (run / "metrics.csv").read_text()
     assert read_artifact(run / "artifact.zst").model.num_layers == 4

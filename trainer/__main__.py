@@ -12,6 +12,7 @@ COMMANDS = {
     "validate": ("score a checkpoint or an artifact", "validate --ckpt runs/quickstart/1/artifact.zst"),
     "export": ("make the artifact again", "export --ckpt runs/quickstart/1/checkpoints/last.ckpt"),
     "generate": ("write text with a model", "generate --artifact runs/quickstart/1/artifact.zst --prompt The"),
+    "report": ("draw a run, or compare several", "report runs/quickstart/1 runs/quickstart/2"),
     "prepare": ("make or check the token shards", "prepare --config quickstart --verify"),
     "inspect": ("show what lies in a shard folder", "inspect data/python-documentation"),
     "recipes": ("list what --config knows", "recipes"),

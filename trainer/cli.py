@@ -20,6 +20,7 @@ from trainer.callbacks.checkpoint import LAST, Checkpoints
 from trainer.callbacks.export import PostTrainExport
 from trainer.callbacks.late_swa import LateSWA
 from trainer.callbacks.progress import Progress
+from trainer.callbacks.report import Report
 from trainer.callbacks.throughput import Throughput
 from trainer.callbacks.wallclock import WallclockCutoff
 from trainer.callbacks.warmup import CompileWarmup
@@ -88,6 +89,7 @@ class TrainerCLI(LightningCLI):
         parser.add_lightning_class_args(Watch, "watch")
         parser.add_lightning_class_args(LateSWA, "late_swa")
         parser.add_lightning_class_args(PostTrainExport, "export")
+        parser.add_lightning_class_args(Report, "report")
         parser.add_lightning_class_args(Progress, "progress")
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
         parser.add_argument(

@@ -196,6 +196,8 @@ def test_a_killed_preparation_leaves_no_manifest_and_the_next_one_is_whole(tmp_p
         "t.sha256_of = die\n"
         f"{source}.prepare()\n"
     )
+    whole_before = {"tokenizer": f"{shard_folder}/tokenizer.model", "val_every": 4, "shard_tokens": 1500}
+    LocalText([f"{tmp_path}/a.jsonl"], f"{tmp_path}/o", **whole_before).prepare()  # other settings, made anew
     killed = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
     assert killed.returncode == -9
     assert list((tmp_path / "o").glob("*.bin"))

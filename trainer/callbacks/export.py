@@ -71,6 +71,10 @@ class PostTrainExport(pl.Callback):
         swa = next((callback for callback in trainer.callbacks if isinstance(callback, LateSWA)), None)  # type: ignore[attr-defined]
         averaged = swa.averaged_state() if swa else None
         state: dict[str, Tensor] = averaged or pl_module.model.state_dict()
+        if averaged:
+            mean = Transformer(pl_module.model.config).to(pl_module.device)
+            mean.load_state_dict(averaged)
+            stages["averaged_plain"] = _score(trainer, pl_module, data, mean, plain)
         size = None
         export_seconds = time.monotonic()
         if trainer.is_global_zero:
@@ -160,7 +164,7 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
     )
     print(
         f"  files       {folder / 'artifact.zst'}, "
-        "tokenizer.model, train_gpt.py, summary.json, metrics.csv, config.yaml"
+        "tokenizer.model, train_gpt.py, summary.json, report.html, metrics.csv, config.yaml"
     )
     final = Score(summary["val_bpb"], summary["val_loss"], summary["val_tokens"], summary["val_bytes"])
     print(final.line())

@@ -1,0 +1,32 @@
+"""`trainer report`: the report of a run again, or of several over each other."""
+
+import argparse
+from pathlib import Path
+
+from trainer.report.build import NAME, build_report
+
+EXAMPLE = """example:
+  trainer report runs/quickstart/1 runs/quickstart/2 --out compared.html
+"""
+
+
+def run(words: list[str]) -> None:
+    """Run with the words after the command.
+
+    Raises:
+        UserError: If a folder holds no finished run.
+    """
+    parser = argparse.ArgumentParser(
+        prog="trainer report",
+        description="Make the report of a run again, or lay several runs over each other.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", nargs="+", help="run folders; the first one is described in full")
+    parser.add_argument("--out", help="file to write; default: report.html in the first folder")
+    options = parser.parse_args(words)
+    folders = [Path(folder) for folder in options.runs]
+    out = Path(options.out) if options.out else folders[0] / NAME
+    build_report(folders, out)
+    print(out)

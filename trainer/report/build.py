@@ -1,0 +1,67 @@
+"""The report of run folders, from the files in them alone."""
+
+import itertools
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from trainer.checkpoint import live_state, load_checkpoint, stored_average
+from trainer.data.tokenizer import BOS
+from trainer.errors import UserError
+from trainer.files import atomic_write
+from trainer.generation import Decoder, generate, sample, stream_text
+from trainer.loading import load_artifact
+from trainer.quantize.container import Array, read_container
+from trainer.report.byte_use import ByteUse, byte_use
+from trainer.report.page import page
+from trainer.report.run_data import RunData
+
+NAME = "report.html"
+PROMPTS = ("", "", "The")
+SAMPLE_TOKENS = 120
+
+
+def build_report(folders: list[Path], path: Path) -> None:
+    """Write the report of one run, or of several over each other.
+
+    Args:
+        folders: Run folders; the first one is described in full.
+        path: The file.
+
+    Raises:
+        UserError: If one holds no finished run, or the file cannot be written.
+    """
+    runs = [RunData.read(folder) for folder in folders]
+    first = folders[0]
+    uses: list[ByteUse] = []
+    samples: list[str] = []
+    if (first / "artifact.zst").is_file():
+        uses = byte_use(read_container(first / "artifact.zst")[1], _weights(first / "checkpoints/last.ckpt"))
+        if (first / "tokenizer.model").is_file():
+            samples = _samples(first / "artifact.zst")
+    command = f"trainer fit --config {first / 'config.yaml'}"
+    with atomic_write(path) as file:
+        file.write(page(runs, uses, samples, command).encode())
+
+
+def _weights(path: Path) -> dict[str, Array] | None:
+    """The weights that were exported, if their checkpoint is still there."""
+    try:
+        checkpoint = load_checkpoint(path)
+    except UserError:
+        return None
+    state = stored_average(checkpoint) or live_state(checkpoint)
+    return {name: tensor.float().numpy() for name, tensor in state.items()}
+
+
+def _samples(artifact: Path) -> list[str]:
+    model, tokenizer = load_artifact(artifact)
+    decoder = Decoder(model)
+    draw = partial(sample, temperature=0.8, top_k=0, top_p=0.95, generator=torch.Generator().manual_seed(0))
+    texts = []
+    for prompt in PROMPTS:
+        ids = [BOS, *tokenizer.encode(prompt)]
+        written = generate(decoder, ids, SAMPLE_TOKENS, draw)
+        texts.append("".join(itertools.chain([prompt], stream_text(tokenizer, ids, written))))
+    return texts

@@ -1,0 +1,82 @@
+"""Where an artifact's bytes went, and what rounding did to its tensors."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from trainer.quantize.container import Array, StoredTensor, compress, encode
+
+
+@dataclass(frozen=True)
+class ByteUse:
+    """One group of tensors.
+
+    Attributes:
+        group: Its name.
+        kinds: Stored types.
+        parameters: Numbers it holds.
+        bytes: What it takes when it is compressed alone.
+        entropy_bytes: What an ideal coder would take that knows how often each byte occurs, but not its neighbours.
+        error: Root mean square of what rounding changed, relative to that of the weights; None if those are gone.
+    """
+
+    group: str
+    kinds: str
+    parameters: int
+    bytes: int
+    entropy_bytes: float
+    error: float | None
+
+    @property
+    def bits(self) -> float:
+        """Bits a parameter."""
+        return 8 * self.bytes / self.parameters
+
+
+def group_of(name: str) -> str:
+    """The group a tensor is counted in."""
+    if name.startswith("blocks.") and name.endswith(".weight"):
+        _, _, part, matrix, _ = name.split(".")
+        return f"{part} {matrix}"
+    for part in ("token_embedding", "bigram", "head"):
+        if name.startswith(part):
+            return part.replace("_", " ")
+    return "gains, gates, mixes"
+
+
+def byte_use(tensors: dict[str, StoredTensor], weights: dict[str, Array] | None) -> list[ByteUse]:
+    """Count every group, the largest first.
+
+    Args:
+        tensors: Of an artifact.
+        weights: The same before they were rounded, if they are still there.
+    """
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in tensors:
+        groups[group_of(name)].append(name)
+    found = []
+    for group, names in groups.items():
+        streams = [stream for name in names for stream in encode(tensors[name])]
+        squares = np.zeros(2)
+        for name in names if weights else ():
+            assert weights is not None
+            squares += [np.square(tensors[name].floats() - weights[name]).sum(), np.square(weights[name]).sum()]
+        found.append(
+            ByteUse(
+                group,
+                ", ".join(sorted({tensors[name].kind for name in names})),
+                sum(tensors[name].values.size for name in names),
+                len(compress(b"".join(streams))),
+                sum(map(_entropy_bytes, streams)),
+                float(np.sqrt(squares[0] / squares[1])) if squares[1] else None,
+            )
+        )
+    return sorted(found, key=lambda use: -use.bytes)
+
+
+def _entropy_bytes(stream: bytes) -> float:
+    counts: np.ndarray[Any, Any] = np.bincount(np.frombuffer(stream, dtype=np.uint8))
+    counts = counts[counts > 0]
+    return float(-(counts * np.log2(counts / counts.sum())).sum() / 8)

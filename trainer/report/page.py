@@ -1,0 +1,206 @@
+"""The report: one HTML file that needs nothing else, light and dark, on a phone and on paper."""
+
+from html import escape
+
+from trainer.report.byte_use import ByteUse
+from trainer.report.charts import line_chart
+from trainer.report.run_data import RunData
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1d2329; --soft: #59636e; --line: #d9dee3; --paper: #fff; --card: #f5f7f9;
+  --c0: #2563ab; --c1: #c2571a; --c2: #2a8055; --c3: #8a4fa3; --c4: #b3283d; --c5: #6b6b1f; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ec; --soft: #9aa5b0; --line: #333b44; --paper: #14181c;
+  --card: #1d2328; --c0: #6ea8ea; --c1: #ee9560; --c2: #63c296; --c3: #c592dc; --c4: #ee7a8b; --c5: #c9c96a; } }
+* { box-sizing: border-box; }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto;
+  max-width: 1080px; padding: 24px 16px 64px; }
+h1 { font-size: 24px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 36px 0 10px; }
+p.note, .soft { color: var(--soft); margin: 4px 0; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 10px; margin: 18px 0; }
+.card { background: var(--card); border-radius: 8px; padding: 12px 14px; }
+.card b { display: block; font-size: 22px; font-variant-numeric: tabular-nums; }
+.meter { height: 6px; border-radius: 3px; background: var(--line); margin-top: 8px; overflow: hidden; }
+.meter i { display: block; height: 100%; background: var(--c0); }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 18px; }
+figure { margin: 0; } figcaption { color: var(--soft); margin-bottom: 4px; }
+svg { width: 100%; height: auto; display: block; } svg text { font-size: 12px; fill: var(--soft); }
+svg .grid { stroke: var(--line); } svg .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
+"""
+STYLE += "".join(
+    f"svg .c{n} {{ stroke: var(--c{n}); }} svg circle.c{n} {{ fill: var(--c{n}); }} "
+    f".key.c{n} {{ background: var(--c{n}); }}\n"
+    for n in range(6)
+)
+STYLE += """.key { display: inline-block; width: 12px; height: 12px; border-radius: 3px; margin-right: 6px; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: 5px 10px 5px 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } th { color: var(--soft); font-weight: 500; }
+td .bar { display: inline-block; height: 8px; background: var(--c0); border-radius: 2px; vertical-align: middle; }
+pre { background: var(--card); border-radius: 8px; padding: 12px 14px; overflow-x: auto; white-space: pre-wrap;
+  overflow-wrap: anywhere; font-size: 13px; } details { margin: 10px 0; } summary { cursor: pointer; }
+"""
+STAGES = {
+    "live_plain": "live weights, plain",
+    "averaged_plain": "averaged weights, plain",
+    "artifact_plain": "artifact, plain",
+    "artifact_sliding": "artifact, sliding window",
+}
+CURVES = (
+    ("train/loss", "Training loss, nats a token", True),
+    ("val/bpb", "Validation during training, bits per byte (plain)", False),
+    ("train/lr_multiplier", "Learning rate, share of its full value", False),
+    ("perf/tokens_per_second", "Tokens a second", False),
+    ("train/gradient_norm", "Gradient norm before clipping", True),
+    ("perf/utilisation", "Share of the card's peak arithmetic", False),
+)
+
+
+def page(runs: list[RunData], uses: list[ByteUse], samples: list[str], command: str) -> str:
+    """The report of a run, or of several over each other.
+
+    Args:
+        runs: The first one is described in full.
+        uses: Where its bytes went; empty if its artifact is gone.
+        samples: Texts it wrote.
+        command: What repeats it.
+    """
+    first = runs[0]
+    title = ", ".join(run.name for run in runs)
+    sections = [f"<h1>{escape(title)}</h1>", _subtitle(first), _cards(first)]
+    if len(runs) > 1:
+        sections += ["<h2>Differences</h2>", _legend(runs), _differences(runs)]
+    charts = "".join(
+        line_chart(caption, [(run.name, run.curves.get(name, ([], []))) for run in runs], log)
+        for name, caption, log in CURVES
+    )
+    sections += [
+        f'<h2>Training</h2><p class="note">Over steps.</p><div class="charts">{charts}</div>',
+        "<h2>Score at each stage</h2>",
+        _stages(first),
+    ]
+    if uses:
+        sections += ["<h2>Where the bytes went</h2>", _bytes(first, uses)]
+    if samples:
+        sections += ["<h2>What it writes</h2>", *(f"<pre>{escape(sample)}</pre>" for sample in samples)]
+    sections += ["<h2>Repeat it</h2>", f"<pre>{escape(command)}</pre>", _environment(first)]
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    return (
+        f'<!doctype html><html lang="en"><head>{head}<title>{escape(title)}</title><style>{STYLE}</style></head>'
+        f"<body>{''.join(sections)}</body></html>\n"
+    )
+
+
+def _subtitle(run: RunData) -> str:
+    facts = run.summary
+    return (
+        f'<p class="soft">{facts["parameters"]:,} parameters, trained on {escape(facts["versions"]["device"])}; '
+        f"{facts['steps']:,} steps; {facts['weights']} weights</p>"
+    )
+
+
+def _cards(run: RunData) -> str:
+    facts = run.summary
+    share = 100 * facts["bytes_total"] / facts["bytes_cap"]
+    over = "over the cap by" if share > 100 else "left"
+    seconds = max(facts["train_seconds"], 1e-9)
+    cards = [
+        (f"{facts['val_bpb']:.4f}", f"bits per byte of the artifact, {facts['val_tokens']:,} tokens", ""),
+        (
+            f"{facts['bytes_total']:,}",
+            f"of {facts['bytes_cap']:,} bytes; {abs(facts['bytes_cap'] - facts['bytes_total']):,} {over}",
+            f'<div class="meter"><i style="width:{min(share, 100):.1f}%"></i></div>',
+        ),
+        (_count(facts["train_tokens"]), "tokens learned", ""),
+        (_time(seconds), f"of training, {facts['train_tokens'] / seconds:,.0f} tokens a second", ""),
+    ]
+    inside = "".join(
+        f'<div class="card"><b>{big}</b><span class="soft">{small}</span>{more}</div>' for big, small, more in cards
+    )
+    return f'<div class="cards">{inside}</div>'
+
+
+def _legend(runs: list[RunData]) -> str:
+    keys = "&emsp;".join(f'<span class="key c{n % 6}"></span>{escape(run.name)}' for n, run in enumerate(runs))
+    return f"<p>{keys}</p>"
+
+
+def _differences(runs: list[RunData]) -> str:
+    rows: list[list[str]] = []
+    facts = [run.summary for run in runs]
+    for name, key, form in (
+        ("bits per byte", "val_bpb", "{:.5f}"),
+        ("total bytes", "bytes_total", "{:,}"),
+        ("parameters", "parameters", "{:,}"),
+        ("steps", "steps", "{:,}"),
+        ("training seconds", "train_seconds", "{:,.0f}"),
+    ):
+        signed = form.replace("{:", "{:+")
+        changes = [f"{form.format(fact[key])} ({signed.format(fact[key] - facts[0][key])})" for fact in facts[1:]]
+        rows.append([name, form.format(facts[0][key]), *changes])
+    names = dict.fromkeys(name for run in runs for name in run.config)
+    for name in names:
+        values = [run.config.get(name) for run in runs]
+        if any(value != values[0] for value in values):
+            rows.append([name, *map(str, values)])
+    return _table(["", *(run.name for run in runs)], rows)
+
+
+def _stages(run: RunData) -> str:
+    rows = []
+    for name, stage in run.summary["stages"].items():
+        numbers = (f"{stage['bpb']:.5f}", f"{stage['loss']:.5f}", f"{stage['tokens']:,}", f"{stage['bytes']:,}")
+        rows.append([STAGES.get(name, name), *numbers])
+    return _table(["", "bits per byte", "nats a token", "tokens", "bytes of text"], rows)
+
+
+def _bytes(run: RunData, uses: list[ByteUse]) -> str:
+    largest = max(use.bytes for use in uses)
+
+    def bar(size: int) -> str:
+        return f'<span class="bar" style="width:{90 * size / largest:.0f}px"></span>'
+
+    rows = [
+        [
+            f'{use.group} <span class="soft">{use.kinds}</span>',
+            f"{use.parameters:,}",
+            bar(use.bytes),
+            f"{use.bytes:,}",
+            f"{use.bits:.2f}",
+            f"{8 * use.entropy_bytes / use.parameters:.2f}",
+            f"{100 * use.error:.2f} %" if use.error is not None else "-",
+        ]
+        for use in uses
+    ]
+    code = run.summary["bytes_code"]
+    rows.append(["code", "", bar(code), f"{code:,}", "", "", ""])
+    note = (
+        '<p class="note">Each group compressed alone. Entropy: an ideal coder that knows how often each byte occurs. '
+        "Rounding: root mean square of the change, of that of the weights.</p>"
+    )
+    return _table(["", "parameters", "", "bytes", "bits each", "entropy", "rounding"], rows, escaped=True) + note
+
+
+def _environment(run: RunData) -> str:
+    versions = ", ".join(f"{name} {value}" for name, value in run.summary["versions"].items())
+    config = "\n".join(f"{name}: {value}" for name, value in run.config.items())
+    settings = f"<details><summary>All settings</summary><pre>{escape(config)}</pre></details>"
+    return f'<p class="soft">{escape(versions)}</p>{settings}'
+
+
+def _table(head: list[str], rows: list[list[str]], escaped: bool = False) -> str:
+    def cells(tag: str, values: list[str], safe: bool) -> str:
+        return "".join(f"<{tag}>{value if safe else escape(value)}</{tag}>" for value in values)
+
+    body = "".join(f"<tr>{cells('td', row, escaped)}</tr>" for row in rows)
+    return f'<div class="scroll"><table><tr>{cells("th", head, False)}</tr>{body}</table></div>'
+
+
+def _count(value: float) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.1f} {unit}"
+    return f"{value:.0f}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds >= 120 else f"{seconds:.0f} s"
