@@ -22,6 +22,8 @@ from trainer.evaluation.windows import plan_windows
 from trainer.quantize.artifact import read_artifact
 from trainer.recipes import recipe_folder, recipe_names
 
+RUN = "runs/int5mlp_10l_parity"
+
 
 def trainer(*words: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if key not in (*PLAIN, *SPECIAL)}

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from tests.test_end_to_end import digest, small, trainer
+from tests.test_end_to_end import RUN, digest, small, trainer
 from trainer.checkpoint import damage, load_checkpoint
 from trainer.clock import TrainingClock
 from trainer.errors import UserError
 
 KILLS = int(os.environ.get("GOLF_KILLS", "3"))  # more of them take 4 seconds each
-RUNS = Path("runs/int5mlp_10l_parity")
+RUNS = Path(RUN)
 # `trainer` with something planted into it, by way of sitecustomize.
 PLANTED = "import sys\n{}\nfrom trainer.__main__ import main\nsys.exit(main(sys.argv[1:]))\n"
 

@@ -13,6 +13,7 @@ COMMANDS = {
     "export": ("make the artifact again", "export --ckpt runs/quickstart/1/checkpoints/last.ckpt"),
     "generate": ("write text with a model", "generate --artifact runs/quickstart/1/artifact.zst --prompt The"),
     "report": ("draw a run, or compare several", "report runs/quickstart/1 runs/quickstart/2"),
+    "submit": ("make a submission and prove it", 'submit runs/int5mlp_10l/1 --name "10 layers" ...'),
     "prepare": ("make or check the token shards", "prepare --config quickstart --verify"),
     "inspect": ("show what lies in a shard folder", "inspect data/python-documentation"),
     "recipes": ("list what --config knows", "recipes"),

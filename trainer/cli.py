@@ -6,6 +6,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ from trainer.evaluation.windows import EvaluationConfig
 from trainer.lightning_module import LanguageModel
 from trainer.loading import run_folder_of, stored_weights
 from trainer.recipes import find_recipe
+from trainer.run_log import logged_to
 
 Precision = Literal["auto", "bf16-mixed", "16-mixed", "32-true", "64-true"]
 
@@ -254,8 +256,10 @@ def run(command: str, args: Sequence[str]) -> None:
         if ckpt is not None:
             load_checkpoint(ckpt)  # refuse a bad file before any work is done
             _print_once(f"going on from {ckpt}")
+        log = Path(str(cli.trainer.log_dir)) / "train.log"
         try:
-            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt, weights_only=True)
+            with logged_to(log) if cli.trainer.is_global_zero else nullcontext():
+                cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt, weights_only=True)
         except SIGTERMException as error:
             raise SystemExit(143) from error
         except OSError as error:  # a full disk or a folder that went away, met by a library

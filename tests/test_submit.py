@@ -1,0 +1,124 @@
+"""A submission proves itself in a clean process, and what must not ship is refused."""
+
+import json
+import shutil
+import statistics
+from pathlib import Path
+
+import pytest
+
+from tests.test_end_to_end import RUN, small, trainer
+from trainer.__main__ import main
+from trainer.submission import folder as submission_folder
+
+WHO = [
+    "--name",
+    "Small & quick",
+    "--author",
+    "Ada L.",
+    "--github-id",
+    "ada",
+    "--track",
+    "non-record",
+    "--blurb",
+    "A test.",
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, shard_folder: Path) -> list[Path]:
+    """The same recipe with two seeds."""
+    folder = tmp_path_factory.mktemp("seeds")
+    for seed in (42, 43):
+        result = trainer(*small(shard_folder, f"--seed_everything={seed}"), cwd=folder)
+        assert result.returncode == 0, result.stderr
+    return [folder / RUN / str(number) for number in (1, 2)]
+
+
+def test_a_submission_holds_every_field_and_proves_its_score(
+    runs: list[Path], shard_folder: Path, tmp_path: Path, capsys
+):
+    out = tmp_path / "submission"
+    assert main(["submit", str(runs[0]), *WHO, "--data", str(shard_folder), "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "in a clean process on the hardware and libraries of the run" in said
+    names = {
+        "README.md",
+        "submission.json",
+        "train.log",
+        "artifact.zst",
+        "train_gpt.py",
+        "requirements.txt",
+        "config.yaml",
+    }
+    assert {path.name for path in out.iterdir()} == names
+    record, summary = (json.loads(path.read_text()) for path in (out / "submission.json", runs[0] / "summary.json"))
+    assert [record[key] for key in ("author", "github_id", "name", "blurb", "track")] == [
+        "Ada L.",
+        "ada",
+        "Small & quick",
+        "A test.",
+        "non-record",
+    ]
+    assert record["val_bpb"] == summary["val_bpb"]
+    assert record["bytes_total"] == sum((out / name).stat().st_size for name in ("artifact.zst", "train_gpt.py"))
+    assert record["seeds"] == [42]
+    assert {
+        "date",
+        "val_loss",
+        "bytes_model",
+        "bytes_code",
+        "steps",
+        "wallclock_seconds",
+        "hardware",
+        "versions",
+    } < set(record)
+    assert record["eval_time_seconds"] == summary["eval_seconds"]
+    log = (out / "train.log").read_text()
+    assert "training " in log
+    assert f"val_bpb={summary['val_bpb']:.8f}" in log
+    readme = (out / "README.md").read_text()
+    assert f"{summary['val_bpb']:.5f}" in readme
+    assert f"torch=={summary['versions']['torch'].partition('+')[0]}" in (out / "requirements.txt").read_text()
+
+
+def test_several_seeds_make_one_submission(runs: list[Path], shard_folder: Path, tmp_path: Path):
+    out = tmp_path / "submission"
+    assert main(["submit", *map(str, runs), *WHO, "--data", str(shard_folder), "--out", str(out)]) == 0
+    record = json.loads((out / "submission.json").read_text())
+    scores = [json.loads((run / "summary.json").read_text())["val_bpb"] for run in runs]
+    assert record["val_bpb"] == pytest.approx(sum(scores) / 2)
+    assert record["val_bpb_deviation"] == pytest.approx(statistics.stdev(scores))
+    assert {seed: row["val_bpb"] for seed, row in record["per_seed"].items()} == {"42": scores[0], "43": scores[1]}
+    assert {"train_seed42.log", "train_seed43.log"} < {path.name for path in out.iterdir()}
+    best = runs[scores.index(min(scores))]
+    assert (out / "artifact.zst").read_bytes() == (best / "artifact.zst").read_bytes()
+
+
+def test_what_must_not_ship_is_refused(runs: list[Path], shard_folder: Path, tmp_path: Path, capsys, monkeypatch):
+    def refused(*words: str) -> str:
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        assert main(["submit", *words, *WHO, "--out", str(tmp_path / "out"), "--data", str(shard_folder)]) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    copy = tmp_path / "copy"
+    shutil.copytree(runs[0], copy)
+    assert "have the same seed" in refused(str(runs[0]), str(copy))
+    (copy / "config.yaml").write_text((copy / "config.yaml").read_text().replace("matrix_lr: 0.02", "matrix_lr: 0.03"))
+    assert "of another recipe than" in refused(str(runs[1]), str(copy))
+    summary = json.loads((copy / "summary.json").read_text())
+    (copy / "summary.json").write_text(json.dumps({**summary, "val_bpb": summary["val_bpb"] - 0.01}))
+    assert "is that the data it was scored on?" in refused(str(copy))
+    (copy / "train_gpt.py").write_bytes(b"raise SystemExit('broken')")
+    assert "its own code cannot score its artifact: broken" in refused(str(copy))
+    (copy / "artifact.zst").unlink()
+    assert "the run did not end with an export" in refused(str(copy))
+    assert "holds no finished run" in refused(str(tmp_path))
+    monkeypatch.setattr(submission_folder, "CAP", 1000)
+    assert "over the cap of 1,000; export it with --fit" in refused(str(runs[0]))
+    (tmp_path / "out").mkdir()
+    monkeypatch.undo()
+    assert main(["submit", str(runs[0]), *WHO, "--out", str(tmp_path / "out"), "--data", str(shard_folder)]) == 1
+    assert "is there already; choose another --out" in capsys.readouterr().err

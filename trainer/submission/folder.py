@@ -1,0 +1,187 @@
+"""A folder for the challenge, made of finished runs: what ships, what it scored, and how to repeat it."""
+
+import datetime
+import json
+import shutil
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import UserError
+from trainer.files import atomic_write
+from trainer.quantize.export import CAP
+from trainer.report.run_data import RunData
+
+# Settings that may differ between the seeds of one recipe.
+OF_A_RUN = ("seed_everything", "run_name", "data.seed", "model.micro_batch_tokens", "data.source.init_args.folder")
+PACKAGES = ("torch", "lightning", "numpy", "sentencepiece", "zstandard", "torchmetrics")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Who submits what.
+
+    Attributes:
+        name: Title of the submission.
+        author: Name of its author.
+        github_id: Their account.
+        track: Track of the challenge.
+        blurb: A sentence on it.
+        date: ISO date.
+    """
+
+    name: str
+    author: str
+    github_id: str
+    track: str
+    blurb: str
+    date: str = datetime.date.today().isoformat()
+
+
+def make_folder(entry: Entry, folders: list[Path], out: Path) -> RunData:
+    """Write a submission of the best of several seeds.
+
+    Args:
+        entry: Who submits what.
+        folders: Run folders of one recipe.
+        out: The folder to make.
+
+    Returns:
+        The run whose artifact ships.
+
+    Raises:
+        UserError: If a run is not finished, the runs are not of one recipe, the files are over the cap, or `out` is
+            there.
+    """
+    runs = sorted((RunData.read(folder) for folder in folders), key=lambda run: float(run.summary["val_bpb"]))
+    best = runs[0]
+    _check_one_recipe(runs)
+    sizes = {name: _size(best.folder / name) for name in ("artifact.zst", "train_gpt.py")}
+    if (total := sum(sizes.values())) > CAP:
+        raise UserError(
+            f"{best.folder}: {total:,} bytes are {total - CAP:,} over the cap of {CAP:,}; export it with --fit"
+        )
+    try:
+        out.mkdir(parents=True)
+        for name in (*sizes, "config.yaml"):
+            shutil.copyfile(best.folder / name, out / name)
+        for run in runs:
+            shutil.copyfile(run.folder / "train.log", out / _log_name(run, runs))
+    except FileExistsError as error:
+        raise UserError(f"{out}: is there already; choose another --out or remove it") from error
+    except OSError as error:
+        raise UserError(f"{error.filename or out}: {error.strerror}; run it again with this version") from error
+    record = _record(entry, runs, sizes)
+    for name, text in (
+        ("submission.json", json.dumps(record, indent=2) + "\n"),
+        ("README.md", _readme(entry, runs, record)),
+        ("requirements.txt", "".join(f"{name}=={_version(best, name)}\n" for name in PACKAGES)),
+    ):
+        with atomic_write(out / name) as file:
+            file.write(text.encode())
+    return best
+
+
+def _check_one_recipe(runs: list[RunData]) -> None:
+    first = runs[0]
+    for run in runs[1:]:
+        for name in sorted({*first.config, *run.config} - set(OF_A_RUN)):
+            if run.config.get(name) != first.config.get(name):
+                raise UserError(
+                    f"{run.folder}: is of another recipe than {first.folder} ({name}: {run.config.get(name)} there, "
+                    f"{first.config.get(name)} here); submit seeds of one recipe"
+                )
+    seeds = [run.config.get("seed_everything") for run in runs]
+    if len(set(seeds)) < len(seeds):
+        raise UserError(
+            f"two of the runs have the same seed ({', '.join(map(str, seeds))}); give runs of several seeds"
+        )
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; the run did not end with an export") from error
+
+
+def _log_name(run: RunData, runs: list[RunData]) -> str:
+    return "train.log" if len(runs) == 1 else f"train_seed{run.config['seed_everything']}.log"
+
+
+def _version(run: RunData, name: str) -> str:
+    return str(run.summary["versions"][name]).partition("+")[0]
+
+
+def _record(entry: Entry, runs: list[RunData], sizes: dict[str, int]) -> dict[str, Any]:
+    """What `submission.json` holds; scores of several seeds are means."""
+    facts = [run.summary for run in runs]
+    mean = {key: statistics.fmean(fact[key] for fact in facts) for key in ("val_loss", "val_bpb")}
+    record: dict[str, Any] = {
+        "author": entry.author,
+        "github_id": entry.github_id,
+        "name": entry.name,
+        "blurb": entry.blurb,
+        "date": entry.date,
+        "track": entry.track,
+        **mean,
+        "bytes_total": sum(sizes.values()),
+        "bytes_model": sizes["artifact.zst"],
+        "bytes_code": sizes["train_gpt.py"],
+        "seeds": [run.config["seed_everything"] for run in runs],
+        "steps": facts[0]["steps"],
+        "wallclock_seconds": facts[0]["train_seconds"],
+        "eval_time_seconds": facts[0]["eval_seconds"],
+        "hardware": facts[0]["versions"]["device"],
+        "versions": facts[0]["versions"],
+    }
+    if len(runs) > 1:
+        record["val_bpb_deviation"] = statistics.stdev(fact["val_bpb"] for fact in facts)
+        keys = ("val_bpb", "val_loss", "bytes_total", "steps", "train_seconds")
+        record["per_seed"] = {
+            str(run.config["seed_everything"]): {key: run.summary[key] for key in keys} for run in runs
+        }
+    return record
+
+
+def _readme(entry: Entry, runs: list[RunData], record: dict[str, Any]) -> str:
+    rows = "\n".join(
+        f"| {run.config['seed_everything']} | {run.summary['val_bpb']:.5f} | {run.summary['val_loss']:.5f} | "
+        f"{run.summary['bytes_total']:,} | {run.summary['steps']:,} | {run.summary['train_seconds']:,.0f} s |"
+        for run in runs
+    )
+    spread = f" +- {record['val_bpb_deviation']:.5f}" if len(runs) > 1 else ""
+    best = runs[0]
+    settings = "\n".join(f"{name}: {value}" for name, value in best.config.items() if value is not None)
+    return f"""# {entry.name}
+
+{entry.blurb}
+
+**{record["val_bpb"]:.5f}{spread} bits per byte**, {record["bytes_total"]:,} of {CAP:,} bytes
+({record["bytes_model"]:,} model, {record["bytes_code"]:,} code), on {record["hardware"]}.
+{entry.author} (@{entry.github_id}).
+
+| seed | bits per byte | nats a token | bytes | steps | training |
+|---|---|---|---|---|---|
+{rows}
+
+`artifact.zst` is the model of seed {best.config["seed_everything"]}. `train_gpt.py` holds all of the code;
+Python runs it as it is:
+
+```sh
+pip install -r requirements.txt jsonargparse pyyaml
+python train_gpt.py validate --ckpt artifact.zst --data.source Shards --data.source.folder DATA
+python train_gpt.py fit --config config.yaml --data.source Shards --data.source.folder DATA
+```
+
+`DATA` is a folder with the token shards and their `tokenizer.model`.
+
+<details><summary>Settings</summary>
+
+```
+{settings}
+```
+
+</details>
+"""

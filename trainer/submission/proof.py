@@ -1,0 +1,62 @@
+"""The proof of a submission: a new process scores the artifact from its folder alone."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import UserError
+
+SAME = 1e-6  # bits per byte, on the same hardware with the same libraries
+ELSEWHERE = 1e-3
+
+
+def prove(folder: Path, data: Path, expected: dict[str, Any]) -> str:
+    """Score a copy of the folder with its own code.
+
+    Args:
+        folder: The submission.
+        data: Folder with shards and tokenizer.
+        expected: Summary of the run whose artifact ships.
+
+    Returns:
+        What was found, in a line.
+
+    Raises:
+        UserError: If it does not run, or scores something else.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    with tempfile.TemporaryDirectory() as clean:
+        place = Path(clean) / "submission"
+        shutil.copytree(folder, place)
+        words = ["validate", "--ckpt", "artifact.zst", "--data.source", "Shards"]
+        words += ["--data.source.folder", str(data.resolve())]
+        command = [sys.executable, "train_gpt.py", *words]
+        found = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
+    if found.returncode != 0:
+        raise UserError(
+            f"{folder}: its own code cannot score its artifact: {(found.stderr.strip() or '?').splitlines()[-1]}"
+        )
+    values = dict(pair.split("=") for pair in found.stdout.strip().splitlines()[-1].split())
+    difference = float(values["val_bpb"]) - float(expected["val_bpb"])
+    same = json.loads((folder / "submission.json").read_text())["versions"] == _versions_here()
+    allowed = SAME if same else ELSEWHERE
+    if abs(difference) > allowed or int(values["tokens"]) != expected["val_tokens"]:
+        raise UserError(
+            f"{folder}: scores {values['val_bpb']} on {values['tokens']} tokens of {data}, but the run "
+            f"{expected['val_bpb']:.8f} on {expected['val_tokens']}; is that the data it was scored on?"
+        )
+    where = "the hardware and libraries of the run" if same else "other hardware or libraries than the run's"
+    return f"val_bpb {values['val_bpb']} in a clean process on {where}: {difference:+.1e} from the run's"
+
+
+def _versions_here() -> dict[str, str]:
+    import torch  # noqa: PLC0415
+
+    from trainer.callbacks.export import versions  # noqa: PLC0415 - Lightning takes seconds to import
+
+    return versions(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
