@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -248,6 +249,26 @@ def test_a_wrong_vocabulary_is_refused_before_the_first_step(tmp_path: Path, sha
     assert result.returncode == 1
     assert "has 300 pieces but the model 400" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_tensorboard_gets_the_same_numbers_with_one_flag(tmp_path: Path, shard_folder: Path):
+    result = trainer(*small(shard_folder, "--tensorboard=true", "--report.enabled=false"), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    events = next((tmp_path / RUN / "1").glob("events.out.tfevents.*")).read_bytes()
+    for name in ("train/loss", "train/gradient_norm", "train/lr_multiplier", "val/bpb", "perf/tokens_per_second"):
+        assert name.encode() in events
+    assert not (tmp_path / RUN / "1/report.html").exists()
+
+
+def test_an_unknown_option_is_one_line_with_the_near_one(tmp_path: Path):
+    result = trainer("fit", "--trainer.max_stepz", "5", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr == (
+        "trainer fit: unrecognized arguments: --trainer.max_stepz 5; did you mean --trainer.max_steps? "
+        "(trainer fit --help lists the options)\n"
+    )
+    for command in ("validate", "export", "generate", "report", "submit", "prepare", "inspect", "recipes"):
+        assert re.search(r"[Ee]xample:\s+trainer", trainer(command, "--help", cwd=tmp_path).stdout), command
 
 
 def test_a_second_run_in_the_same_folder_is_refused(finished, shard_folder: Path):

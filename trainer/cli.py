@@ -13,7 +13,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -34,10 +34,23 @@ from trainer.errors import UserError
 from trainer.evaluation.windows import EvaluationConfig
 from trainer.lightning_module import LanguageModel
 from trainer.loading import run_folder_of, stored_weights
+from trainer.options import ShortErrors
 from trainer.recipes import find_recipe
 from trainer.run_log import logged_to
 
 Precision = Literal["auto", "bf16-mixed", "16-mixed", "32-true", "64-true"]
+
+
+DESCRIPTIONS = {
+    "fit": "Train a recipe, export it, load it back and score it. "
+    "Example: trainer fit --config int5mlp_10l --wallclock.seconds 300 --model.num_layers 9",
+    "validate": "Score a checkpoint or an artifact with the settings of its run. "
+    "Example: trainer validate --ckpt runs/quickstart/1/artifact.zst --eval.stride 0",
+}
+
+
+class FitParser(ShortErrors, LightningArgumentParser):
+    """Lightning's, with errors in one line."""
 
 
 class TrainerCLI(LightningCLI):
@@ -61,7 +74,13 @@ class TrainerCLI(LightningCLI):
             seed_everything_default=42,
             auto_configure_optimizers=False,
             save_config_callback=SaveConfigCallback if command == "fit" else None,
-            parser_kwargs={"prog": f"trainer {command}", "allow_abbrev": False},
+            parser_class=FitParser,
+            parser_kwargs={
+                "prog": f"trainer {command}",
+                "usage": f"trainer {command} [--config RECIPE] [options]",
+                "description": DESCRIPTIONS[command],
+                "allow_abbrev": False,
+            },
             trainer_defaults={
                 "default_root_dir": "runs",
                 "callbacks": [Throughput()] if command == "fit" else [],
@@ -100,6 +119,9 @@ class TrainerCLI(LightningCLI):
             default="auto",
             help="auto: bf16-mixed where the GPU has it, else 16-mixed; 32-true on a CPU.",
         )
+        if self.command == "fit":
+            text = "Log to TensorBoard too; needs the package tensorboard."
+            parser.add_argument("--tensorboard", type=bool, default=False, help=text)
         parser.add_argument("--run_name", type=str | None, help="Name of the run's folder; default: the next number.")
         if self.command == "fit":
             text = "Go on from this checkpoint; last: the newest one of this recipe."
@@ -131,13 +153,22 @@ class TrainerCLI(LightningCLI):
             if options.logger in (None, True):
                 name, version = Path(options.default_root_dir), self.config.run_name
                 folder = claim_run_folder(name / self.recipe, version)
-                kwargs["logger"] = CSVLogger(name, self.recipe, folder.name, flush_logs_every_n_steps=50)
+                kwargs["logger"] = [CSVLogger(name, self.recipe, folder.name, flush_logs_every_n_steps=50)]
+                if self.config.tensorboard:
+                    kwargs["logger"].append(_tensorboard(name, self.recipe, folder.name))
         else:
             kwargs["logger"] = False
             kwargs["enable_checkpointing"] = False
             kept = [key for key in self.parser.callback_keys if key != "checkpoints"]
             self.parser.callback_keys = kept
         return super().instantiate_trainer(**kwargs)
+
+
+def _tensorboard(root: Path, recipe: str, run: str) -> TensorBoardLogger:
+    try:
+        return TensorBoardLogger(root, recipe, run, default_hp_metric=False)
+    except ModuleNotFoundError as error:
+        raise UserError("--tensorboard needs the package tensorboard; pip install tensorboard") from error
 
 
 def resolve_precision(asked: str, on_gpu: bool, has_bf16: bool) -> str:
@@ -231,6 +262,8 @@ def run(command: str, args: Sequence[str]) -> None:
     if command == "validate" and not wants_help:
         if ckpt is None:
             raise UserError("validate needs --ckpt with a checkpoint or an artifact")
+        if not Path(ckpt).is_file():
+            raise UserError(f"--ckpt {ckpt}: there is no such file")
         beside = run_folder_of(Path(ckpt)) / "config.yaml"
         if not configs and beside.is_file():
             configs = [str(beside)]

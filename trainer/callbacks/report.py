@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_only
 
 from trainer.report.build import NAME, build_report
 
@@ -19,10 +18,9 @@ class Report(pl.Callback):
         """
         self.enabled = enabled
 
-    @rank_zero_only
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Comes after the export."""
-        if self.enabled and trainer.logger is not None:
+        folder = Path(str(trainer.log_dir))  # ranks agree on it, so all of them have to ask
+        if self.enabled and trainer.is_global_zero and trainer.logger is not None:
             trainer.logger.save()
-            folder = Path(str(trainer.log_dir))
             build_report([folder], folder / NAME)

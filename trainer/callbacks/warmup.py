@@ -88,8 +88,9 @@ class CompileWarmup(pl.Callback):
                 torch.cuda.empty_cache()
             if _on_all_ranks(fits, module.device):
                 module.micro_batch_tokens = sequences // slices * length
+                folder = Path(str(trainer.log_dir))  # ranks agree on it, so all of them have to ask
                 if trainer.is_global_zero:
-                    _remember(Path(str(trainer.log_dir)) / "config.yaml", module.micro_batch_tokens)
+                    _remember(folder / "config.yaml", module.micro_batch_tokens)
                 return slices
         raise UserError(f"{module.device}: not even one sequence of {length:,} tokens fits; shorten it or the model")
 

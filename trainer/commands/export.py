@@ -1,6 +1,5 @@
 """`trainer export --ckpt X`: make the artifact again from a checkpoint, exactly as training does."""
 
-import argparse
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,13 +7,16 @@ from typing import Any
 from trainer.checkpoint import OWN_KEY, live_state, load_checkpoint, stored_average
 from trainer.errors import UserError
 from trainer.model.transformer import TransformerConfig
+from trainer.options import Parser
 from trainer.quantize.export import CAP, ExportedSize, export
 from trainer.quantize.policy import QuantizationConfig
+
+EXAMPLE = "export --ckpt runs/quickstart/1/checkpoints/last.ckpt --fit"
 
 
 def run(args: list[str]) -> None:
     """Parse the words after `export` and do it."""
-    parser = argparse.ArgumentParser(prog="trainer export", description=__doc__, allow_abbrev=False)
+    parser = Parser("export", "Make the artifact again from a checkpoint, exactly as training does.", EXAMPLE)
     parser.add_argument("--ckpt", required=True, help="checkpoint to export")
     parser.add_argument("--out", help="folder for the files; default: `export` in the checkpoint's run folder")
     parser.add_argument("--cap", type=int, default=CAP, help="largest size of code and model, in bytes (%(default)s)")

@@ -1,6 +1,5 @@
 """`trainer generate`: text from an artifact or a checkpoint."""
 
-import argparse
 import sys
 from functools import partial
 from pathlib import Path
@@ -11,10 +10,9 @@ from trainer.data.tokenizer import BOS
 from trainer.errors import UserError
 from trainer.generation import Decoder, generate, sample, stream_text
 from trainer.loading import load_artifact
+from trainer.options import Parser
 
-EXAMPLE = """example:
-  trainer generate --artifact runs/quickstart/1/artifact.zst --prompt "Return the" --tokens 100
-"""
+EXAMPLE = """generate --artifact runs/quickstart/1/artifact.zst --prompt "Return the" --tokens 100"""
 
 
 def run(words: list[str]) -> None:
@@ -23,13 +21,7 @@ def run(words: list[str]) -> None:
     Raises:
         UserError: If a file cannot be used or a number makes no sense.
     """
-    parser = argparse.ArgumentParser(
-        prog="trainer generate",
-        description="Write text with a trained model.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("generate", "Write text with a trained model.", EXAMPLE)
     parser.add_argument("--artifact", "--ckpt", required=True, help="artifact or checkpoint")
     parser.add_argument("--prompt", action="append", default=[], help="text to go on from; may be given several times")
     parser.add_argument("--prompts", help="file with a prompt a line")

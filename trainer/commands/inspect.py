@@ -4,12 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jsonargparse import ArgumentParser
 
 from trainer.data.manifest import documents_of
 from trainer.data.shards import open_shard
 from trainer.data.sources import list_shards
 from trainer.data.tokenizer import BOS, ByteTable, load_tokenizer
+from trainer.options import Parser
 
 BAR = 40
 
@@ -20,9 +20,9 @@ def run(words: list[str]) -> None:
     Raises:
         UserError: If the folder holds no shards or no tokenizer.
     """
-    parser = ArgumentParser(prog="trainer inspect", description="Show what lies in a folder of token shards.")
+    parser = Parser("inspect", "Show what lies in a folder of token shards.", "inspect data/python-documentation")
     parser.add_argument("folder", type=str, help="Folder with *_train_*.bin and *_val_*.bin.")
-    parser.add_argument("--tokenizer", type=str | None, help="SentencePiece model; default: tokenizer.model beside.")
+    parser.add_argument("--tokenizer", help="SentencePiece model; default: tokenizer.model beside.")
     parser.add_argument("--documents", type=int, default=3, help="Documents to show.")
     options = parser.parse_args(words)
     folder = Path(options.folder)

@@ -10,7 +10,17 @@ from jsonargparse import ArgumentParser
 from trainer.data import manifest, published  # noqa: F401 - a choice for --data.source
 from trainer.data.sources import Source
 from trainer.errors import UserError
+from trainer.options import ShortErrors
 from trainer.recipes import find_recipe
+
+EXAMPLE = (
+    "example: trainer prepare --data.source LocalText --data.source.train_files '[texts]' "
+    "--data.source.folder data/mine"
+)
+
+
+class PrepareParser(ShortErrors, ArgumentParser):
+    """jsonargparse's, for the source's class and its settings."""
 
 
 def run(words: list[str]) -> None:
@@ -19,7 +29,9 @@ def run(words: list[str]) -> None:
     Raises:
         UserError: If the recipe or its text cannot be used, or the check finds a difference.
     """
-    parser = ArgumentParser(prog="trainer prepare", description="Make the token shards of a recipe's source.")
+    parser = PrepareParser(
+        prog="trainer prepare", description="Make the token shards of a recipe's source.", epilog=EXAMPLE
+    )
     parser.add_argument("--config", default="quickstart", help="Recipe, by name or path.")
     parser.add_argument(
         "--verify", action="store_true", help="Make nothing: read every shard again and compare with the manifest."

@@ -1,13 +1,12 @@
 """`trainer recipes`: the recipes that come with the package, each with its purpose."""
 
-import argparse
-
+from trainer.options import Parser
 from trainer.recipes import find_recipe, recipe_names
 
 
 def run(words: list[str]) -> None:
     """Run with the words after the command."""
-    argparse.ArgumentParser(prog="trainer recipes", description=__doc__, allow_abbrev=False).parse_args(words)
+    Parser("recipes", "List the recipes that come with the package.", "fit --config quickstart").parse_args(words)
     for name in recipe_names():
         first = find_recipe(name).read_text(encoding="utf-8").splitlines()[0]
         print(f"{name:<22} {first.removeprefix('#').strip()}")

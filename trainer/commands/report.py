@@ -1,13 +1,11 @@
 """`trainer report`: the report of a run again, or of several over each other."""
 
-import argparse
 from pathlib import Path
 
+from trainer.options import Parser
 from trainer.report.build import NAME, build_report
 
-EXAMPLE = """example:
-  trainer report runs/quickstart/1 runs/quickstart/2 --out compared.html
-"""
+EXAMPLE = """report runs/quickstart/1 runs/quickstart/2 --out compared.html"""
 
 
 def run(words: list[str]) -> None:
@@ -16,13 +14,7 @@ def run(words: list[str]) -> None:
     Raises:
         UserError: If a folder holds no finished run.
     """
-    parser = argparse.ArgumentParser(
-        prog="trainer report",
-        description="Make the report of a run again, or lay several runs over each other.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("report", "Make the report of a run again, or lay several runs over each other.", EXAMPLE)
     parser.add_argument("runs", nargs="+", help="run folders; the first one is described in full")
     parser.add_argument("--out", help="file to write; default: report.html in the first folder")
     options = parser.parse_args(words)

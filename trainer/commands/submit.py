@@ -1,15 +1,13 @@
 """`trainer submit`: a folder for the challenge out of finished runs, and the proof that it works."""
 
-import argparse
 from pathlib import Path
 
+from trainer.options import Parser
 from trainer.submission.folder import Entry, make_folder
 from trainer.submission.proof import prove
 
-EXAMPLE = """example:
-  trainer submit runs/int5mlp_10l/1 --name "10 layers" --author "Ada L." --github_id ada \\
-      --track non-record-16mb --data data/fineweb10B_sp1024
-"""
+EXAMPLE = """submit runs/int5mlp_10l/1 --name "10 layers" --author "Ada L." --github_id ada \\
+      --track non-record-16mb --data data/fineweb10B_sp1024"""
 
 
 def run(words: list[str]) -> None:
@@ -18,13 +16,7 @@ def run(words: list[str]) -> None:
     Raises:
         UserError: If no valid submission can be made of the runs.
     """
-    parser = argparse.ArgumentParser(
-        prog="trainer submit",
-        description="Make a folder for the challenge out of finished runs, and prove that it works.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("submit", "Make a folder for the challenge out of finished runs, and prove that it works.", EXAMPLE)
     parser.add_argument("runs", nargs="+", help="run folders; several seeds of one recipe make one submission")
     parser.add_argument("--name", required=True, help="title of the submission")
     parser.add_argument("--author", required=True, help="who made it")
