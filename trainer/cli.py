@@ -109,9 +109,9 @@ class TrainerCLI(LightningCLI):
         parser.add_lightning_class_args(WallclockCutoff, "wallclock")
         parser.add_lightning_class_args(Watch, "watch")
         parser.add_lightning_class_args(LateSWA, "late_swa")
+        parser.add_lightning_class_args(Progress, "progress")  # its bar ends before the export prints
         parser.add_lightning_class_args(PostTrainExport, "export")
         parser.add_lightning_class_args(Report, "report")
-        parser.add_lightning_class_args(Progress, "progress")
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
         parser.add_argument(
             "--precision",
@@ -119,9 +119,8 @@ class TrainerCLI(LightningCLI):
             default="auto",
             help="auto: bf16-mixed where the GPU has it, else 16-mixed; 32-true on a CPU.",
         )
-        if self.command == "fit":
-            text = "Log to TensorBoard too; needs the package tensorboard."
-            parser.add_argument("--tensorboard", type=bool, default=False, help=text)
+        text = "While training, log to TensorBoard too; needs the package tensorboard."
+        parser.add_argument("--tensorboard", type=bool, default=False, help=text)
         parser.add_argument("--run_name", type=str | None, help="Name of the run's folder; default: the next number.")
         if self.command == "fit":
             text = "Go on from this checkpoint; last: the newest one of this recipe."
@@ -342,6 +341,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=r"You're resuming from a checkpoint that ended before the epoch ended")
     # Lightning calls a function of torch's that got a new name.
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
+    # The folder is the run's own; only its log lies there yet.
+    warnings.filterwarnings("ignore", message=r"Experiment logs directory")
     # Evaluations of the whole split are not an epoch of anything.
     warnings.filterwarnings("ignore", message=r"Trying to infer the `batch_size`")
     if not sys.warnoptions:

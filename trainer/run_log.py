@@ -12,16 +12,16 @@ class _Both:
     """Writes to the terminal and to a file; everything else is the terminal's."""
 
     def __init__(self, terminal: TextIO, file: TextIO) -> None:
-        self._terminal = terminal
-        self._file = file
+        self.terminal = terminal
+        self.log = file
 
     def write(self, text: str) -> int:
-        self._file.write(text)
-        self._file.flush()
-        return self._terminal.write(text)
+        self.log.write(text)
+        self.log.flush()
+        return self.terminal.write(text)
 
     def __getattr__(self, name: str) -> object:
-        return getattr(self._terminal, name)
+        return getattr(self.terminal, name)
 
 
 @contextlib.contextmanager

@@ -1,25 +1,31 @@
-"""What a person sees while it trains: a line every few seconds."""
+"""What a person sees while it trains."""
 
+import math
 import time
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_only
 
+from trainer.callbacks.throughput import utilisation
 from trainer.lightning_module import LanguageModel
+from trainer.progress_view import Facts, Mode, Quiet, View, make_view
 
 
 class Progress(pl.Callback):
-    """Prints step, time, loss, learning rate and speed; reading the loss is the only wait for the device."""
+    """Shows step, time, loss, learning rate and speed; it never waits for the device."""
 
-    def __init__(self, every_seconds: float = 10.0) -> None:
-        """Print progress lines.
+    def __init__(self, mode: Mode = "auto", every_seconds: float = 10.0) -> None:
+        """Show progress.
 
         Args:
+            mode: bar, lines, json (an object a line), quiet; auto is the bar in a terminal and lines elsewhere.
             every_seconds: Time between two lines.
         """
+        self.mode = mode
         self.every_seconds = every_seconds
-        self._last = 0.0
+        self._view: View = Quiet()
 
     @rank_zero_only
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -32,38 +38,70 @@ class Progress(pl.Callback):
         how = [f"attention: {pl_module.kernel.describe()}"]
         how += ["fused MLP"] if pl_module.fused_mlp else []
         how += ["compiled" if pl_module.is_compiled else "not compiled"]
-        print(
+        self._view = make_view(self.mode, self.every_seconds)
+        self._view.note(
             f"training {count:,} parameters on {pl_module.device}, {trainer.precision}, {', '.join(how)}; "
-            f"ends after {' or '.join(limits) or 'never: set a limit'}",
-            flush=True,
+            f"ends after {' or '.join(limits) or 'never: set a limit'}"
         )
-        self._last = time.monotonic()
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        tokens = data.val_tokens.cpu().numpy().astype("uint16")
+        self._bits_per_nat = (len(tokens) - 1) / max(data.table.total(tokens), 1) / math.log(2)
+        self._last, self._step, self._seconds = time.monotonic(), trainer.global_step, pl_module.clock.elapsed
+        self._first_step, self._first_seconds = self._step, self._seconds
 
     @rank_zero_only
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Print a line when it is time."""
-        now = time.monotonic()
-        if now - self._last < self.every_seconds:
-            return
+        """Show where the run is when it is time."""
         assert isinstance(pl_module, LanguageModel)
-        metrics, clock = trainer.callback_metrics, pl_module.clock
-        budget = f"/{clock.budget:,.0f}" if clock.budget is not None else ""
-        words = [
-            f"step {trainer.global_step:>6,}",
-            f"{clock.elapsed:6.1f}{budget} s",
-            f"loss {float(metrics['train/loss']):.4f}",
-            f"rate x{pl_module.lr_multiplier:.3f}",
-        ]
-        if "perf/tokens_per_second" in metrics:
-            words.append(f"{float(metrics['perf/tokens_per_second']):>9,.0f} tokens/s")
-        if "perf/utilisation" in metrics:
-            words.append(f"{100 * float(metrics['perf/utilisation']):.0f} % of peak")
-        print("  ".join(words), flush=True)
-        self._last = now
+        now = time.monotonic()
+        if now - self._last < self._view.every_seconds or not pl_module.finished:
+            return
+        step, seconds, budget = trainer.global_step, pl_module.clock.elapsed, pl_module.clock.budget
+        left = [budget - seconds] if budget is not None else []
+        if trainer.max_steps > 0:
+            pace = (seconds - self._first_seconds) / max(step - self._first_step, 1)
+            left.append((trainer.max_steps - step) * pace)
+        loss = float(pl_module.finished[-1][1][0])
+        rate = (step - self._step) * trainer.datamodule.batch_tokens / max(seconds - self._seconds, 1e-9)  # type: ignore[attr-defined]
+        on_gpu = pl_module.device.type == "cuda"
+        self._view.show(
+            Facts(
+                step,
+                seconds,
+                budget,
+                max(min(left), 0.0) if left else None,
+                loss,
+                loss * self._bits_per_nat,
+                pl_module.lr_multiplier,
+                rate,
+                utilisation(pl_module, rate, trainer.world_size),
+                torch.cuda.max_memory_allocated(pl_module.device) / 2**30 if on_gpu else None,
+            )
+        )
+        self._last, self._step, self._seconds = now, step, seconds
+
+    @rank_zero_only
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Show how far the validation is."""
+        if trainer.state.fn == "fit":
+            self._view.validating(batch_idx + 1, int(sum(trainer.num_val_batches)))
 
     @rank_zero_only
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Print the score."""
+        """Show the score."""
         assert isinstance(pl_module, LanguageModel)
         if trainer.state.fn == "fit":
-            print(f"step {trainer.global_step:>6,}  validation {pl_module.scores[-1].line()}", flush=True)
+            self._view.note(f"step {trainer.global_step:>6,}  validation {pl_module.scores[-1].line()}")
+
+    @rank_zero_only
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Comes before the export, which prints a summary."""
+        self._view.note("exporting, and scoring what was exported")
+        self._view.close()
+
+    @rank_zero_only
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave the terminal as it was."""
+        self._view.close()

@@ -31,8 +31,14 @@ class Throughput(pl.Callback):
         rate = tokens / max(elapsed - self._elapsed, 1e-9)
         self._step, self._elapsed = step, elapsed
         found = {"train/lr_multiplier": pl_module.lr_multiplier, "perf/tokens_per_second": rate}
-        peak = peak_flops(pl_module.device)
-        if peak is not None:
-            flops = 3 * forward_flops(pl_module.model.config, pl_module.sequence_length)
-            found["perf/utilisation"] = rate * flops / (peak * trainer.world_size)
+        if (share := utilisation(pl_module, rate, trainer.world_size)) is not None:
+            found["perf/utilisation"] = share
         pl_module.log_dict(found)
+
+
+def utilisation(module: LanguageModel, tokens_per_second: float, world_size: int) -> float | None:
+    """Share of all cards' peak arithmetic that training at this speed takes, where the peak is known."""
+    peak = peak_flops(module.device)
+    if peak is None:
+        return None
+    return tokens_per_second * 3 * forward_flops(module.model.config, module.sequence_length) / (peak * world_size)
