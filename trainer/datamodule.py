@@ -10,7 +10,7 @@ from trainer.data import published  # noqa: F401 - a choice for --data.source
 from trainer.data.manifest import NAME, Manifest, check_vocabulary
 from trainer.data.prefetch import Prefetcher
 from trainer.data.shards import MAX_VOCAB, TokenFiles, open_shard
-from trainer.data.sources import PreparedText, Shards, Source
+from trainer.data.sources import PreparedText, Source
 from trainer.data.stream import Order, TrainStream
 from trainer.data.tokenizer import ByteTable, load_tokenizer
 from trainer.errors import UserError
@@ -40,7 +40,7 @@ class TokenData(pl.LightningDataModule):
 
     def __init__(
         self,
-        source: Source = Shards(),
+        source: Source,
         batch_tokens: int = 131_072,
         sequence_length: int = 2048,
         order: Order = "sequential",

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 import zstandard
 
 from tests.conftest import make_documents
@@ -267,6 +268,20 @@ def test_verify_mends_nothing_and_prepare_does(prepared, tmp_path: Path, shard_f
     assert main([*words, "--verify"]) == 0
     assert main([*words, "--data.source.val_every=1"]) == 1
     assert "val_every must be at least 2" in capsys.readouterr().err
+
+
+def test_another_source_of_a_run_inherits_nothing_from_the_recipe(tmp_path: Path, capsys):
+    words = ["fit", "--config=quickstart", "--data.source=LocalText", "--data.source.train_files=[x.txt]"]
+    with pytest.raises(SystemExit) as ended:
+        main([*words, f"--data.source.folder={tmp_path}", "--print_config"])
+    assert ended.value.code == 0
+    shown = yaml.safe_load(capsys.readouterr().out)["data"]
+    assert shown["source"]["init_args"]["folder"] == str(tmp_path)
+    assert shown["batch_tokens"] == 2048  # everything else is the recipe's
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    assert "folder" in capsys.readouterr().err
 
 
 def test_another_source_inherits_nothing_from_the_quickstart(tmp_path: Path, shard_folder: Path):

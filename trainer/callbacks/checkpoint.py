@@ -81,8 +81,9 @@ class Checkpoints(Checkpoint):
             self._save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Ctrl-C is Python's own again."""
+        """Save if a validation ended the run; Ctrl-C is Python's own again."""
         self._restore_handler()
+        self._save(trainer)
 
     def _restore_handler(self) -> None:
         if self._handler is not None:
