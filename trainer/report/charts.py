@@ -80,7 +80,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1, 2, 5) if len(powers) < 4 else (1,)
     ticks = [factor * 10.0**power for power in powers for factor in factors]
-    inside = [tick for tick in ticks if low / 2.5 < tick < high * 2.5]
+    inside = [tick for tick in ticks if low <= tick <= high]
     return inside if len(inside) > 1 else [low, high]
 
 
