@@ -1,11 +1,9 @@
 """The end of a run: export, load back, score, and one summary."""
 
 import json
-import platform
 import shutil
 import time
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from trainer.callbacks.late_swa import LateSWA
 from trainer.callbacks.wallclock import WallclockCutoff
 from trainer.checkpoint import OWN_KEY
 from trainer.datamodule import TokenData
+from trainer.environment import versions
 from trainer.evaluation.metric import Score
 from trainer.evaluation.sliding import score
 from trainer.evaluation.windows import EvaluationConfig
@@ -136,15 +135,6 @@ def _score(
     with trainer.precision_plugin.forward_context(), torch.no_grad():
         nll = module.nll_of(model)
         return score(nll, tokens, data.table, evaluation, trainer.global_rank, trainer.world_size)
-
-
-def versions(device: torch.device) -> dict[str, str]:
-    """Versions and hardware behind a figure."""
-    names = ("torch", "lightning", "numpy", "sentencepiece", "zstandard", "torchmetrics")
-    hardware = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    )
-    return {"python": platform.python_version(), **{name: version(name) for name in names}, "device": hardware}
 
 
 def print_summary(summary: dict[str, Any], folder: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.environment import PACKAGES
 from trainer.errors import UserError
 from trainer.files import atomic_write
 from trainer.quantize.export import CAP
@@ -15,7 +16,6 @@ from trainer.report.run_data import RunData
 
 # Settings that may differ between the seeds of one recipe.
 OF_A_RUN = ("seed_everything", "run_name", "data.seed", "model.micro_batch_tokens", "data.source.init_args.folder")
-PACKAGES = ("torch", "lightning", "numpy", "sentencepiece", "zstandard", "torchmetrics")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from trainer.environment import versions
 from trainer.errors import UserError
 
 SAME = 1e-6  # bits per byte, on the same hardware with the same libraries
@@ -43,7 +46,10 @@ def prove(folder: Path, data: Path, expected: dict[str, Any]) -> str:
         )
     values = dict(pair.split("=") for pair in found.stdout.strip().splitlines()[-1].split())
     difference = float(values["val_bpb"]) - float(expected["val_bpb"])
-    same = json.loads((folder / "submission.json").read_text())["versions"] == _versions_here()
+    here = versions(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    same = json.loads((folder / "submission.json").read_text())["versions"] == here
+        torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
     allowed = SAME if same else ELSEWHERE
     if abs(difference) > allowed or int(values["tokens"]) != expected["val_tokens"]:
         raise UserError(
@@ -52,11 +58,3 @@ def prove(folder: Path, data: Path, expected: dict[str, Any]) -> str:
         )
     where = "the hardware and libraries of the run" if same else "other hardware or libraries than the run's"
     return f"val_bpb {values['val_bpb']} in a clean process on {where}: {difference:+.1e} from the run's"
-
-
-def _versions_here() -> dict[str, str]:
-    import torch  # noqa: PLC0415
-
-    from trainer.callbacks.export import versions  # noqa: PLC0415 - Lightning takes seconds to import
-
-    return versions(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

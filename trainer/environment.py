@@ -1,0 +1,16 @@
+"""What a figure was measured with."""
+
+import platform
+from importlib.metadata import version
+
+import torch
+
+PACKAGES = ("torch", "lightning", "numpy", "sentencepiece", "zstandard", "torchmetrics")
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """Versions and hardware behind a figure."""
+    hardware = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    )
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}, "device": hardware}
