@@ -101,6 +101,7 @@ def test_what_must_not_ship_is_refused(runs: list[Path], shard_folder: Path, tmp
         assert main(["submit", *words, *WHO, "--out", str(tmp_path / "out"), "--data", str(shard_folder)]) == 1
         error = capsys.readouterr().err
         assert error.count("\n") == 1
+        assert not (tmp_path / "out").exists()  # nothing unproved is left
         return error
 
     copy = tmp_path / "copy"

@@ -1,7 +1,9 @@
 """`trainer submit`: a folder for the challenge out of finished runs, and the proof that it works."""
 
+import shutil
 from pathlib import Path
 
+from trainer.errors import UserError
 from trainer.options import Parser
 from trainer.submission.folder import Entry, make_folder
 from trainer.submission.proof import prove
@@ -30,5 +32,9 @@ def run(words: list[str]) -> None:
     out = Path(options.out) if options.out else folders[0] / "submission"
     entry = Entry(options.name, options.author, options.github_id, options.track, options.blurb)
     best = make_folder(entry, folders, out)
-    print(prove(out, Path(options.data), best.summary), flush=True)
+    try:
+        print(prove(out, Path(options.data), best.summary), flush=True)
+    except UserError:
+        shutil.rmtree(out)  # nothing unproved is left to be sent
+        raise
     print(out)
