@@ -49,6 +49,14 @@ def test_places_without_a_token_are_no_targets():
         assert abs(loss - nll.mean()) < 1e-6
 
 
+def test_a_step_without_any_target_learns_nothing():
+    model = Transformer(TINY)
+    tokens = torch.full((2, 9), -1, dtype=torch.int32)
+    tokens[:, 0] = 1
+    assert train_step(model.nll, tokens, 1, lambda loss, last: loss.backward(), lambda: None) == 0
+    assert all(bool(p.grad is None or (p.grad == 0).all()) for p in model.parameters())
+
+
 def test_clipping_scales_to_the_limit_and_zero_means_no_limit():
     parameters = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2))]
 

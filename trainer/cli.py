@@ -231,7 +231,7 @@ def newest_checkpoint(root: Path, recipe: str) -> str:
     found = list((root / recipe).glob(f"*/checkpoints/{LAST}")) + list(
         (root / recipe).glob("*/checkpoints/step-*.ckpt")
     )
-    found.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)  # stable: of two names, last.ckpt comes first
+    found.sort(key=_modified, reverse=True)  # stable: of two names, last.ckpt comes first
     for path in found:
         if (reason := damage(path)) is None:
             return str(path)
@@ -239,6 +239,13 @@ def newest_checkpoint(root: Path, recipe: str) -> str:
     raise UserError(
         f"--ckpt last: {root / recipe} holds no {'whole ' if found else ''}checkpoint; start without --ckpt"
     )
+
+
+def _modified(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:  # another run has just taken it away
+        return 0
 
 
 def run(command: str, args: Sequence[str]) -> None:
@@ -294,7 +301,7 @@ def run(command: str, args: Sequence[str]) -> None:
         if ckpt is not None:
             load_checkpoint(ckpt)  # refuse a bad file before any work is done
             _print_once(f"going on from {ckpt}")
-        log = Path(str(cli.trainer.log_dir)) / "train.log"
+        log = Path(str(cli.trainer.log_dir or cli.trainer.default_root_dir)) / "train.log"
         try:
             with logged_to(log) if cli.trainer.is_global_zero else nullcontext():
                 cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt, weights_only=True)
@@ -320,10 +327,14 @@ def run(command: str, args: Sequence[str]) -> None:
 
 def _without_source(path: Path) -> Path:
     """A copy of a recipe that leaves the text open; another class would inherit its folder, and make it anew."""
-    values = yaml.safe_load(path.read_text())
-    if not isinstance(values, dict) or "source" not in (values.get("data") or {}):
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError:
+        return path  # the parser says what is wrong with it
+    data = values.get("data") if isinstance(values, dict) else None
+    if not isinstance(data, dict) or "source" not in data:
         return path
-    del values["data"]["source"]
+    del data["source"]
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     copy = Path(folder) / path.name

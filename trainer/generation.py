@@ -93,11 +93,11 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
         temperature: 0 takes the most probable.
         top_k: Only so many of the most probable; 0: all.
         top_p: Only the most probable whose probabilities add up to this (Holtzman et al. 2019); 1: all.
-        generator: On the logits' device.
+        generator: On the CPU, so that the same seed draws the same on every device.
     """
     if temperature == 0:
         return int(logits.argmax())
-    probabilities, order = (logits.double() / temperature).softmax(0).sort(descending=True, stable=True)
+    probabilities, order = (logits.cpu().double() / temperature).softmax(0).sort(descending=True, stable=True)
     if top_k:
         probabilities[top_k:] = 0
     probabilities[probabilities.cumsum(0) - probabilities >= top_p] = 0

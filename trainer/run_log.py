@@ -31,6 +31,7 @@ def logged_to(path: Path) -> Iterator[None]:
     Args:
         path: The file; appended to.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         handler = logging.StreamHandler(file)
         loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "py.warnings")]

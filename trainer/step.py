@@ -32,7 +32,7 @@ def train_step(
         Mean loss, a detached scalar on the device.
     """
     inputs, targets = tokens[:, :-1].clamp(min=0).chunk(micro_batches), tokens[:, 1:].chunk(micro_batches)
-    count = (tokens[:, 1:] >= 0).sum()
+    count = (tokens[:, 1:] >= 0).sum().clamp(min=1)
     total = torch.zeros((), device=tokens.device)
     for index, (x, y) in enumerate(zip(inputs, targets, strict=True)):
         loss = loss_fn(x, y, 0).sum() / count

@@ -35,6 +35,15 @@ def test_a_loss_six_sigmas_above_the_steps_before_is_said(said: list[str]):
     assert said[0].startswith(f"step 178: the loss jumps to {losses[178]:.4f} ({before.mean():.4f} +- ")
 
 
+def test_a_loss_that_only_this_rank_sees_stops_nobody(said: list[str]):
+    module = LanguageModel(**{key: getattr(TINY, key) for key in ("vocab_size", "num_layers", "model_dim")})
+    looking = Watch(spike_steps=2)
+    for loss in (3.0, 3.1, float("inf"), 3.05, float("nan")):
+        module.finished = [(1, torch.tensor([loss, 1.0]))]
+        looking.on_train_batch_start(SimpleNamespace(precision="32-true"), module)  # type: ignore[arg-type]
+    assert said == []
+
+
 def test_fp16_overflows_are_counted_only_in_a_row():
     module = LanguageModel(**{key: getattr(TINY, key) for key in ("vocab_size", "num_layers", "model_dim")})
     looking = Watch(max_skipped=3)

@@ -91,6 +91,15 @@ def test_several_runs_are_laid_over_each_other_with_their_differences(tmp_path: 
     assert not (runs[0] / "report.html").exists()
 
 
+def test_a_run_too_short_to_log_anything_has_a_report_without_curves(tmp_path: Path):
+    run = make_run(tmp_path / "recipe/1")
+    (run / "metrics.csv").unlink()
+    assert main(["report", str(run)]) == 0
+    text = (run / "report.html").read_text()
+    assert "1.2346" in text
+    assert "<figure>" not in text
+
+
 def test_a_folder_without_a_finished_run_is_one_line(tmp_path: Path, capsys):
     assert main(["report", str(tmp_path)]) == 1
     error = capsys.readouterr().err

@@ -72,13 +72,12 @@ class Checkpoints(Checkpoint):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Save what was trained since the last time, unless an update was cut in the middle."""
         assert isinstance(pl_module, LanguageModel)
-        self._restore_handler()
         if self.saved_step is None or trainer.global_step == self.saved_step:
             return
         if pl_module.updating:
             rank_zero_info(f"stopped in the middle of a step; step {self.saved_step:,} is the last one that is saved")
         else:
-            self._save(trainer)
+            self._save(trainer)  # an impatient second Ctrl-C does not end this: Lightning ignores it by now
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save if a validation ended the run; Ctrl-C is Python's own again."""

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 
+from trainer.errors import UserError
 from trainer.report.build import NAME, build_report
 
 
@@ -23,4 +25,7 @@ class Report(pl.Callback):
         folder = Path(str(trainer.log_dir))  # ranks agree on it, so all of them have to ask
         if self.enabled and trainer.is_global_zero and trainer.logger is not None:
             trainer.logger.save()
-            build_report([folder], folder / NAME)
+            try:
+                build_report([folder], folder / NAME)
+            except UserError as error:  # the run itself is done and safe
+                rank_zero_warn(f"no report was made: {error}")

@@ -1,5 +1,6 @@
 """Numbers that go bad: a loss or gradient that is not finite ends the run, a spike of the loss is said."""
 
+import math
 from collections import deque
 from typing import Any, Literal
 
@@ -64,7 +65,7 @@ class Watch(pl.Callback):
     ) -> None:
         for step, values in steps:
             loss, norm = values[:2].tolist()
-            if torch.isfinite(values[:2]).all():
+            if torch.isfinite(values[1]):  # the same on all ranks, unlike the loss, and what the optimizer goes by
                 self._look_for_spike(step, loss)
                 if trainer.precision == "16-mixed":
                     self.skipped = 0
@@ -84,6 +85,8 @@ class Watch(pl.Callback):
             rank_zero_warn(f"{said}; skipped ({self.skipped} of at most {self.max_skipped})")
 
     def _look_for_spike(self, step: int, loss: float) -> None:
+        if not math.isfinite(loss):
+            return
         if len(self._losses) == self._losses.maxlen:
             before = torch.tensor(self._losses, dtype=torch.float64)
             mean, sigma = float(before.mean()), float(before.std())

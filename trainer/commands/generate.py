@@ -44,11 +44,11 @@ def run(words: list[str]) -> None:
     try:
         device = torch.device(options.device)
         model, tokenizer = load_artifact(options.artifact, options.tokenizer, device)
-    except RuntimeError as error:  # torch's word for a device that is not there
+    except (RuntimeError, AssertionError) as error:  # torch's words for a device that is not there
         raise UserError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
     decoder = Decoder(model, options.context)
     for number, prompt in enumerate(prompts or [""]):
-        generator = torch.Generator(device).manual_seed(options.seed)
+        generator = torch.Generator().manual_seed(options.seed)
         draw = partial(
             sample,
             temperature=options.temperature,

@@ -44,8 +44,7 @@ class RunData:
         try:
             summary = json.loads((folder / "summary.json").read_text())
             config = yaml.safe_load((folder / "config.yaml").read_text())
-            with (folder / "metrics.csv").open(newline="") as file:
-                rows = list(csv.DictReader(file))
+            rows = _rows(folder / "metrics.csv")
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise UserError(f"{folder}: holds no finished run ({error}); give a folder with summary.json") from error
         curves: dict[str, Series] = {}
@@ -56,6 +55,14 @@ class RunData:
                     steps.append(float(row["step"]) + 1)
                     values.append(float(value))
         return cls(folder, summary, curves, dict(_flat(config, "")))
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    """Rows of a metrics file; none if nothing was logged, as in a very short run."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def _flat(values: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
