@@ -4,6 +4,7 @@ A shard is 256 little-endian int32 (`20240520, 1, n_tokens, 0, ...`) and then n_
 Source: openai/parameter-golf, which took it from modded-nanogpt.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -84,6 +85,9 @@ class TokenFiles:
             raise UserError("no token shards to read; prepare the data first")
         self.paths = [Path(path) for path in paths]
         self.shards = [open_shard(path) for path in paths]
+        # Not from mapped memory: beyond the end of a file that was cut meanwhile, a touch kills the process without a
+        # word. A read comes back short instead.
+        self._files = [path.open("rb", buffering=0) for path in self.paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
 
     def __len__(self) -> int:
@@ -104,21 +108,22 @@ class TokenFiles:
         while filled < count:
             index = int(np.searchsorted(self.ends, position, side="right"))
             offset = position - int(self.ends[index] - len(self.shards[index]))
-            self._check_unchanged(index)
-            piece = self.shards[index][offset : offset + count - filled]
-            out[filled : filled + len(piece)] = piece
-            filled += len(piece)
-            position = (position + len(piece)) % len(self)
+            wanted = min(count - filled, len(self.shards[index]) - offset)
+            piece = os.pread(self._files[index].fileno(), 2 * wanted, HEADER_BYTES + 2 * offset)
+            self._check_unchanged(index, len(piece) == 2 * wanted)
+            out[filled : filled + wanted] = np.frombuffer(piece, dtype="<u2")
+            filled += wanted
+            position = (position + wanted) % len(self)
         return out
 
-    def _check_unchanged(self, index: int) -> None:
-        """Look at the size before a read: past the end of a mapped file, the process would be killed without a word."""
+    def _check_unchanged(self, index: int, is_whole: bool) -> None:
+        """Say what became of a shard, if a read came back short or the file has another size by now."""
         path, expected = self.paths[index], HEADER_BYTES + 2 * len(self.shards[index])
         try:
             size = path.stat().st_size
         except OSError as error:
             raise UserError(f"{path}: was there when the run began, but not now ({error.strerror})") from error
-        if size != expected:
+        if size != expected or not is_whole:
             raise UserError(
                 f"{path}: had {expected:,} bytes when the run began, but has {size:,} now; prepare it again"
             )
