@@ -6,6 +6,7 @@ from typing import Any
 
 from trainer.checkpoint import OWN_KEY, live_state, load_checkpoint, stored_average
 from trainer.errors import UserError
+from trainer.loading import run_folder_of
 from trainer.model.transformer import TransformerConfig
 from trainer.options import Parser
 from trainer.quantize.export import CAP, ExportedSize, export
@@ -24,7 +25,7 @@ def run(args: list[str]) -> None:
     options = parser.parse_args(args)
     path = Path(options.ckpt)
     checkpoint = load_checkpoint(path)
-    run_folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    run_folder = run_folder_of(path)
     out = Path(options.out) if options.out else run_folder / "export"
     try:
         out.mkdir(parents=True, exist_ok=True)
