@@ -93,7 +93,7 @@ def test_a_run_folder_holds_everything(finished, shard_folder: Path):
     assert summary["bytes_model"] == (run / "artifact.zst").stat().st_size
     assert summary["bytes_code"] == (run / "train_gpt.py").stat().st_size
     assert summary["bytes_total"] == summary["bytes_model"] + summary["bytes_code"]
-    assert summary["swa_snapshots"] == 2  # after steps 6 and 8, whose multipliers were 3/6 and 1/6
+    assert summary["averaged_steps"] == 2  # after steps 6 and 8, whose multipliers were 3/6 and 1/6
     assert summary["versions"]["torch"] == torch.__version__
     assert summary["val_tokens"] == 300
     assert summary["val_bpb"] == pytest.approx(score_of(output)["val_bpb"], abs=1e-7)

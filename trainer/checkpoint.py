@@ -105,4 +105,7 @@ def averaged_state(swa: dict[str, Any]) -> dict[str, Tensor] | None:
 
 def stored_average(checkpoint: dict[str, Any]) -> dict[str, Tensor] | None:
     """The averaged tensors of a checkpoint, or None if there is no average yet."""
+    ema = checkpoint["callbacks"].get("EMA", {"mean": {}, "count": 0})
+    if ema["count"] > 1:
+        return dict(ema["mean"])
     return averaged_state(checkpoint["callbacks"].get("LateSWA", {"sum": {}, "count": 0}))

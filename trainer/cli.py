@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from trainer.callbacks.checkpoint import LAST, Checkpoints
+from trainer.callbacks.ema import EMA
 from trainer.callbacks.export import PostTrainExport
 from trainer.callbacks.late_swa import LateSWA
 from trainer.callbacks.progress import Progress
@@ -113,6 +114,7 @@ class TrainerCLI(LightningCLI):
         parser.add_lightning_class_args(WallclockCutoff, "wallclock")
         parser.add_lightning_class_args(Watch, "watch")
         parser.add_lightning_class_args(LateSWA, "late_swa")
+        parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(Progress, "progress")  # its bar ends before the export prints
         parser.add_lightning_class_args(PostTrainExport, "export")
         parser.add_lightning_class_args(Report, "report")

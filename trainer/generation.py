@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from trainer.data.tokenizer import BOS
-from trainer.model.attention import rotary_tables
 from trainer.model.attention_kernel import SdpaKernel
 from trainer.model.transformer import Block, Transformer
 
@@ -57,7 +56,7 @@ class Decoder:
         self.model = model
         self.context = context
         self.device = model.token_embedding.weight.device
-        self._tables = rotary_tables(context, model.config.heads[2], model.config.attention.rope_base, self.device)
+        self._tables = model.rotary(context, self.device)
         self.restart()
 
     def restart(self) -> None:

@@ -79,7 +79,10 @@ class LanguageModel(pl.LightningModule):
         )
         self.kernel = choose_kernel(config.attention.backend, config.heads, self.sequence_length, device, dtype)
         self.fused_mlp = choose_fusion(
-            config.mlp.fused, (config.model_dim, config.mlp.ratio * config.model_dim), device, dtype
+            "off" if config.mlp.negative_slope and config.mlp.fused == "auto" else config.mlp.fused,
+            (config.model_dim, config.mlp.ratio * config.model_dim),
+            device,
+            dtype,
         )
         self.is_compiled = self.compile_choice == "on" or (self.compile_choice == "auto" and device.type == "cuda")
         if self.is_compiled:
@@ -181,7 +184,8 @@ class LanguageModel(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another model before Lightning lists every tensor that differs."""
-        stored, own = checkpoint[OWN_KEY]["model"], self.model.config.to_dict()
+        own = self.model.config.to_dict()
+        stored = TransformerConfig.from_dict(checkpoint[OWN_KEY]["model"]).to_dict()  # options it does not know are off
         different = [f"{key}: {stored.get(key)} there, {own[key]} here" for key in own if stored.get(key) != own[key]]
         if different:
             raise UserError(f"the checkpoint holds another model ({'; '.join(different)}); use the same recipe")

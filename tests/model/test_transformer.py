@@ -1,6 +1,7 @@
 """The model against the recipe's formulas, written again in numpy where there is one."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import TINY
-from trainer.model.attention import AttentionConfig, rotary_tables, rotate
-from trainer.model.embedding import SmearGate, bigram_buckets
+from trainer.model.attention import AttentionConfig, rotary_tables, rotate, without_own_value
+from trainer.model.embedding import BigramConfig, SmearGate, bigram_buckets
 from trainer.model.layers import Linear
 from trainer.model.mlp import MLPConfig
 from trainer.model.transformer import Transformer, TransformerConfig
@@ -22,10 +23,31 @@ def reference() -> Transformer:
     return Transformer(TransformerConfig())
 
 
-def awake(seed: int = 0) -> Transformer:
+OPTIONS = {
+    "rope_dims": {"attention": replace(TINY.attention, rope_dims=4)},
+    "exclusive": {"attention": replace(TINY.attention, exclusive=True)},
+    "gate_dims": {"attention": replace(TINY.attention, gate_dims=6)},
+    "negative_slope": {"mlp": MLPConfig(negative_slope=0.5)},
+    "no bigram": {"bigram": BigramConfig(buckets=0)},
+    "smear_dims": {"smear_dims": 5},
+    "layer_norm_scale": {"layer_norm_scale": True},
+    "parallel_from": {"parallel_from": 2},
+}
+ALL_OPTIONS = replace(
+    TINY,
+    attention=replace(TINY.attention, rope_dims=4, exclusive=True, gate_dims=6),
+    mlp=MLPConfig(negative_slope=0.5),
+    bigram=BigramConfig(buckets=0),
+    smear_dims=5,
+    layer_norm_scale=True,
+    parallel_from=2,
+)
+
+
+def awake(seed: int = 0, config: TransformerConfig = TINY) -> Transformer:
     """A tiny model whose zero-initialised parts are random, so that every path counts."""
     torch.manual_seed(seed)
-    model = Transformer(TINY)
+    model = Transformer(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -61,8 +83,9 @@ def test_bigram_buckets_equal_numpy_int32(tokens: list[int], buckets: int):
     assert bigram_buckets(torch.tensor([tokens]), buckets)[0].tolist() == expected
 
 
-def test_future_tokens_never_change_past_logits():
-    model = awake()
+@pytest.mark.parametrize("config", [TINY, ALL_OPTIONS], ids=["reference", "all options"])
+def test_future_tokens_never_change_past_logits(config: TransformerConfig):
+    model = awake(config=config)
     ids = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(1))
     before = model(ids)
     for t in (1, 11, 23):
@@ -79,7 +102,7 @@ def test_smear_gate_mixes_in_the_token_before():
     x = torch.randn(1, 4, 3).double()
     g = 1 / (1 + np.exp(-np.array([-1.0, 0.0, 2.0])))
     shifted = np.concatenate([np.zeros((1, 1, 3)), x.numpy()[:, :-1]], axis=1)
-    assert np.allclose(gate(x).detach().numpy(), (1 - g) * x.numpy() + g * shifted)
+    assert np.allclose(gate(x, torch.zeros(1, 4)).detach().numpy(), (1 - g) * x.numpy() + g * shifted)
 
 
 def test_rotary_positions_only_depend_on_distance():
@@ -91,18 +114,24 @@ def test_rotary_positions_only_depend_on_distance():
         assert torch.allclose(products.diagonal(distance), products[0, distance], atol=1e-5)
 
 
-def test_the_whole_model_equals_numpy():
-    """Every formula of the recipe once more, without torch."""
-    model = awake(3)
+@pytest.mark.parametrize("config", [TINY, ALL_OPTIONS], ids=["reference", "all options"])
+def test_the_whole_model_equals_numpy(config: TransformerConfig):
+    """Every formula of the recipe and of its options once more, without torch."""
+    model, options = awake(3, config), config is ALL_OPTIONS
     p = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    ids = np.array([5, 7, 7, 200, 31, 8])
+    ids = np.array([5, 7, 7, 200, 1, 31, 8])
     length, heads, kv_heads, d = len(ids), 4, 2, 8
+
+    def sigmoid(x):
+        return 1 / (1 + np.exp(-x))
 
     def norm(x):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1.1920929e-07)
 
     def turn(x):
-        angle = np.arange(length)[:, None] * 10000.0 ** (-np.arange(0, d, 2) / d)
+        turning = 4 if options else d
+        angle = np.arange(length)[:, None] * 10000.0 ** (-np.arange(0, turning, 2) / turning)
+        angle = np.pad(angle, ((0, 0), (0, (d - turning) // 2)))
         a, b = x[..., : d // 2], x[..., d // 2 :]
         c, s = np.cos(angle)[:, None], np.sin(angle)[:, None]
         return np.concatenate([a * c + b * s, b * c - a * s], -1)
@@ -117,25 +146,38 @@ def test_the_whole_model_equals_numpy():
                 scores = k[: t + 1, h // 2] @ q[t, h] / np.sqrt(d)
                 weights = np.exp(scores - scores.max())
                 out[t, h] = weights / weights.sum() @ v[: t + 1, h // 2]
+                if options:
+                    own = v[t, h // 2] / np.linalg.norm(v[t, h // 2])
+                    out[t, h] -= out[t, h] @ own * own
+                    out[t, h] *= 2 * sigmoid(x[t, :6] @ p[name + "gate"][h])
         return out.reshape(length, -1) @ p[name + "out.weight"].T
 
-    buckets = bigram_buckets(torch.tensor(ids)[None], 64)[0].numpy()
-    x = (
-        p["token_embedding.weight"][ids]
-        + p["bigram.table.weight"][buckets] @ p["bigram.proj.weight"].T * p["bigram.scale"]
-    )
-    x, g = norm(x), 1 / (1 + np.exp(-p["smear.gate"]))
-    x = x0 = (1 - g) * x + g * np.concatenate([np.zeros((1, 32)), x[:-1]])
+    def mlp(name, x):
+        up = x @ p[name + "up.weight"].T
+        return np.where(up > 0, up, (0.5 if options else 0) * up) ** 2 @ p[name + "down.weight"].T
+
+    x = p["token_embedding.weight"][ids]
+    if not options:
+        buckets = bigram_buckets(torch.tensor(ids)[None], 64)[0].numpy()
+        x = x + p["bigram.table.weight"][buckets] @ p["bigram.proj.weight"].T * p["bigram.scale"]
+    x = norm(x)
+    before = np.concatenate([np.zeros((1, 32)), x[:-1]])
+    if options:
+        g = p["smear.scale"] * sigmoid(x[:, :5] @ p["smear.gate"]) * (ids != 1)  # nothing across a document's start
+        x = x0 = x + g[:, None] * before
+    else:
+        g = sigmoid(p["smear.gate"])
+        x = x0 = (1 - g) * x + g * before
     stack = []
     for i in range(4):
         b = f"blocks.{i}."
         if i >= 2:
             x = x + p["skip_weights"][i - 2] * stack.pop()
         x = p[b + "mix"][0] * x + p[b + "mix"][1] * x0
-        x = x + p[b + "attention_scale"] * attention(b + "attention.", norm(x))
-        x = x + p[b + "mlp_scale"] * (
-            np.maximum(norm(x) @ p[b + "mlp.up.weight"].T, 0) ** 2 @ p[b + "mlp.down.weight"].T
-        )
+        depth = np.sqrt(i + 1) if options else 1
+        read = norm(x) / depth
+        x = x + p[b + "attention_scale"] * attention(b + "attention.", read)
+        x = x + p[b + "mlp_scale"] * mlp(b + "mlp.", read if options and i >= 2 else norm(x) / depth)
         if i < 2:
             stack.append(x)
     logits = 30 * np.tanh(norm(x) @ p["token_embedding.weight"].T / 30)
@@ -160,9 +202,37 @@ def test_activations_follow_autocast():
     assert model.hidden(ids).dtype == torch.float32
 
 
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_switches_the_compiled_model_and_trains_all_its_parameters(option: str):
+    config = replace(TINY, **OPTIONS[option])
+    model, ids = awake(config=config), torch.randint(0, 300, (2, 12), generator=torch.Generator().manual_seed(2))
+    torch._dynamo.reset()
+    compiled = torch.compile(model.nll, fullgraph=True, dynamic=False, backend="aot_eager")
+    nll = compiled(ids[:, :-1], ids[:, 1:])
+    assert torch.allclose(nll, model.nll(ids[:, :-1], ids[:, 1:]))
+    plain = awake(7)
+    own = plain.state_dict()
+    shared = {key: value for key, value in model.state_dict().items() if key in own and own[key].shape == value.shape}
+    plain.load_state_dict(shared, strict=False)
+    assert not torch.allclose(nll, plain.nll(ids[:, :-1], ids[:, 1:]), atol=1e-4)
+    nll.sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 2**31))
+def test_nothing_is_left_of_a_positions_own_value(kv_heads: int, group: int, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.randn(2, 3, kv_heads * group, 8, generator=generator).double()
+    v = torch.randn(2, 3, kv_heads, 8, generator=generator).double()
+    left = without_own_value(y, v)
+    assert (left * v.repeat_interleave(group, 2)).sum(-1).abs().max() < 1e-9
+    assert torch.allclose(without_own_value(left, v), left)
+
+
+@pytest.mark.parametrize("config", [TINY, ALL_OPTIONS], ids=["reference", "all options"])
 @pytest.mark.parametrize("first", [1, 7, 11])
-def test_states_from_a_position_on_equal_the_whole_ones(first: int):
-    model = awake(5).double()
+def test_states_from_a_position_on_equal_the_whole_ones(first: int, config: TransformerConfig):
+    model = awake(5, config).double()
     ids = torch.randint(0, 300, (3, 12))
     assert torch.allclose(model.hidden(ids, first), model.hidden(ids)[:, first:], atol=1e-12)
 
@@ -177,15 +247,26 @@ def test_a_channel_scale_in_the_matrix_has_the_gradient_of_one_behind_it():
 
 def test_a_config_survives_the_round_trip_and_bad_ones_are_refused():
     assert TransformerConfig.from_dict(TINY.to_dict()) == TINY
-    for bad in ({"model_dim": 100}, {"num_layers": 0}, {"attention": AttentionConfig(8, 3)}):
+    for bad in (
+        {"model_dim": 100},
+        {"num_layers": 0},
+        {"attention": AttentionConfig(8, 3)},
+        {"attention": AttentionConfig(rope_dims=66)},
+        {"attention": AttentionConfig(rope_dims=7)},
+        {"smear_dims": 513},
+        {"bigram": BigramConfig(buckets=1)},
+    ):
         with pytest.raises(ValueError, match="."):
             TransformerConfig(**bad)
+    with pytest.raises(ValueError, match="ReLU"):
+        MLPConfig(negative_slope=0.5, fused="on")
     with pytest.raises(ValueError, match="not a model config"):
         TransformerConfig.from_dict({"depth": 3})
 
 
 def test_stored_config_is_the_model_and_not_the_machine():
     """A file trained with one card's kernels must load on a card without them."""
-    config = TransformerConfig(attention=AttentionConfig(qk_gain_init=2.0, backend="cudnn"), mlp=MLPConfig(4, "on"))
+    attention = AttentionConfig(qk_gain_init=2.0, backend="cudnn")
+    config = TransformerConfig(attention=attention, mlp=MLPConfig(4, fused="on"))
     expected = TransformerConfig(attention=AttentionConfig(qk_gain_init=2.0), mlp=MLPConfig(4))
     assert TransformerConfig.from_dict(config.to_dict()) == expected

@@ -21,8 +21,9 @@ def muon(shapes, dtype, **config) -> tuple[list[torch.Tensor], MuonAdamW]:
     return params, MuonAdamW([group], settings)
 
 
-def test_muon_equals_the_formula_in_float64_over_100_steps_of_changing_momentum():
-    params, optimizer = muon(SHAPES, torch.float64, weight_decay=0.07)
+@pytest.mark.parametrize("row_normalise", [False, True])
+def test_muon_equals_the_formula_in_float64_over_100_steps_of_changing_momentum(row_normalise: bool):
+    params, optimizer = muon(SHAPES, torch.float64, weight_decay=0.07, row_normalise=row_normalise)
     weights = [p.detach().numpy().copy() for p in params]
     buffers = [np.zeros_like(w) for w in weights]
     rng = np.random.default_rng(0)
@@ -34,6 +35,8 @@ def test_muon_equals_the_formula_in_float64_over_100_steps_of_changing_momentum(
             parameter.grad = torch.from_numpy(g)
             buffers[index] = mu * buffers[index] + g
             u = g + mu * buffers[index]
+            if row_normalise:
+                u = u / np.linalg.norm(u, axis=1, keepdims=True)
             x = u.T if u.shape[0] > u.shape[1] else u
             x = x / np.linalg.norm(x)
             for _ in range(5):
@@ -98,6 +101,11 @@ def test_every_parameter_is_in_one_group_and_muon_has_the_block_matrices():
     assert {group["weight_decay"] for group in groups} == {0.5}  # the published Muon ignored its setting
 
 
+def test_each_group_can_have_its_own_decay():
+    config = OptimizerConfig(weight_decay=0.1, embedding_weight_decay=0.2, scalar_weight_decay=0.0)
+    assert [group["weight_decay"] for group in parameter_groups(Transformer(TINY), config)] == [0.1, 0.2, 0.0]
+
+
 def test_an_untied_head_gets_adam_and_the_embeddings_their_own_rate():
     from dataclasses import replace
 
@@ -136,6 +144,13 @@ def test_warmdown_as_a_fraction_of_the_budget():
     assert lr_multiplier(schedule, 7, None, 40.0, 100.0) == 1.0
     assert lr_multiplier(schedule, 7, None, 75.0, 100.0) == pytest.approx(0.5)
     assert lr_multiplier(schedule, 75, 100, 0.0, None) == pytest.approx(0.5)
+
+
+def test_the_warmdown_ends_at_its_floor():
+    schedule = ScheduleConfig(warmdown_frac=0.5, floor=0.1)
+    assert lr_multiplier(schedule, 7, None, 40.0, 100.0) == 1.0
+    assert lr_multiplier(schedule, 7, None, 75.0, 100.0) == pytest.approx(0.55)
+    assert lr_multiplier(schedule, 100, 100, 0.0, None) == pytest.approx(0.1)
 
 
 def test_momentum_rises_linearly():

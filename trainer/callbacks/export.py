@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from trainer.callbacks.ema import EMA
 from trainer.callbacks.late_swa import LateSWA
 from trainer.callbacks.wallclock import WallclockCutoff
 from trainer.checkpoint import OWN_KEY
@@ -67,8 +68,8 @@ class PostTrainExport(pl.Callback):
             data.evaluation.window, 0, data.evaluation.batch_windows, 0, data.evaluation.max_tokens
         )
         stages["live_plain"] = _score(trainer, pl_module, data, pl_module.model, plain)
-        swa = next((callback for callback in trainer.callbacks if isinstance(callback, LateSWA)), None)  # type: ignore[attr-defined]
-        averaged = swa.averaged_state() if swa else None
+        averages = [callback for callback in trainer.callbacks if isinstance(callback, LateSWA | EMA)]  # type: ignore[attr-defined]
+        averaged = next((found for callback in averages if (found := callback.averaged_state())), None)
         state: dict[str, Tensor] = averaged or pl_module.model.state_dict()
         if averaged:
             mean = Transformer(pl_module.model.config).to(pl_module.device)
@@ -116,7 +117,7 @@ class PostTrainExport(pl.Callback):
             "train_seconds": clock.elapsed,
             "export_seconds": export_seconds,
             "eval_seconds": seconds,
-            "swa_snapshots": swa.count if swa else 0,
+            "averaged_steps": sum(callback.count for callback in averages),
             "weights": "averaged" if averaged else "live",
             "parameters": sum(parameter.numel() for parameter in pl_module.model.parameters()),
             "stages": {name: value._asdict() for name, value in stages.items()},

@@ -34,7 +34,8 @@ def forward_flops(config: TransformerConfig, length: int) -> float:
     dim = config.model_dim
     attention = dim * width * (heads + 2 * kv_heads) + dim * dim
     mlp = 2 * config.mlp.ratio * dim * dim
-    weights = config.num_layers * (attention + mlp) + config.bigram.dim * dim + config.vocab_size * dim
+    bigram = config.bigram.dim * dim if config.bigram.buckets else 0
+    weights = config.num_layers * (attention + mlp) + bigram + config.vocab_size * dim
     return 2 * weights + config.num_layers * 4 * heads * width * (length + 1) / 2
 
 

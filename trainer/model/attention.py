@@ -19,6 +19,11 @@ class AttentionConfig:
         num_kv_heads: Key and value heads; each serves num_heads / num_kv_heads query heads (GQA, Ainslie et al. 2023).
         rope_base: Base of the rotary frequencies (RoPE, Su et al. 2021).
         qk_gain_init: First value of the learned gain of each query head.
+        rope_dims: Channels of each head that turn with the position; null: all (partial RoPE).
+        exclusive: Take out of each head's output its component along the position's own value (XSA,
+            Zhai 2026, arXiv 2603.09078).
+        gate_dims: Scale each head's output by a gate that looks at so many channels of the input; 0: no gate (sparse
+            attention gate, KellerJordan/modded-nanogpt).
         backend: Kernel; auto takes the fastest of fa4 (optional package flash-attn-4), cudnn, flash, efficient and
             math that runs on this device.
     """
@@ -27,20 +32,34 @@ class AttentionConfig:
     num_kv_heads: int = 4
     rope_base: float = 10000.0
     qk_gain_init: float = 1.5
+    rope_dims: int | None = None
+    exclusive: bool = False
+    gate_dims: int = 0
     backend: BackendName = "auto"
 
 
 @torch.compiler.assume_constant_result
 @torch.no_grad()
-def rotary_tables(length: int, head_dim: int, base: float, device: torch.device) -> Tensor:
+def rotary_tables(
+    length: int, head_dim: int, base: float, device: torch.device, rope_dims: int | None = None
+) -> Tensor:
     """Cosine and signed sine of every position and channel; a compiled graph holds them as data.
 
     Inlined, each kernel that turns queries or keys would compute its sines again: that took a sixth of a step.
 
+    Args:
+        length: Positions.
+        head_dim: Channels of a head.
+        base: Of the frequencies.
+        device: Where the tables go.
+        rope_dims: Channels that turn, None: all; the others have frequency zero.
+
     Returns:
         (2, length, head_dim) float32; the sine's second half is negative, as `rotate` needs it.
     """
-    frequencies = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    turning = rope_dims or head_dim
+    frequencies = base ** (-torch.arange(0, turning, 2, device=device, dtype=torch.float32) / turning)
+    frequencies = torch.cat((frequencies, frequencies.new_zeros((head_dim - turning) // 2)))
     angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequencies
     cos, sin = angles.cos(), angles.sin()
     return torch.stack((torch.cat((cos, cos), dim=1), torch.cat((sin, -sin), dim=1)))
@@ -50,6 +69,21 @@ def rotate(x: Tensor, tables: Tensor) -> Tensor:
     """Turn each pair (first half, second half) of (B, T, H, d) by its position's angles, (2, T, d)."""
     cos, sin = tables[:, :, None].to(x.dtype)
     return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
+
+
+def without_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """Take out of each head's output its component along the value of the position itself.
+
+    Args:
+        y: (B, S, H, d), outputs.
+        v: (B, S, K, d), values of the same positions.
+
+    Returns:
+        (B, S, H, d), orthogonal to the values.
+    """
+    own = F.normalize(v, dim=-1)[:, :, :, None]  # (B, S, K, 1, d)
+    grouped = y.unflatten(2, (v.size(2), -1))
+    return (grouped - (grouped * own).sum(-1, keepdim=True) * own).flatten(2, 3)
 
 
 class Attention(nn.Module):
@@ -64,6 +98,7 @@ class Attention(nn.Module):
         self.v = Linear(dim, config.num_kv_heads * self.head_dim)
         self.out = Linear(dim, dim)
         self.q_gain = nn.Parameter(torch.full((config.num_heads,), config.qk_gain_init))
+        self.gate = nn.Parameter(torch.zeros(config.num_heads, config.gate_dims)) if config.gate_dims else None
         self.kernel: AttentionKernel = SdpaKernel()
 
     def forward(self, x: Tensor, rotary: Tensor, scale: Tensor, first: int = 0) -> Tensor:
@@ -88,7 +123,13 @@ class Attention(nn.Module):
             k, v = self._heads(x, self.k, self.v).split((kv_heads, kv_heads), dim=2)
         q = rotate(rms_norm(q), rotary[:, first:]) * self.q_gain.to(x.dtype)[:, None]
         k = rotate(rms_norm(k), rotary)
-        return self.out(self.kernel(q, k, v).flatten(2), scale)
+        y = self.kernel(q, k, v)  # (B, S, H, d)
+        if self.config.exclusive:
+            y = without_own_value(y, v[:, first:])
+        if self.gate is not None:
+            gate = F.linear(x[:, first:, : self.config.gate_dims], self.gate.to(x.dtype))
+            y = y * (2 * gate.sigmoid())[..., None]  # one at the start
+        return self.out(y.flatten(2), scale)
 
     def _heads(self, x: Tensor, *matrices: Linear) -> Tensor:
         weight = torch.cat([matrix.weight for matrix in matrices])

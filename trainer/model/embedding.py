@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from trainer.data.tokenizer import BOS
 from trainer.model.layers import Linear
 
 
@@ -13,7 +14,7 @@ class BigramConfig:
     """The hashed bigram embedding.
 
     Args:
-        buckets: Rows of the table; the last is for a sequence's first token.
+        buckets: Rows of the table; the last is for a sequence's first token. 0: no table.
         dim: Width of the table, projected to the model's.
         scale_init: First value of the learned scale.
     """
@@ -54,14 +55,25 @@ class BigramHash(nn.Module):
 
 
 class SmearGate(nn.Module):
-    """Mix each position with the one before, per channel: (1 - g) x_i + g x_{i-1}, g = sigmoid(gate), x_{-1} = 0."""
+    """Mix each position with the one before.
 
-    def __init__(self, dim: int) -> None:
+    Without `dims`, per channel as in the reference: (1 - g) x_i + g x_{i-1}, g = sigmoid(gate), x_{-1} = 0. With them,
+    x_i + scale sigmoid(gate . x_i[:dims]) x_{i-1}, which begins as x_i and takes nothing across the start of a document
+    (KellerJordan/modded-nanogpt).
+    """
+
+    def __init__(self, dim: int, dims: int = 0) -> None:
         super().__init__()
-        self.gate = nn.Parameter(torch.zeros(dim))
+        self.dims = dims
+        self.gate = nn.Parameter(torch.zeros(dims or dim))
+        self.scale = nn.Parameter(torch.zeros(())) if dims else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, T, D) to (B, T, D)."""
-        g = self.gate.sigmoid().to(x.dtype)
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        """Map (B, T, D) of the tokens (B, T) to (B, T, D)."""
         before = torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), dim=1)
-        return (1 - g) * x + g * before
+        if self.scale is None:
+            g = self.gate.sigmoid().to(x.dtype)
+            return (1 - g) * x + g * before
+        g = (x[..., : self.dims] * self.gate.to(x.dtype)).sum(-1, keepdim=True).sigmoid()
+        g = torch.where((ids == BOS)[..., None], 0.0, self.scale.to(x.dtype) * g)
+        return x + g * before

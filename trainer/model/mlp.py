@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.model.fused_mlp import Fusion, squared_relu_mlp
@@ -14,21 +15,29 @@ class MLPConfig:
 
     Args:
         ratio: Hidden width over model width.
+        negative_slope: Slope of the unit below zero: LeakyReLU^2 instead of ReLU^2 where it is not 0
+            (openai/parameter-golf #434).
         fused: Square inside the matrix products (Triton, Hopper GPUs or newer, 16-bit precision); auto does it where
             it runs.
     """
 
     ratio: int = 3
+    negative_slope: float = 0.0
     fused: Fusion = "auto"
+
+    def __post_init__(self) -> None:
+        if self.negative_slope and self.fused == "on":
+            raise ValueError("mlp.fused 'on' squares a ReLU; with mlp.negative_slope use auto")
 
 
 class MLP(nn.Module):
-    """W2 relu(W1 x)^2 (squared ReLU: So et al. 2021, Primer)."""
+    """W2 relu(W1 x)^2 (squared ReLU: So et al. 2021, Primer), or with a leaky unit."""
 
     def __init__(self, config: MLPConfig, dim: int) -> None:
         super().__init__()
         self.up = Linear(dim, config.ratio * dim)
         self.down = Linear(config.ratio * dim, dim)
+        self.negative_slope = config.negative_slope
         self.is_fused = False
 
     def forward(self, x: Tensor, scale: Tensor) -> Tensor:
@@ -36,4 +45,6 @@ class MLP(nn.Module):
         if self.is_fused:
             up, down = self.up.cast(x.dtype), self.down.cast(x.dtype, scale)
             return squared_relu_mlp(x.flatten(0, 1), up, down)[0].view_as(x)
-        return self.down(self.up(x).relu().square(), scale)
+        hidden = self.up(x)
+        hidden = F.leaky_relu(hidden, self.negative_slope) if self.negative_slope else hidden.relu()
+        return self.down(hidden.square(), scale)

@@ -29,6 +29,10 @@ class TransformerConfig:
         attention: Attention of every block.
         mlp: MLP of every block.
         bigram: Hashed bigram embedding.
+        smear_dims: Channels that the gate to the token before looks at; 0: one gate a channel, the same for all tokens.
+        layer_norm_scale: Divide what block i reads by sqrt(i + 1), counted from 0 (LayerNorm Scaling, Sun et al. 2025).
+        parallel_from: First block whose MLP reads the same input as its attention; null: none (parallel residuals,
+            Wang and Komatsuzaki 2021).
         tied_embeddings: Use the token embedding as the output head too.
         embedding_init_std: Standard deviation of the token embedding at the start.
         logit_softcap: Logits become softcap * tanh(logits / softcap).
@@ -40,6 +44,9 @@ class TransformerConfig:
     attention: AttentionConfig = AttentionConfig()
     mlp: MLPConfig = MLPConfig()
     bigram: BigramConfig = BigramConfig()
+    smear_dims: int = 0
+    layer_norm_scale: bool = False
+    parallel_from: int | None = None
     tied_embeddings: bool = True
     embedding_init_std: float = 0.005
     logit_softcap: float = 30.0
@@ -53,8 +60,16 @@ class TransformerConfig:
             raise ValueError(f"model_dim {self.model_dim} does not give {heads} heads of an even width")
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"num_heads {heads} is not a multiple of num_kv_heads {kv_heads}")
-        if self.bigram.buckets < 2:
-            raise ValueError(f"bigram.buckets must be at least 2, not {self.bigram.buckets}")
+        rope = self.attention.rope_dims
+        if rope is not None and (rope < 2 or rope % 2 or rope > self.model_dim // heads):
+            raise ValueError(
+                f"attention.rope_dims must be even, from 2 to the head's {self.model_dim // heads}, not {rope}"
+            )
+        for name, value in (("attention.gate_dims", self.attention.gate_dims), ("smear_dims", self.smear_dims)):
+            if not 0 <= value <= self.model_dim:
+                raise ValueError(f"{name} must lie between 0 and model_dim {self.model_dim}, not {value}")
+        if self.bigram.buckets < 2 and self.bigram.buckets != 0:
+            raise ValueError(f"bigram.buckets must be 0 or at least 2, not {self.bigram.buckets}")
         if self.mlp.ratio < 1:
             raise ValueError(f"mlp.ratio must be at least 1, not {self.mlp.ratio}")
 
@@ -87,9 +102,11 @@ class TransformerConfig:
 class Block(nn.Module):
     """Mix in the input embedding, then attention, then the MLP, each scaled per channel."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, index: int) -> None:
         super().__init__()
         dim = config.model_dim
+        self.input_scale = 1 / math.sqrt(index + 1) if config.layer_norm_scale else None
+        self.is_parallel = config.parallel_from is not None and index >= config.parallel_from
         self.attention = Attention(config.attention, dim)
         self.mlp = MLP(config.mlp, dim)
         self.mix = nn.Parameter(torch.stack((torch.ones(dim), torch.zeros(dim))))
@@ -100,8 +117,13 @@ class Block(nn.Module):
         """Map (B, T, D) to (B, T - first, D); `x0` is the model's input embedding."""
         mix = self.mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        x = x[:, first:] + self.attention(rms_norm(x), rotary, self.attention_scale, first)
-        return x + self.mlp(rms_norm(x), self.mlp_scale)
+        read = self._read(x)
+        attended = self.attention(read, rotary, self.attention_scale, first)
+        x = x[:, first:] + attended
+        return x + self.mlp(read[:, first:] if self.is_parallel else self._read(x), self.mlp_scale)
+
+    def _read(self, x: Tensor) -> Tensor:
+        return rms_norm(x) if self.input_scale is None else self.input_scale * rms_norm(x)
 
 
 class Transformer(nn.Module):
@@ -117,9 +139,9 @@ class Transformer(nn.Module):
         self.config = config
         dim = config.model_dim
         self.token_embedding = nn.Embedding(config.vocab_size, dim)
-        self.bigram = BigramHash(config.bigram, dim)
-        self.smear = SmearGate(dim)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.bigram = BigramHash(config.bigram, dim) if config.bigram.buckets else None
+        self.smear = SmearGate(dim, config.smear_dims)
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
         self.num_skips = config.num_layers // 2
         self.skip_weights = nn.Parameter(torch.ones(self.num_skips, dim))
         self.head = None if config.tied_embeddings else Linear(dim, config.vocab_size)
@@ -127,8 +149,9 @@ class Transformer(nn.Module):
 
     def _initialise(self) -> None:
         nn.init.normal_(self.token_embedding.weight, std=self.config.embedding_init_std)
-        nn.init.zeros_(self.bigram.table.weight)
-        nn.init.orthogonal_(self.bigram.proj.weight, gain=1 / math.sqrt(2 * self.config.num_layers))
+        if self.bigram is not None:
+            nn.init.zeros_(self.bigram.table.weight)
+            nn.init.orthogonal_(self.bigram.proj.weight, gain=1 / math.sqrt(2 * self.config.num_layers))
         for block in self.blocks:
             assert isinstance(block, Block)
             for matrix in (block.attention.q, block.attention.k, block.attention.v, block.mlp.up):
@@ -155,14 +178,21 @@ class Transformer(nn.Module):
         Returns:
             (B, T - first, D), in autocast's type where it is on.
         """
-        rotary = rotary_tables(ids.size(1), self.config.heads[2], self.config.attention.rope_base, ids.device)
-        return self.states(self.embed(ids), rotary, first)
+        return self.states(self.embed(ids), self.rotary(ids.size(1), ids.device), first)
+
+    def rotary(self, length: int, device: torch.device) -> Tensor:
+        """Tables of `rotary_tables` for positions from 0 on."""
+        attention = self.config.attention
+        return rotary_tables(length, self.config.heads[2], attention.rope_base, device, attention.rope_dims)
 
     def embed(self, ids: Tensor) -> Tensor:
         """What the tokens bring in, (B, T) to (B, T, D); a position looks at its token and the two before."""
         dtype = activation_dtype(self.token_embedding.weight)
         ids = ids.to(torch.int32)
-        return self.smear(rms_norm(self.token_embedding(ids).to(dtype) + self.bigram(ids, dtype)))
+        x = self.token_embedding(ids).to(dtype)
+        if self.bigram is not None:
+            x = x + self.bigram(ids, dtype)
+        return self.smear(rms_norm(x), ids)
 
     def states(self, x0: Tensor, rotary: Tensor, first: int = 0) -> Tensor:
         """Run the blocks.

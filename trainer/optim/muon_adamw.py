@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.adamw import adamw
 
@@ -36,6 +37,10 @@ class OptimizerConfig:
         beta2: AdamW's second decay rate.
         eps: AdamW's epsilon.
         weight_decay: Decoupled decay of both halves.
+        embedding_weight_decay: Of the embeddings; null: weight_decay.
+        scalar_weight_decay: Of gains, gates, mixes and scales; null: weight_decay.
+        row_normalise: Give every row of a matrix's update the same length before it is orthogonalised (MuonEq-R,
+            arXiv 2603.28254).
         grad_clip_norm: Largest global gradient norm; 0 does not clip.
     """
 
@@ -50,22 +55,27 @@ class OptimizerConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.04
+    embedding_weight_decay: float | None = None
+    scalar_weight_decay: float | None = None
+    row_normalise: bool = False
     grad_clip_norm: float = 0.3
 
 
 def parameter_groups(model: Transformer, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Sort every parameter of the model into its group, each exactly once."""
     head = [model.head.weight] if model.head is not None else []
-    embeddings = [model.token_embedding.weight, model.bigram.table.weight]
+    embeddings = [model.token_embedding.weight] + ([model.bigram.table.weight] if model.bigram is not None else [])
     matrices = [module.weight for module in model.modules() if isinstance(module, Linear) and module is not model.head]
     taken = {id(parameter) for parameter in (*head, *embeddings, *matrices)}
     scalars = [parameter for parameter in model.parameters() if id(parameter) not in taken]
     embedding_lr = config.embedding_lr if head else config.tied_embedding_lr
     decay = config.weight_decay
+    embedding_decay = decay if config.embedding_weight_decay is None else config.embedding_weight_decay
+    scalar_decay = decay if config.scalar_weight_decay is None else config.scalar_weight_decay
     groups = [
         {"params": matrices, "lr": config.matrix_lr, "weight_decay": decay, "muon": True},
-        {"params": embeddings, "lr": embedding_lr, "weight_decay": decay, "muon": False},
-        {"params": scalars, "lr": config.scalar_lr, "weight_decay": decay, "muon": False},
+        {"params": embeddings, "lr": embedding_lr, "weight_decay": embedding_decay, "muon": False},
+        {"params": scalars, "lr": config.scalar_lr, "weight_decay": scalar_decay, "muon": False},
     ]
     if head:
         groups.append({"params": head, "lr": config.head_lr, "weight_decay": 0.0, "muon": False})
@@ -127,6 +137,8 @@ class MuonAdamW(torch.optim.Optimizer):
         torch._foreach_mul_(buffers, self._unless_bad(group["momentum"], params[0]))
         torch._foreach_add_(buffers, grads)
         updates = torch._foreach_add(grads, buffers, alpha=group["momentum"])  # Nesterov
+        if self.config.row_normalise:
+            updates = tuple(F.normalize(update, dim=1) for update in updates)
         torch._foreach_mul_(params, self._unless_bad(1 - group["lr"] * group["weight_decay"], params[0]))
         shapes: dict[tuple[int, int], tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
         for index, parameter in enumerate(params):

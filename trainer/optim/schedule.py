@@ -11,12 +11,14 @@ class ScheduleConfig:
         warmdown_steps: Steps of the linear fall to zero at the end; under a time budget, that many mean steps.
         warmdown_frac: Fall over this fraction of the budget (seconds and steps) instead; right for short budgets,
             where a fixed number of steps may be the whole run.
+        floor: Share of the full rates that the fall ends at.
         momentum_warmup_start: Muon's momentum at step 0.
         momentum_warmup_steps: Steps until it reaches its full value.
     """
 
     warmdown_steps: int = 3000
     warmdown_frac: float | None = None
+    floor: float = 0.0
     momentum_warmup_start: float = 0.92
     momentum_warmup_steps: int = 1500
 
@@ -25,6 +27,8 @@ class ScheduleConfig:
             raise ValueError("schedule: numbers of steps must not be negative")
         if self.warmdown_frac is not None and not 0 <= self.warmdown_frac <= 1:
             raise ValueError(f"schedule.warmdown_frac must lie between 0 and 1, not {self.warmdown_frac}")
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"schedule.floor must lie between 0 and 1, not {self.floor}")
 
 
 def lr_multiplier(
@@ -53,7 +57,7 @@ def lr_multiplier(
         seconds = elapsed / step * schedule.warmdown_steps
         warmdown = seconds if schedule.warmdown_frac is None else schedule.warmdown_frac * budget
         multiplier = min(multiplier, _linear(budget - elapsed, warmdown))
-    return multiplier
+    return schedule.floor + (1 - schedule.floor) * multiplier if schedule.floor else multiplier
 
 
 def _linear(remaining: float, warmdown: float) -> float:
