@@ -117,9 +117,8 @@ class Block(nn.Module):
         """Map (B, T, D) to (B, T - first, D); `x0` is the model's input embedding."""
         mix = self.mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        read = self._read(x)
-        attended = self.attention(read, rotary, self.attention_scale, first)
-        x = x[:, first:] + attended
+        kept, read = x[:, first:], self._read(x)
+        x = kept + self.attention(read, rotary, self.attention_scale, first)
         return x + self.mlp(read[:, first:] if self.is_parallel else self._read(x), self.mlp_scale)
 
     def _read(self, x: Tensor) -> Tensor:
