@@ -15,6 +15,8 @@ from trainer.callbacks.ema import EMA
 from trainer.callbacks.late_swa import LateSWA
 from trainer.callbacks.wallclock import WallclockCutoff
 from trainer.checkpoint import OWN_KEY
+from trainer.data.manifest import Manifest
+from trainer.data.shards import TokenFiles
 from trainer.datamodule import TokenData
 from trainer.environment import versions
 from trainer.evaluation.metric import Score
@@ -102,6 +104,7 @@ class PostTrainExport(pl.Callback):
         final = list(stages.values())[-1]
         clock = next((c.clock for c in trainer.callbacks if isinstance(c, WallclockCutoff)), pl_module.clock)  # type: ignore[attr-defined]
         steps = int(trainer.global_step)
+        manifest = Manifest.read(data.text.train[0].parent)
         summary: dict[str, Any] = {
             "val_bpb": final.bpb,
             "val_loss": final.loss,
@@ -114,6 +117,8 @@ class PostTrainExport(pl.Callback):
             "quantization": asdict(size.quantization),
             "steps": steps,
             "train_tokens": steps * data.batch_tokens,
+            "epochs": steps * data.batch_tokens / len(TokenFiles(data.text.train)),
+            "text_fingerprint": manifest.text_fingerprint if manifest else None,
             "train_seconds": clock.elapsed,
             "export_seconds": export_seconds,
             "eval_seconds": seconds,

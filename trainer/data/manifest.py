@@ -57,6 +57,12 @@ class Manifest:
     shards: list[ShardRecord]
     versions: dict[str, str]
 
+    @property
+    def text_fingerprint(self) -> str:
+        """Equal for the same text under any tokenizer: documents and bytes of every shard, as 16 digits of a sha256."""
+        text = [[shard.split, shard.documents, shard.text_bytes] for shard in self.shards]
+        return hashlib.sha256(json.dumps(text).encode()).hexdigest()[:16]
+
     def write(self, folder: Path) -> None:
         """Write it beside the shards."""
         with atomic_write(folder / NAME) as file:

@@ -1,0 +1,145 @@
+"""One recipe under the yardstick: train for 300 s, export, score the artifact, and add a row to a table.
+
+`python -m benchmarks.sprint --config frontier --data data/sp8192 --seeds 3 --set model.mlp.ratio=3` runs `trainer fit`
+on prepared shards (`trainer prepare`). Rows compare only if they saw the same text and the same time; a table with
+other ones is refused before anything is trained.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from trainer.data.manifest import NAME, Manifest
+from trainer.errors import UserError
+from trainer.recipes import find_recipe
+
+FULL, HALF = 300.0, 150.0  # seconds of training
+STAGES = ("live_plain", "averaged_plain", "artifact_plain", "artifact_sliding")
+
+
+def read_table(path: Path, fingerprint: str, seconds: float) -> list[dict[str, Any]]:
+    """The rows of a table that has no others.
+
+    Args:
+        path: JSON lines; need not exist.
+        fingerprint: Of the text that is compared on.
+        seconds: Training time that is compared at.
+
+    Raises:
+        UserError: If a row saw another text or another time.
+    """
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    for number, row in enumerate(rows, 1):
+        if row["text_fingerprint"] != fingerprint:
+            raise UserError(
+                f"{path}: row {number} saw the text {row['text_fingerprint']}, this run would see {fingerprint}; "
+                "they do not compare: use another --table"
+            )
+        if row["seconds"] != seconds:
+            raise UserError(
+                f"{path}: row {number} trained for {row['seconds']:g} s, this run would for {seconds:g} s; "
+                "they do not compare: use another --table"
+            )
+    return rows
+
+
+def fit(config: str, data: Path, seconds: float, seed: int, settings: list[str], runs: Path) -> dict[str, Any]:
+    """Run `trainer fit` once.
+
+    Returns:
+        Its summary.
+
+    Raises:
+        UserError: If it fails; its own words are on the screen.
+    """
+    name = f"{time.strftime('%m%d-%H%M%S')}-seed{seed}"
+    words = [
+        f"--config={config}",
+        "--data.source=trainer.data.sources.Shards",
+        f"--data.source.folder={data}",
+        f"--seed_everything={seed}",
+        f"--wallclock.seconds={seconds}",
+        f"--trainer.default_root_dir={runs}",
+        f"--run_name={name}",
+        *(f"--{setting}" for setting in settings),
+    ]
+    if subprocess.run([sys.executable, "-m", "trainer", "fit", *words], check=False).returncode:
+        raise UserError(f"seed {seed}: the run failed; no row was added for it")
+    summary: dict[str, Any] = json.loads((runs / find_recipe(config).stem / name / "summary.json").read_text())
+    return summary
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as Markdown, seeds of one setting together, differences to the first."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(" ".join([row["config"], *row["settings"]]), []).append(row)
+    lines = [
+        "| recipe | seeds | steps | M tok/s | live | averaged | artifact | **sliding** | change | bytes |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    first = None
+    for name, group in groups.items():
+        stages = [_mean([row["stages"].get(stage) for row in group]) for stage in STAGES]
+        scores = [row["val_bpb"] for row in group]
+        mean = statistics.mean(scores)
+        first = mean if first is None else first
+        spread = f" ± {statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
+        rate = statistics.mean(row["train_tokens"] / row["train_seconds"] for row in group) / 1e6
+        steps = statistics.mean(row["steps"] for row in group)
+        size = max(row["bytes_total"] for row in group)
+        lines.append(
+            f"| {name} | {len(group)} | {steps:,.0f} | {rate:.3f} | {stages[0]} | {stages[1]} | {stages[2]} | "
+            f"**{mean:.4f}**{spread} | {mean - first:+.4f} | {size:,} |"
+        )
+    return "\n".join(lines)
+
+
+def _mean(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{statistics.mean(known):.4f}" if known else ""
+
+
+def main() -> None:
+    """Run the seeds, append their rows, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True, help="recipe, by name or path")
+    parser.add_argument("--data", type=Path, required=True, help="folder of prepared shards with its manifest")
+    parser.add_argument("--seeds", type=int, default=1, help="how many runs, with the seeds 1, 2, ...")
+    parser.add_argument("--set", dest="settings", nargs="*", default=[], metavar="KEY=VALUE", help="options of fit")
+    parser.add_argument("--half", action="store_true", help="150 s for screening, in a table of its own")
+    parser.add_argument("--seconds", type=float, help="another training time")
+    parser.add_argument("--table", type=Path, help="default: sprints.jsonl, or sprints-half.jsonl")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders go")
+    options = parser.parse_args()
+    seconds = options.seconds or (HALF if options.half else FULL)
+    path = options.table or Path("sprints-half.jsonl" if options.half else "sprints.jsonl")
+    try:
+        manifest = Manifest.read(options.data)
+        if manifest is None:
+            raise UserError(f"{options.data}: holds no {NAME}; make it with trainer prepare")
+        read_table(path, manifest.text_fingerprint, seconds)
+        for seed in range(1, options.seeds + 1):
+            summary = fit(options.config, options.data, seconds, seed, options.settings, options.runs)
+            row = {
+                "config": options.config,
+                "settings": options.settings,
+                "seed": seed,
+                "seconds": seconds,
+                **{key: value for key, value in summary.items() if key != "stages"},
+                "stages": {name: stage["bpb"] for name, stage in summary["stages"].items()},
+            }
+            with path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        print(table(read_table(path, manifest.text_fingerprint, seconds)))
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
