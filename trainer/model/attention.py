@@ -100,6 +100,7 @@ class Attention(nn.Module):
         self.q_gain = nn.Parameter(torch.full((config.num_heads,), config.qk_gain_init))
         self.gate = nn.Parameter(torch.zeros(config.num_heads, config.gate_dims)) if config.gate_dims else None
         self.kernel: AttentionKernel = SdpaKernel()
+        self.has_hooks = False  # multiply with each matrix by itself, so that hooks on them see their products
 
     def forward(self, x: Tensor, rotary: Tensor, scale: Tensor, first: int = 0) -> Tensor:
         """Attend from position `first` on.
@@ -132,5 +133,7 @@ class Attention(nn.Module):
         return self.out(y.flatten(2), scale)
 
     def _heads(self, x: Tensor, *matrices: Linear) -> Tensor:
+        if self.has_hooks:
+            return torch.cat([matrix(x) for matrix in matrices], dim=2).unflatten(2, (-1, self.head_dim))
         weight = torch.cat([matrix.weight for matrix in matrices])
         return F.linear(x, weight.to(x.dtype)).unflatten(2, (-1, self.head_dim))

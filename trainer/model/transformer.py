@@ -218,7 +218,10 @@ class Transformer(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Softcapped logits of final states, (..., D) to (..., V), at least float32."""
         weight = self.token_embedding.weight if self.head is None else self.head.weight
-        logits = F.linear(hidden, weight.to(hidden.dtype))
+        return self.softcap(F.linear(hidden, weight.to(hidden.dtype)))
+
+    def softcap(self, logits: Tensor) -> Tensor:
+        """Bound logits, in at least float32."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
 

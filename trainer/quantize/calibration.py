@@ -1,0 +1,135 @@
+"""What rounding a weight costs: second moments of each matrix's inputs and of the loss's gradients at its outputs."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.model.attention_kernel import SdpaKernel
+from trainer.model.layers import Linear
+from trainer.model.transformer import Block, Transformer
+
+EMBEDDING = "token_embedding.weight"
+
+
+@dataclass
+class Moments:
+    """Of one matrix, (rows, cols).
+
+    An error E of the matrix raises the loss by about half of sum_r sensitivity_r (E hessian E^T)_rr: the Fisher
+    information in Kronecker form (K-FAC, Martens and Grosse 2015) with a diagonal second factor.
+
+    Attributes:
+        hessian: (cols, cols) float32, mean over positions of x x^T of its inputs.
+        sensitivity: (rows,) float32, mean over positions of the squared gradient at its outputs, in nats a position.
+    """
+
+    hessian: Tensor
+    sensitivity: Tensor
+
+
+class _Sums:
+    """Adds up the moments of one matrix over positions."""
+
+    def __init__(self, weight: Tensor) -> None:
+        rows, cols = weight.shape
+        self.inputs = torch.zeros(cols, cols, device=weight.device)
+        self.outputs = torch.zeros(rows, device=weight.device)
+
+    def watch(self, x: Tensor, y: Tensor, scale: Tensor | None = None) -> None:
+        """Add a product y = scale * (W x), its gradient when there is one."""
+        flat = x.detach().flatten(0, -2).float()
+        self.inputs += flat.mT @ flat
+
+        def add(grad: Tensor) -> None:
+            squares = grad.detach().flatten(0, -2).float().square().sum(0)
+            self.outputs += squares if scale is None else squares * scale.detach().square()
+
+        y.register_hook(add)
+
+    def moments(self, positions: int) -> Moments:
+        return Moments(self.inputs / positions, self.outputs / positions)
+
+
+def calibrate(model: Transformer, batches: Iterable[Tensor]) -> dict[str, Moments]:
+    """Run the model forward and backward, in the type of autocast where it is on.
+
+    The tied embedding counts twice: as the head, and as what each token brings in. Its Hessian adds the second to the
+    first as a multiple of the identity, its sensitivity is per piece.
+
+    Args:
+        model: Its weights get no gradient; its kernels are set to plain ones.
+        batches: (B, T + 1) tokens each, on the model's device; every token is the target of the one before.
+
+    Returns:
+        Moments by name of the weight, of all matrices in the blocks, the bigram projection, an untied head, and the
+        token embedding.
+    """
+    model.set_kernels(SdpaKernel(), False)
+    sums: dict[str, _Sums] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and module is not model.head:
+            sums[f"{name}.weight"] = watcher = _Sums(module.weight)
+            handles.append(module.register_forward_hook(_observe(watcher)))
+    head = "head.weight" if model.head is not None else EMBEDDING
+    weight = model.token_embedding.weight if model.head is None else model.head.weight
+    sums[head] = _Sums(weight)
+    brought = torch.zeros(len(model.token_embedding.weight), device=weight.device)  # squared gradients by piece
+
+    def looked_up(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        def add(grad: Tensor) -> None:
+            brought.index_add_(0, inputs[0].flatten(), grad.float().square().mean(2).flatten())
+
+        output.register_hook(add)
+
+    handles.append(model.token_embedding.register_forward_hook(looked_up))
+    positions = 0
+    try:
+        _split(model, True)
+        for tokens in batches:
+            ids, targets = tokens[:, :-1].clamp(min=0), tokens[:, 1:].long()
+            with torch.enable_grad():
+                hidden = model.hidden(ids)
+                logits = F.linear(hidden, weight.to(hidden.dtype))
+                sums[head].watch(hidden, logits)
+                capped = model.softcap(logits).flatten(0, 1)
+                F.cross_entropy(capped, targets.flatten(), ignore_index=-1, reduction="sum").backward()
+            positions += ids.numel()
+            model.zero_grad()
+    finally:
+        _split(model, False)
+        for handle in handles:
+            handle.remove()
+    found = {name: total.moments(positions) for name, total in sums.items()}
+    if EMBEDDING in found:
+        found[EMBEDDING] = _with_lookups(found[EMBEDDING], brought / positions)
+    else:
+        dim = model.config.model_dim
+        found[EMBEDDING] = Moments(torch.eye(dim, device=weight.device), brought / positions)
+    return found
+
+
+def _observe(sums: _Sums) -> Any:
+    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        sums.watch(inputs[0], output, inputs[1] if len(inputs) > 1 else None)
+
+    return hook
+
+
+def _split(model: Transformer, apart: bool) -> None:
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        block.attention.has_hooks = apart
+
+
+def _with_lookups(head: Moments, brought: Tensor) -> Moments:
+    """The embedding's moments: as the head, and for what it brings in."""
+    mean = head.hessian.diagonal().mean()
+    identity = torch.eye(len(head.hessian), device=head.hessian.device)
+    hessian = head.hessian * head.sensitivity.mean() + identity * brought.mean()
+    sensitivity = (head.sensitivity * mean + brought) / hessian.diagonal().mean()
+    return Moments(hessian, sensitivity)
