@@ -1,5 +1,6 @@
 """The commands as a user runs them, on small data: train, export, load back, score, resume, two processes."""
 
+import csv
 import hashlib
 import json
 import os
@@ -101,6 +102,10 @@ def test_a_run_folder_holds_everything(finished, shard_folder: Path):
     assert "What it writes" in (run / "report.html").read_text()
     assert (run / "config.yaml").exists()
     assert "train/loss" in (run / "metrics.csv").read_text()
+    with (run / "metrics.csv").open() as file:
+        logged = list(csv.DictReader(file))[-1]
+    assert float(logged["artifact/bytes"]) == summary["bytes_total"]
+    assert float(logged["artifact/bpb"]) == pytest.approx(summary["val_bpb"])
     assert read_artifact(run / "artifact.zst").model.num_layers == 4
 
 
@@ -249,6 +254,16 @@ def test_a_wrong_vocabulary_is_refused_before_the_first_step(tmp_path: Path, sha
     assert result.returncode == 1
     assert "has 300 pieces but the model 400" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_another_logger_stands_beside_the_runs_own(tmp_path: Path, shard_folder: Path):
+    logger = ["--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path}/other", "--report.enabled=false"]
+    result = trainer(*small(shard_folder, *logger), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    own = tmp_path / RUN / "1/metrics.csv"
+    other = next((tmp_path / "other").rglob("metrics.csv"))
+    assert own.read_text() == other.read_text()
+    assert (tmp_path / RUN / "1/summary.json").is_file()
 
 
 def test_tensorboard_gets_the_same_numbers_with_one_flag(tmp_path: Path, shard_folder: Path):

@@ -51,13 +51,23 @@ def test_a_bar_shows_everything_and_the_log_gets_plain_lines(tmp_path: Path, mon
         bar = make_view("bar", 10.0)
         bar.note("training starts [here]")
         bar.show(FACTS)
-        bar.validating(1, 4)
+        bar.part("validation", 1, 4)
         bar._bar.refresh()
-        bar.validating(4, 4)
+        bar.part("validation", 4, 4)
+        bar.part("scoring artifact_sliding", 1, 3)
+        bar._bar.refresh()
         bar.close()
         print("summary")
     shown = terminal.getvalue()
-    for part in ("training starts [here]", "25 %", "loss 2.5000", "38 s left", "validation", "summary"):
+    for part in (
+        "training starts [here]",
+        "25 %",
+        "loss 2.5000",
+        "38 s left",
+        "validation",
+        "scoring artifact_sliding",
+        "summary",
+    ):
         assert part in shown
     log = (tmp_path / "train.log").read_text()
     assert log.splitlines() == ["training starts [here]", "  ".join(FACTS.words()), "summary"]

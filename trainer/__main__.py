@@ -1,5 +1,6 @@
 """The command `trainer`: dispatch and exit codes."""
 
+import os
 import sys
 from difflib import get_close_matches
 from importlib import import_module
@@ -17,6 +18,7 @@ COMMANDS = {
     "prepare": ("make or check the token shards", "prepare --config quickstart --verify"),
     "inspect": ("show what lies in a shard folder", "inspect data/python-documentation"),
     "recipes": ("list what --config knows", "recipes"),
+    "completion": ("complete words in your shell", "completion bash >> ~/.bash_completion"),
 }
 
 
@@ -53,6 +55,9 @@ def main(argv: list[str] | None = None) -> int:
             return 2
     except UserError as error:
         print(f"trainer: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # whoever read our output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         print("trainer: interrupted", file=sys.stderr)

@@ -17,7 +17,7 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -105,6 +105,23 @@ class TrainerCLI(LightningCLI):
         """Parse the given words; Lightning would warn about `sys.argv`."""
         self.config = parser.parse_args(args)
 
+    @classmethod
+    def make_parser(cls, command: str) -> LightningArgumentParser:
+        """The options of a command, without parsing any."""
+
+        class Found(Exception):
+            pass
+
+        class OnlyParser(cls):  # type: ignore[misc, valid-type]
+            def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+                raise Found(parser)
+
+        try:
+            OnlyParser(command, "", [])
+        except Found as found:
+            return found.args[0]
+        raise RuntimeError("Lightning no longer parses while it is constructed")
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Evaluation, named callbacks and what Lightning has no word for."""
         parser.add_class_arguments(EvaluationConfig, "eval")
@@ -155,12 +172,14 @@ class TrainerCLI(LightningCLI):
             kwargs["precision"] = resolve_precision(self.config.precision, on_gpu, has_bf16)
         kwargs["plugins"] = [*(options.plugins or []), AtomicCheckpointIO()]
         if self.command == "fit":
-            if options.logger in (None, True):
-                name, version = Path(options.default_root_dir), self.config.run_name
-                folder = claim_run_folder(name / self.recipe, version)
-                kwargs["logger"] = [CSVLogger(name, self.recipe, folder.name, flush_logs_every_n_steps=50)]
-                if self.config.tensorboard:
-                    kwargs["logger"].append(_tensorboard(name, self.recipe, folder.name))
+            name, version = Path(options.default_root_dir), self.config.run_name
+            folder = claim_run_folder(name / self.recipe, version)
+            loggers: list[Logger] = [CSVLogger(name, self.recipe, folder.name, flush_logs_every_n_steps=50)]
+            if self.config.tensorboard:
+                loggers.append(_tensorboard(name, self.recipe, folder.name))
+            asked = self._get(self.config_init, "trainer", default={}).get("logger")  # more, beside the run's own
+            asked = asked if isinstance(asked, list) else [asked]
+            kwargs["logger"] = loggers + [logger for logger in asked if isinstance(logger, Logger)]
         else:
             kwargs["logger"] = False
             kwargs["enable_checkpointing"] = False

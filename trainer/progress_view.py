@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from dataclasses import asdict, dataclass
 from typing import Literal, Protocol
 
@@ -70,8 +71,8 @@ class View(Protocol):
     def note(self, text: str) -> None:
         """Show a line that stays."""
 
-    def validating(self, done: int, total: int) -> None:
-        """Show that so many of all validation batches are done."""
+    def part(self, name: str, done: int, total: int) -> None:
+        """Show how far a part of the run beside training is, such as a validation."""
 
     def close(self) -> None:
         """Show no more."""
@@ -88,7 +89,7 @@ class Quiet:
     def note(self, text: str) -> None:
         """See View."""
 
-    def validating(self, done: int, total: int) -> None:
+    def part(self, name: str, done: int, total: int) -> None:
         """See View."""
 
     def close(self) -> None:
@@ -100,6 +101,20 @@ class Lines(Quiet):
 
     def __init__(self, every_seconds: float) -> None:
         self.every_seconds = every_seconds
+        self._part = ""
+        self._shown = 0.0
+
+    def part(self, name: str, done: int, total: int) -> None:
+        """See View; a line only where a part takes longer than the time between two lines."""
+        now = time.monotonic()
+        if name != self._part:
+            self._part, self._shown = name, now
+        if now - self._shown >= self.every_seconds:
+            self._shown = now
+            self._print_part(name, done, total)
+
+    def _print_part(self, name: str, done: int, total: int) -> None:
+        print(f"{name} {100 * done / total:.0f} %", flush=True)
 
     def show(self, facts: Facts) -> None:
         """See View."""
@@ -121,6 +136,9 @@ class JsonLines(Lines):
         """See View."""
         print(json.dumps({"note": text}), flush=True)
 
+    def _print_part(self, name: str, done: int, total: int) -> None:
+        print(json.dumps({"part": name, "done": done, "total": total}), flush=True)
+
 
 class Bar(Quiet):
     """A bar at the foot of a terminal; notes scroll above it, and the run's log gets lines as without it."""
@@ -136,7 +154,7 @@ class Bar(Quiet):
         )
         self._bar = Progress(*columns, console=console, redirect_stdout=False, transient=True)
         self._task: TaskID | None = None
-        self._validation: TaskID | None = None
+        self._parts: dict[str, TaskID] = {}
         self._bar.start()
 
     def show(self, facts: Facts) -> None:
@@ -155,14 +173,13 @@ class Bar(Quiet):
         self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         _log_only(text)
 
-    def validating(self, done: int, total: int) -> None:
+    def part(self, name: str, done: int, total: int) -> None:
         """See View."""
-        if self._validation is None:
-            self._validation = self._bar.add_task("validation", total=total)
-        self._bar.update(self._validation, completed=done, total=total)
+        if name not in self._parts:
+            self._parts[name] = self._bar.add_task(name, total=total)
+        self._bar.update(self._parts[name], completed=done, total=total)
         if done >= total:
-            self._bar.remove_task(self._validation)
-            self._validation = None
+            self._bar.remove_task(self._parts.pop(name))
 
     def close(self) -> None:
         """See View."""

@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from trainer.callbacks.ema import EMA
 from trainer.callbacks.late_swa import LateSWA
+from trainer.callbacks.progress import Progress
 from trainer.callbacks.wallclock import WallclockCutoff
 from trainer.checkpoint import OWN_KEY
 from trainer.data.manifest import Manifest
@@ -65,20 +67,31 @@ class PostTrainExport(pl.Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, TokenData)
         folder = Path(str(trainer.log_dir))
+        progress = next((callback for callback in trainer.callbacks if isinstance(callback, Progress)), None)  # type: ignore[attr-defined]
         stages: dict[str, Score] = {}
+
+        def score_stage(name: str, model: Transformer, evaluation: EvaluationConfig) -> None:
+            def show(done: int, total: int) -> None:
+                if progress:
+                    progress.part(f"scoring {name}", done, total)
+
+            stages[name] = _score(trainer, pl_module, data, model, evaluation, show)
+
         plain = EvaluationConfig(
             data.evaluation.window, 0, data.evaluation.batch_windows, 0, data.evaluation.max_tokens
         )
-        stages["live_plain"] = _score(trainer, pl_module, data, pl_module.model, plain)
+        score_stage("live_plain", pl_module.model, plain)
         averages = [callback for callback in trainer.callbacks if isinstance(callback, LateSWA | EMA)]  # type: ignore[attr-defined]
         averaged = next((found for callback in averages if (found := callback.averaged_state())), None)
         state: dict[str, Tensor] = averaged or pl_module.model.state_dict()
         if averaged:
             mean = Transformer(pl_module.model.config).to(pl_module.device)
             mean.load_state_dict(averaged)
-            stages["averaged_plain"] = _score(trainer, pl_module, data, mean, plain)
+            score_stage("averaged_plain", mean, plain)
         size = None
         export_seconds = time.monotonic()
+        if progress:
+            progress.part("exporting", 0, 1)
         if trainer.is_global_zero:
             shutil.copyfile(data.text.tokenizer, folder / "tokenizer.model")
             size = export(
@@ -92,13 +105,17 @@ class PostTrainExport(pl.Callback):
             )
         trainer.strategy.barrier("artifact written")
         export_seconds = time.monotonic() - export_seconds
+        if progress:
+            progress.part("exporting", 1, 1)
         like = pl_module.model.skip_weights
         model = read_artifact(folder / "artifact.zst").build().to(device=like.device, dtype=like.dtype)
         started = time.monotonic()
-        stages["artifact_plain"] = _score(trainer, pl_module, data, model, plain)
+        score_stage("artifact_plain", model, plain)
         if not data.evaluation.is_plain:
-            stages["artifact_sliding"] = _score(trainer, pl_module, data, model, data.evaluation)
+            score_stage("artifact_sliding", model, data.evaluation)
         seconds = time.monotonic() - started
+        if progress:
+            progress.close()
         if size is None:
             return
         final = list(stages.values())[-1]
@@ -130,17 +147,25 @@ class PostTrainExport(pl.Callback):
         }
         with atomic_write(folder / "summary.json") as file:
             file.write(json.dumps(summary, indent=2).encode())
+        for logger in trainer.loggers:
+            logger.log_metrics({"artifact/bpb": final.bpb, "artifact/bytes": size.total}, steps)
+            logger.save()
         print_summary(summary, folder)
 
 
 def _score(
-    trainer: pl.Trainer, module: LanguageModel, data: TokenData, model: Transformer, evaluation: EvaluationConfig
+    trainer: pl.Trainer,
+    module: LanguageModel,
+    data: TokenData,
+    model: Transformer,
+    evaluation: EvaluationConfig,
+    progress: Callable[[int, int], None],
 ) -> Score:
     tokens = data.val_tokens.to(module.device)
     assert data.table is not None
     with trainer.precision_plugin.forward_context(), torch.no_grad():
         nll = module.nll_of(model)
-        return score(nll, tokens, data.table, evaluation, trainer.global_rank, trainer.world_size)
+        return score(nll, tokens, data.table, evaluation, trainer.global_rank, trainer.world_size, progress)
 
 
 def print_summary(summary: dict[str, Any], folder: Path) -> None:

@@ -86,7 +86,7 @@ class Progress(pl.Callback):
     ) -> None:
         """Show how far the validation is."""
         if trainer.state.fn == "fit":
-            self._view.validating(batch_idx + 1, int(sum(trainer.num_val_batches)))
+            self._view.part("validation", batch_idx + 1, int(sum(trainer.num_val_batches)))
 
     @rank_zero_only
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -96,9 +96,23 @@ class Progress(pl.Callback):
             self._view.note(f"step {trainer.global_step:>6,}  validation {pl_module.scores[-1].line()}")
 
     @rank_zero_only
+    def part(self, name: str, done: int, total: int) -> None:
+        """Show how far the export or one of its scores is."""
+        self._view.part(name, done, total)
+
+    @rank_zero_only
+    def close(self) -> None:
+        """Show no more; what follows is printed plainly."""
+        self._view.close()
+
+    @rank_zero_only
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Comes before the export, which prints a summary."""
+        """Comes before the export, which shows its parts here."""
         self._view.note("exporting, and scoring what was exported")
+
+    @rank_zero_only
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave the terminal as it was, also without an export."""
         self._view.close()
 
     @rank_zero_only

@@ -15,14 +15,19 @@ from trainer.quantize.policy import QuantizationConfig
 EXAMPLE = "export --ckpt runs/quickstart/1/checkpoints/last.ckpt --fit"
 
 
-def run(args: list[str]) -> None:
-    """Parse the words after `export` and do it."""
+def make_parser() -> Parser:
+    """The options of the command."""
     parser = Parser("export", "Make the artifact again from a checkpoint, exactly as training does.", EXAMPLE)
     parser.add_argument("--ckpt", required=True, help="checkpoint to export")
     parser.add_argument("--out", help="folder for the files; default: `export` in the checkpoint's run folder")
     parser.add_argument("--cap", type=int, default=CAP, help="largest size of code and model, in bytes (%(default)s)")
     parser.add_argument("--fit", action="store_true", help="store less until code and model fit")
-    options = parser.parse_args(args)
+    return parser
+
+
+def run(args: list[str]) -> None:
+    """Parse the words after `export` and do it."""
+    options = make_parser().parse_args(args)
     path = Path(options.ckpt)
     checkpoint = load_checkpoint(path)
     run_folder = run_folder_of(path)

@@ -15,12 +15,8 @@ from trainer.options import Parser
 EXAMPLE = """generate --artifact runs/quickstart/1/artifact.zst --prompt "Return the" --tokens 100"""
 
 
-def run(words: list[str]) -> None:
-    """Run with the words after the command.
-
-    Raises:
-        UserError: If a file cannot be used or a number makes no sense.
-    """
+def make_parser() -> Parser:
+    """The options of the command."""
     parser = Parser("generate", "Write text with a trained model.", EXAMPLE)
     parser.add_argument("--artifact", "--ckpt", required=True, help="artifact or checkpoint")
     parser.add_argument("--prompt", action="append", default=[], help="text to go on from; may be given several times")
@@ -35,7 +31,16 @@ def run(words: list[str]) -> None:
     parser.add_argument("--context", type=int, default=2048, help="tokens that are looked back at (%(default)s)")
     parser.add_argument("--tokenizer", help="SentencePiece model; default: tokenizer.model in the run's folder")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    options = parser.parse_args(words)
+    return parser
+
+
+def run(words: list[str]) -> None:
+    """Run with the words after the command.
+
+    Raises:
+        UserError: If a file cannot be used or a number makes no sense.
+    """
+    options = make_parser().parse_args(words)
     if options.temperature < 0 or not 0 < options.top_p <= 1 or min(options.top_k, options.tokens) < 0:
         raise UserError("--temperature, --top_k and --tokens must not be negative, and --top_p lie in (0, 1]")
     if options.context < 2:

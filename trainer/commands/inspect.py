@@ -14,17 +14,22 @@ from trainer.options import Parser
 BAR = 40
 
 
+def make_parser() -> Parser:
+    """The options of the command."""
+    parser = Parser("inspect", "Show what lies in a folder of token shards.", "inspect data/python-documentation")
+    parser.add_argument("folder", type=str, help="Folder with *_train_*.bin and *_val_*.bin.")
+    parser.add_argument("--tokenizer", help="SentencePiece model; default: tokenizer.model beside.")
+    parser.add_argument("--documents", type=int, default=3, help="Documents to show.")
+    return parser
+
+
 def run(words: list[str]) -> None:
     """Run with the words after the command.
 
     Raises:
         UserError: If the folder holds no shards or no tokenizer.
     """
-    parser = Parser("inspect", "Show what lies in a folder of token shards.", "inspect data/python-documentation")
-    parser.add_argument("folder", type=str, help="Folder with *_train_*.bin and *_val_*.bin.")
-    parser.add_argument("--tokenizer", help="SentencePiece model; default: tokenizer.model beside.")
-    parser.add_argument("--documents", type=int, default=3, help="Documents to show.")
-    options = parser.parse_args(words)
+    options = make_parser().parse_args(words)
     folder = Path(options.folder)
     text = list_shards(folder, Path(options.tokenizer) if options.tokenizer else folder / "tokenizer.model")
     tokenizer = load_tokenizer(text.tokenizer)

@@ -23,12 +23,8 @@ class PrepareParser(ShortErrors, ArgumentParser):
     """jsonargparse's, for the source's class and its settings."""
 
 
-def run(words: list[str]) -> None:
-    """Run with the words after the command.
-
-    Raises:
-        UserError: If the recipe or its text cannot be used, or the check finds a difference.
-    """
+def make_parser() -> PrepareParser:
+    """The options of the command."""
     parser = PrepareParser(
         prog="trainer prepare", description="Make the token shards of a recipe's source.", epilog=EXAMPLE
     )
@@ -37,6 +33,16 @@ def run(words: list[str]) -> None:
         "--verify", action="store_true", help="Make nothing: read every shard again and compare with the manifest."
     )
     parser.add_subclass_arguments(Source, "data.source", required=True)
+    return parser
+
+
+def run(words: list[str]) -> None:
+    """Run with the words after the command.
+
+    Raises:
+        UserError: If the recipe or its text cannot be used, or the check finds a difference.
+    """
+    parser = make_parser()
     named = parser_value(words, "--config")
     if named or parser_value(words, "--data.source") is None:  # another class would inherit settings of the recipe's
         recipe = find_recipe(named or "quickstart")

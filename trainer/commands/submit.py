@@ -12,12 +12,8 @@ EXAMPLE = """submit runs/int5mlp_10l/1 --name "10 layers" --author "Ada L." --gi
       --track non-record-16mb --data data/fineweb10B_sp1024"""
 
 
-def run(words: list[str]) -> None:
-    """Run with the words after the command.
-
-    Raises:
-        UserError: If no valid submission can be made of the runs.
-    """
+def make_parser() -> Parser:
+    """The options of the command."""
     parser = Parser("submit", "Make a folder for the challenge out of finished runs, and prove that it works.", EXAMPLE)
     parser.add_argument("runs", nargs="+", help="run folders; several seeds of one recipe make one submission")
     parser.add_argument("--name", required=True, help="title of the submission")
@@ -27,7 +23,16 @@ def run(words: list[str]) -> None:
     parser.add_argument("--blurb", default="", help="a sentence on it")
     parser.add_argument("--data", required=True, help="folder with the shards and tokenizer the runs were scored on")
     parser.add_argument("--out", help="folder to make; default: submission in the first run's folder")
-    options = parser.parse_args(words)
+    return parser
+
+
+def run(words: list[str]) -> None:
+    """Run with the words after the command.
+
+    Raises:
+        UserError: If no valid submission can be made of the runs.
+    """
+    options = make_parser().parse_args(words)
     folders = [Path(folder) for folder in options.runs]
     out = Path(options.out) if options.out else folders[0] / "submission"
     entry = Entry(options.name, options.author, options.github_id, options.track, options.blurb)

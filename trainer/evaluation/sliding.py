@@ -8,6 +8,7 @@ from torch import Tensor
 from trainer.data.tokenizer import ByteTable
 from trainer.evaluation.metric import BitsPerByte, Score
 from trainer.evaluation.windows import EvaluationConfig, WindowBatch, batch_plan, plan_windows
+from trainer.step import StepFence
 
 NllFn = Callable[[Tensor, Tensor, int], Tensor]
 
@@ -53,6 +54,7 @@ def score(
     evaluation: EvaluationConfig,
     rank: int = 0,
     world_size: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Score:
     """Score tokens as the config says, sharing the windows between processes.
 
@@ -63,11 +65,16 @@ def score(
         evaluation: Window, stride, batch; `max_tokens` limits the targets.
         rank: This process.
         world_size: Processes that all call this together.
+        progress: Told how many of this process's batches the device has done, and of how many.
     """
     tokens = tokens[: evaluation.max_tokens + 1] if evaluation.max_tokens else tokens
     plan = plan_windows(len(tokens) - 1, evaluation.window, evaluation.stride)
     scorer = WindowScorer(tokens, table, plan.window)
     metric = BitsPerByte().to(tokens.device)
-    for batch in batch_plan(plan, evaluation.batch_windows, rank, world_size):
+    batches = batch_plan(plan, evaluation.batch_windows, rank, world_size)
+    fence = StepFence(tokens.device)
+    for index, batch in enumerate(batches):
         scorer.add(metric, nll_fn, batch)
+        for done, _ in fence.record(index + 1, metric.tokens):
+            progress(done, len(batches))
     return metric.score()

@@ -17,9 +17,9 @@ def inverse_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
         hessian: (..., C, C), positive semi-definite.
 
     Returns:
-        (..., C) columns, the one with the largest diagonal first, and the upper triangular U, (..., C, C), of the damped
-        Hessian's inverse U^T U. 1 / U_jj^2 is what an error in column j costs after the columns behind it have made up
-        for what they can.
+        (..., C) columns, the one with the largest diagonal first, and the upper triangular U, (..., C, C), of the
+        damped Hessian's inverse U^T U. 1 / U_jj^2 is what an error in column j costs after the columns behind it have
+        made up for what they can.
     """
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     order = diagonal.argsort(dim=-1, descending=True, stable=True)
