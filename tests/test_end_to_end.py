@@ -138,6 +138,29 @@ def test_export_makes_the_same_artifact_from_the_checkpoint(finished):
     assert "over the cap of 1,000" in over.stderr
 
 
+def test_sensitive_rounding_fits_the_cap_measures_on_text_and_can_be_exported_again(tmp_path: Path, shard_folder: Path):
+    options = ["rounding=sensitive", "codec=ans", "calibration_sequences=20"]
+    words = [*(f"--export.quantization.{option}" for option in options), "--export.fit=true", "--ema.horizon=0.2"]
+    result = trainer(*small(shard_folder, *words, "--late_swa.start_frac=0", "--wallclock.reserve=5"), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "step 2.000e-05" in result.stdout  # the model is far below the cap
+    run = tmp_path / "runs/int5mlp_10l_parity/1"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["calibration_seconds"] > 0
+    assert summary["averaged_steps"] == 8
+    assert summary["stages"]["artifact_plain"]["bpb"] == pytest.approx(
+        summary["stages"]["averaged_plain"]["bpb"], abs=0.001
+    )
+    again = trainer("export", "--ckpt", str(run / "checkpoints/last.ckpt"), "--fit", cwd=tmp_path)
+    assert again.returncode == 1
+    assert "--data is missing" in again.stderr
+    again = trainer(
+        "export", "--ckpt", str(run / "checkpoints/last.ckpt"), "--fit", f"--data={shard_folder}", cwd=tmp_path
+    )
+    assert again.returncode == 0, again.stderr
+    assert (run / "export/artifact.zst").read_bytes() == (run / "artifact.zst").read_bytes()
+
+
 def test_a_resumed_run_ends_with_the_same_weights_bit_by_bit(finished, tmp_path: Path, shard_folder: Path):
     """Five of eight steps, an error in the sixth, and the rest; SWA's snapshot of step 6 comes after the resume."""
     whole, _ = finished

@@ -1,9 +1,12 @@
 """The data module: prepares a source once, serves the training stream and the evaluation windows."""
 
+from collections.abc import Iterator
+
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from trainer.data import published  # noqa: F401 - a choice for --data.source
@@ -19,6 +22,7 @@ from trainer.evaluation.windows import EvaluationConfig, WindowBatch, batch_plan
 from trainer.files import sha256_of
 
 ENDLESS = 2**40  # steps of a run without a step limit
+CALIBRATION_ROWS = 8  # sequences that go forward and backward together, uncompiled
 
 
 class WindowBatches(Dataset[WindowBatch]):
@@ -132,22 +136,30 @@ class TokenData(pl.LightningDataModule):
         """Steps of this rank."""
         trainer = self.trainer
         assert trainer is not None
-        steps = trainer.max_steps if trainer.max_steps > 0 else ENDLESS
-        stream = TrainStream(
-            TokenFiles(self.text.train),
-            self.batch_tokens,
-            self.sequence_length,
-            steps,
-            trainer.global_rank,
-            trainer.world_size,
-            self.order,
-            self.seed,
+        stream = self._stream(
+            trainer.max_steps if trainer.max_steps > 0 else ENDLESS, trainer.global_rank, trainer.world_size
         )
         if stream.packing is not None:
             rank_zero_info(
                 f"packed documents into {len(stream.packing):,} sequences, {100 * stream.packing.filled:.2f} % filled"
             )
         return Prefetcher(stream, lambda: trainer.global_step, torch.cuda.is_available())
+
+    def _stream(self, steps: int, rank: int, world_size: int) -> TrainStream:
+        files = TokenFiles(self.text.train)
+        return TrainStream(
+            files, self.batch_tokens, self.sequence_length, steps, rank, world_size, self.order, self.seed
+        )
+
+    def calibration_batches(self, sequences: int, device: torch.device) -> Iterator[Tensor]:
+        """The first training sequences, a few at a time, as (b, sequence_length + 1)."""
+        stream = self._stream(steps=ENDLESS, rank=0, world_size=1)
+        step = 0
+        while sequences > 0:
+            rows = stream[step][:sequences].to(device)
+            yield from rows.split(CALIBRATION_ROWS)
+            sequences -= len(rows)
+            step += 1
 
     def val_dataloader(self) -> list[DataLoader[WindowBatch]]:
         """Window starts of this rank: plain, and sliding too unless training is going on."""

@@ -77,7 +77,7 @@ class Checkpoints(Checkpoint):
         if pl_module.updating:
             rank_zero_info(f"stopped in the middle of a step; step {self.saved_step:,} is the last one that is saved")
         else:
-            self._save(trainer)  # an impatient second Ctrl-C does not end this: Lightning ignores it by now
+            self._save(trainer, alone=True)  # an impatient second Ctrl-C does not end this: Lightning ignores it by now
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save if a validation ended the run; Ctrl-C is Python's own again."""
@@ -89,12 +89,18 @@ class Checkpoints(Checkpoint):
             signal.signal(signal.SIGINT, self._handler)
             self._handler = None
 
-    def _save(self, trainer: pl.Trainer) -> None:
+    def _save(self, trainer: pl.Trainer, alone: bool = False) -> None:
+        """Save this step; `alone` if other processes may not come along, so that nothing waits for them."""
         step = trainer.global_step
         if step == self.saved_step:
             return
         path = self.folder / f"step-{step:09d}.ckpt"
-        trainer.save_checkpoint(path, weights_only=False)
+        if alone:
+            if trainer.is_global_zero:  # what Trainer.save_checkpoint does before its barrier
+                state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+                trainer.strategy.save_checkpoint(state, path)
+        else:
+            trainer.save_checkpoint(path, weights_only=False)
         self.saved_step = step
         if trainer.is_global_zero:
             _name_again(path, self.folder / LAST)

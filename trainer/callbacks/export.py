@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from trainer.callbacks.ema import EMA
@@ -28,8 +29,10 @@ from trainer.files import atomic_write
 from trainer.lightning_module import LanguageModel
 from trainer.model.transformer import Transformer
 from trainer.quantize.artifact import read_artifact
+from trainer.quantize.calibration import calibrate
 from trainer.quantize.export import CAP, export
 from trainer.quantize.policy import QuantizationConfig
+from trainer.quantize.sensitive import SensitiveRounding
 
 
 class PostTrainExport(pl.Callback):
@@ -60,6 +63,7 @@ class PostTrainExport(pl.Callback):
         own = checkpoint.setdefault(OWN_KEY, {})
         own["quantization"] = asdict(self.quantization)
         own["tokenizer_sha256"] = data.tokenizer_sha256
+        own["batch_tokens"], own["sequence_length"] = data.batch_tokens, data.sequence_length
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Export on rank 0, score on all ranks. Lightning does not call this for an interrupted run."""
@@ -84,11 +88,18 @@ class PostTrainExport(pl.Callback):
         averages = [callback for callback in trainer.callbacks if isinstance(callback, LateSWA | EMA)]  # type: ignore[attr-defined]
         averaged = next((found for callback in averages if (found := callback.averaged_state())), None)
         state: dict[str, Tensor] = averaged or pl_module.model.state_dict()
+        final_model = Transformer(pl_module.model.config).to(pl_module.device)
+        final_model.load_state_dict(state)
         if averaged:
-            mean = Transformer(pl_module.model.config).to(pl_module.device)
-            mean.load_state_dict(averaged)
-            score_stage("averaged_plain", mean, plain)
-        size = None
+            score_stage("averaged_plain", final_model, plain)
+        size, rounding = None, None
+        calibration_seconds, started = 0.0, time.monotonic()
+        if trainer.is_global_zero and self.quantization.rounding == "sensitive":
+            with trainer.precision_plugin.forward_context():
+                batches = data.calibration_batches(self.quantization.calibration_sequences, pl_module.device)
+                moments = calibrate(final_model, batches)
+            calibration_seconds = time.monotonic() - started
+            rounding = SensitiveRounding(state, moments)
         export_seconds = time.monotonic()
         if progress:
             progress.part("exporting", 0, 1)
@@ -102,6 +113,7 @@ class PostTrainExport(pl.Callback):
                 folder,
                 self.cap,
                 self.fit,
+                rounding,
             )
         trainer.strategy.barrier("artifact written")
         export_seconds = time.monotonic() - export_seconds
@@ -119,7 +131,13 @@ class PostTrainExport(pl.Callback):
         if size is None:
             return
         final = list(stages.values())[-1]
-        clock = next((c.clock for c in trainer.callbacks if isinstance(c, WallclockCutoff)), pl_module.clock)  # type: ignore[attr-defined]
+        cutoff = next((callback for callback in trainer.callbacks if isinstance(callback, WallclockCutoff)), None)  # type: ignore[attr-defined]
+        clock = cutoff.clock if cutoff else pl_module.clock
+        if cutoff and clock.budget is not None and calibration_seconds > cutoff.reserve:
+            rank_zero_warn(
+                f"measuring for the export took {calibration_seconds:.1f} s of training time, but wallclock.reserve "
+                f"holds {cutoff.reserve:g} s for it; under the challenge's rules the run was too long"
+            )
         steps = int(trainer.global_step)
         manifest = Manifest.read(data.text.train[0].parent)
         summary: dict[str, Any] = {
@@ -137,6 +155,7 @@ class PostTrainExport(pl.Callback):
             "epochs": steps * data.batch_tokens / len(TokenFiles(data.text.train)),
             "text_fingerprint": manifest.text_fingerprint if manifest else None,
             "train_seconds": clock.elapsed,
+            "calibration_seconds": calibration_seconds,
             "export_seconds": export_seconds,
             "eval_seconds": seconds,
             "averaged_steps": sum(callback.count for callback in averages),

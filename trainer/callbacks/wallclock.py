@@ -16,15 +16,19 @@ from trainer.lightning_module import LanguageModel
 class WallclockCutoff(pl.Callback):
     """Stop after so many seconds of training; rank 0's clock counts for all."""
 
-    def __init__(self, seconds: float | None = 2700.0) -> None:
+    def __init__(self, seconds: float | None = 2700.0, reserve: float = 0.0) -> None:
         """Set the budget.
 
         Args:
             seconds: Training time; compile warm-up, validation and export do not count. null: no limit.
+            reserve: Part of it that training leaves to the measurements of the export on training text, which count.
         """
         if seconds is not None and seconds <= 0:
             raise ValueError(f"wallclock.seconds must be positive or null, not {seconds}")
-        self.clock = TrainingClock(seconds)
+        if reserve < 0 or (seconds is not None and reserve >= seconds):
+            raise ValueError(f"wallclock.reserve must lie between 0 and wallclock.seconds, not {reserve}")
+        self.reserve = reserve
+        self.clock = TrainingClock(seconds if seconds is None else seconds - reserve)
         self._group: Any = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

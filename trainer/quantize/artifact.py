@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trainer.errors import UserError
 from trainer.model.transformer import Transformer, TransformerConfig
-from trainer.quantize.container import INTEGERS, StoredTensor, read_container, write_container
+from trainer.quantize.container import INTEGERS, Codec, StoredTensor, read_container, write_container
 from trainer.quantize.intn import quantize_rows
 
 
@@ -44,7 +44,13 @@ class Artifact:
 
 
 def write_artifact(
-    path: str | Path, model: TransformerConfig, state: dict[str, Tensor], kinds: dict[str, str], tokenizer_sha256: str
+    path: str | Path,
+    model: TransformerConfig,
+    state: dict[str, Tensor],
+    kinds: dict[str, str],
+    tokenizer_sha256: str,
+    rounded: dict[str, StoredTensor] | None = None,
+    codec: Codec = "zstd-22",
 ) -> int:
     """Quantise a state and write it.
 
@@ -52,14 +58,20 @@ def write_artifact(
         path: The file.
         model: Sizes of the model.
         state: Its tensors.
-        kinds: Stored type of each.
+        kinds: Stored type of each that is not in `rounded`.
         tokenizer_sha256: Fingerprint of the tokenizer.
+        rounded: Tensors that are quantised already.
+        codec: See QuantizationConfig.
 
     Returns:
         Bytes of the file.
     """
-    stored = {name: _store(tensor.detach().cpu(), kinds[name]) for name, tensor in state.items()}
-    return write_container(path, {"model": model.to_dict(), "tokenizer_sha256": tokenizer_sha256}, stored)
+    rounded = rounded or {}
+    stored = {
+        name: rounded[name] if name in rounded else _store(tensor.detach().cpu(), kinds[name])
+        for name, tensor in state.items()
+    }
+    return write_container(path, {"model": model.to_dict(), "tokenizer_sha256": tokenizer_sha256}, stored, codec)
 
 
 def read_artifact(path: str | Path) -> Artifact:

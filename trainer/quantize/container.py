@@ -4,25 +4,29 @@ import hashlib
 import json
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import zstandard
 
 from trainer.errors import UserError
 from trainer.files import atomic_write
+from trainer.quantize import entropy_coding
 
 MAGIC = b"GOLFLM"
 VERSION = b"02"
 START = len(MAGIC) + len(VERSION) + 32  # where the zstd frame begins, after the sha256 of it
-CODEC = "zstd-22"
+Codec = Literal["zstd-22", "ans"]
+CODECS = get_args(Codec)
 INTEGERS = {f"int{bits}": bits for bits in range(2, 9)}
 FLOATS: dict[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 SCALE = FLOATS["float16"]
+COLUMN_STEPS = 8  # to a factor of two
 MAX_FILE = 2**28
 MAX_CONTENT = 2**30  # no model of the challenge comes near; a reader must not believe a larger promise
+MAX_SYMBOLS = 2**28
 
 Array = np.ndarray[Any, Any]
 
@@ -35,41 +39,62 @@ class StoredTensor:
         kind: int2 to int8, float16 or float32.
         values: Symbols (int8) or floats, in the tensor's shape.
         scale: (rows,) float16 of an integer kind: a row's values are its symbols times this.
+        columns: (cols,) int8 or None: a column's values are also times 2^(this / COLUMN_STEPS).
     """
 
     kind: str
     values: Array
     scale: Array | None = None
+    columns: Array | None = None
 
     def floats(self) -> Array:
         """The tensor in float32."""
         if self.scale is None:
             return self.values.astype(np.float32)
-        rows = self.values.reshape(len(self.scale), -1).astype(np.float32)
-        return (rows * self.scale.astype(np.float32)[:, None]).reshape(self.values.shape)
+        rows = self.values.reshape(len(self.scale), -1).astype(np.float32) * self.scale.astype(np.float32)[:, None]
+        if self.columns is not None:
+            rows *= np.exp2(self.columns.astype(np.float32) / COLUMN_STEPS)
+        return rows.reshape(self.values.shape)
 
 
-def write_container(path: str | Path, header: dict[str, Any], tensors: dict[str, StoredTensor]) -> int:
+def write_container(
+    path: str | Path, header: dict[str, Any], tensors: dict[str, StoredTensor], codec: Codec = "zstd-22"
+) -> int:
     """Write a file; the same content gives the same bytes with one version of zstandard.
 
     Args:
         path: The file.
         header: Plain values for the reader; `tensors` and `codec` are added.
         tensors: By name. Sorted by kind: neighbours of one kind share statistics, which the codec profits from.
+        codec: What makes symbols short: zstd, or the entropy coder of `entropy_coding`, whose words zstd then leaves
+            as they are.
 
     Returns:
         Bytes of the file.
     """
     table: list[dict[str, Any]] = []
     body: list[bytes] = []
+    coded: list[tuple[Array, tuple[Array, Array]]] = []
     offset = 0
     for name in sorted(tensors, key=lambda name: (tensors[name].kind, name)):
         tensor = tensors[name]
-        stored = b"".join(encode(tensor))
+        parts = encode(tensor)
+        if codec == "ans" and tensor.scale is not None:
+            rows = tensor.values.reshape(len(tensor.scale), -1)
+            coded.append((rows, entropy_coding.classes_of(rows)))
+            parts = [each.tobytes() for each in coded[-1][1]] + parts[1:]
+        stored = b"".join(parts)
         table.append({"name": name, "kind": tensor.kind, "shape": list(tensor.values.shape), "offset": offset})
+        if tensor.columns is not None:
+            table[-1]["columns"] = True
         offset += len(stored)
         body.append(stored)
-    encoded = json.dumps({**header, "tensors": table, "codec": CODEC}, separators=(",", ":"), sort_keys=True).encode()
+    header = {**header, "tensors": table, "codec": codec}
+    if coded:
+        frequencies, words = entropy_coding.encode([rows for rows, _ in coded], [classes for _, classes in coded])
+        header |= {"tables": len(frequencies), "words": len(words)}
+        body += [*_planes(frequencies), words.astype("<u4").tobytes()]
+    encoded = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
     content = b"".join([struct.pack("<I", len(encoded)), encoded, *body])
     frame = compress(content)
     with atomic_write(path) as file:
@@ -106,18 +131,19 @@ def read_container(path: str | Path) -> tuple[dict[str, Any], dict[str, StoredTe
         del frame, raw
         length = struct.unpack_from("<I", content)[0]
         header = json.loads(bytes(content[4 : 4 + length]))
-        if header["codec"] != CODEC:
+        if header["codec"] not in CODECS:
             raise ValueError(f"unknown codec {header['codec']!r}")
-        return header, _tensors(header["tensors"], content[4 + length :])
+        return header, _tensors(header, content[4 + length :])
     except (ValueError, KeyError, TypeError, struct.error, zstandard.ZstdError, RecursionError) as error:
         raise UserError(f"{path}: is not a valid artifact ({error})") from error
 
 
 def encode(tensor: StoredTensor) -> list[bytes]:
-    """A tensor's bytes in the payload, in parts of one kind: symbols, then planes of floats."""
+    """A tensor's bytes in the payload, in parts of one kind: symbols, planes of floats, exponents of columns."""
     if tensor.scale is None:
         return _planes(tensor.values.astype(FLOATS[tensor.kind]))
-    return [np.ascontiguousarray(tensor.values).tobytes(), *_planes(tensor.scale.astype(SCALE))]
+    columns = [] if tensor.columns is None else [tensor.columns.tobytes()]
+    return [np.ascontiguousarray(tensor.values).tobytes(), *_planes(tensor.scale.astype(SCALE)), *columns]
 
 
 def compress(content: bytes) -> bytes:
@@ -160,15 +186,18 @@ class _Reader:
         self.position += count
         return piece
 
-    def floats(self, count: int, dtype: np.dtype[Any]) -> Array:
+    def planes(self, count: int, dtype: np.dtype[Any]) -> Array:
         planes = np.frombuffer(self.take(count * dtype.itemsize), dtype=np.uint8).reshape(dtype.itemsize, count)
         return np.ascontiguousarray(planes.T).view(dtype).reshape(count)
 
 
-def _tensors(table: list[dict[str, Any]], content: memoryview) -> dict[str, StoredTensor]:
+def _tensors(header: dict[str, Any], content: memoryview) -> dict[str, StoredTensor]:
     reader = _Reader(content)
+    coded = header["codec"] == "ans"
     found: dict[str, StoredTensor] = {}
-    for entry in table:
+    classes: dict[str, tuple[Array, Array]] = {}
+    symbols_left = MAX_SYMBOLS
+    for entry in header["tensors"]:
         name, kind, shape = entry["name"], entry["kind"], entry["shape"]
         if not isinstance(name, str) or name in found:
             raise ValueError(f"the tensor name {name!r} is no text, or there twice")
@@ -178,15 +207,42 @@ def _tensors(table: list[dict[str, Any]], content: memoryview) -> dict[str, Stor
             raise ValueError(f"tensor {name} lies at {entry['offset']}, not where the one before it ends")
         count = math.prod(shape)
         if kind in INTEGERS and shape:
-            symbols = np.frombuffer(reader.take(count), dtype=np.int8)
-            limit = 2 ** (INTEGERS[kind] - 1)
-            if symbols.min() < -limit or symbols.max() >= limit:
-                raise ValueError(f"tensor {name} holds a symbol that {kind} does not have")
-            found[name] = StoredTensor(kind, symbols.reshape(shape), reader.floats(count // shape[-1], SCALE))
+            rows = count // shape[-1]
+            if coded:
+                if (symbols_left := symbols_left - count) < 0:  # the file need not be large for that
+                    raise ValueError(f"tensor {name} of shape {shape} is too large")
+                sizes = np.frombuffer(reader.take(rows + shape[-1]), dtype=np.int8)
+                classes[name] = sizes[:rows], sizes[rows:]
+                symbols = np.zeros(0, dtype=np.int8)  # they come behind all tensors
+            else:
+                symbols = np.frombuffer(reader.take(count), dtype=np.int8).reshape(shape)
+            scale = reader.planes(rows, SCALE)
+            exponents = np.frombuffer(reader.take(shape[-1]), dtype=np.int8) if entry.get("columns") is True else None
+            found[name] = StoredTensor(kind, symbols, scale, exponents)
         elif kind in FLOATS:
-            found[name] = StoredTensor(kind, reader.floats(count, FLOATS[kind]).reshape(shape))
+            found[name] = StoredTensor(kind, reader.planes(count, FLOATS[kind]).reshape(shape))
         else:
             raise ValueError(f"tensor {name} of shape {shape} has the unknown kind {kind!r}")
+    if coded and classes:
+        shapes = {entry["name"]: entry["shape"] for entry in header["tensors"]}
+        tables, words = header["tables"], header["words"]
+        if not all(type(number) is int and 0 <= number < 2**31 for number in (tables, words)):
+            raise ValueError("its numbers of tables and words make no sense")
+        frequencies = reader.planes(tables * entropy_coding.SYMBOLS, np.dtype("<u2"))
+        stream = np.frombuffer(reader.take(4 * words), dtype="<u4").astype(np.uint32)
+        matrices = entropy_coding.decode(
+            [(len(rows), len(columns)) for rows, columns in classes.values()],
+            list(classes.values()),
+            frequencies.reshape(tables, -1),
+            stream,
+        )
+        for (name, tensor), matrix in zip([(name, found[name]) for name in classes], matrices, strict=True):
+            found[name] = replace(tensor, values=matrix.reshape(shapes[name]))
     if reader.position != len(content):
         raise ValueError("its tensors do not fill its content exactly once")
+    for name, tensor in found.items():
+        if tensor.kind in INTEGERS:
+            limit = 2 ** (INTEGERS[tensor.kind] - 1)
+            if tensor.values.min() < -limit or tensor.values.max() >= limit:
+                raise ValueError(f"tensor {name} holds a symbol that {tensor.kind} does not have")
     return found

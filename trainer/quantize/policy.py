@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from torch import Tensor
 
 from trainer.model.transformer import TransformerConfig
+from trainer.quantize.container import Codec
 
 TIGHT_PRUNING = 0.08
 Kind = str  # "int2" ... "int8", "float16" or "float32"
@@ -24,6 +26,12 @@ class QuantizationConfig:
         small_tensor: Tensors of at most this many elements stay float16.
         prune_frac: Share of the smallest magnitudes of each large matrix set to zero first.
         prune_above: A matrix is large with more elements than this.
+        rounding: nearest: to the nearest of so many bits, with a row's largest magnitude at the end of the range.
+            sensitive: every matrix product's matrix by what the loss notices, measured on training text (GPTQ with
+            steps of its own for rows and columns); mlp_bits, attention_bits and prune_frac do not apply to them.
+        step: Of sensitive rounding; the expected rise of the loss goes with its square. export.fit searches for it.
+        calibration_sequences: Training sequences that sensitive rounding measures on.
+        codec: What makes symbols short: zstd-22, or ans, an entropy coder with fitted frequencies.
     """
 
     mlp_bits: int = 5
@@ -34,6 +42,10 @@ class QuantizationConfig:
     small_tensor: int = 8192
     prune_frac: float = 0.03
     prune_above: int = 65536
+    rounding: Literal["nearest", "sensitive"] = "nearest"
+    step: float = 2e-4
+    calibration_sequences: int = 64
+    codec: Codec = "zstd-22"
 
     def __post_init__(self) -> None:
         for bits in (self.mlp_bits, self.attention_bits, self.bigram_bits, self.other_bits):
@@ -41,6 +53,8 @@ class QuantizationConfig:
                 raise ValueError(f"quantization: bits must lie between 2 and 8, not {bits}")
         if not 0 <= self.prune_frac < 1:
             raise ValueError(f"quantization.prune_frac must lie in [0, 1), not {self.prune_frac}")
+        if self.step <= 0 or self.calibration_sequences < 1:
+            raise ValueError("quantization: step must be positive and calibration_sequences at least 1")
 
 
 def tighter(config: QuantizationConfig) -> Iterator[QuantizationConfig]:
