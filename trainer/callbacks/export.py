@@ -114,6 +114,7 @@ class PostTrainExport(pl.Callback):
                 self.cap,
                 self.fit,
                 rounding,
+                progress.note if progress else print,
             )
         trainer.strategy.barrier("artifact written")
         export_seconds = time.monotonic() - export_seconds

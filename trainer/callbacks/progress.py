@@ -101,6 +101,11 @@ class Progress(pl.Callback):
         self._view.part(name, done, total)
 
     @rank_zero_only
+    def note(self, text: str) -> None:
+        """Show a line that stays."""
+        self._view.note(text)
+
+    @rank_zero_only
     def close(self) -> None:
         """Show no more; what follows is printed plainly."""
         self._view.close()

@@ -52,6 +52,7 @@ def export(
     cap: int = CAP,
     fit: bool = False,
     rounding: SensitiveRounding | None = None,
+    say: Callable[[str], None] = print,
 ) -> ExportedSize:
     """Write `artifact.zst` and `train_gpt.py` (this project's sources) into a folder.
 
@@ -64,6 +65,7 @@ def export(
         cap: Largest sum of their sizes.
         fit: Store less until they fit; with `rounding`, find the step that just fits, also a finer one.
         rounding: The matrices, prepared, if the quantization is `sensitive`.
+        say: Where a line goes about what was stored instead, or tried.
 
     Raises:
         UserError: If they are larger and may not store less, or cannot; both files stay for inspection.
@@ -80,7 +82,7 @@ def export(
 
     if rounding is not None and fit:
         parameters = sum(tensor.numel() for tensor in state.values())
-        return fit_step(write, quantization, cap, parameters)
+        return fit_step(write, quantization, cap, parameters, say)
     asked = write(quantization)
     if asked.total <= cap:
         return asked
@@ -95,7 +97,7 @@ def export(
         for choice in tighter(quantization):
             size = write(choice, trial)
             if size.total <= cap and fit:
-                print(f"{over}; stored with {_changes(quantization, choice)} instead: {size.total:,} bytes", flush=True)
+                say(f"{over}; stored with {_changes(quantization, choice)} instead: {size.total:,} bytes")
                 return size
             if size.total <= cap:
                 raise UserError(
@@ -109,7 +111,11 @@ def export(
 
 
 def fit_step(
-    write: Callable[[QuantizationConfig], ExportedSize], quantization: QuantizationConfig, cap: int, parameters: int
+    write: Callable[[QuantizationConfig], ExportedSize],
+    quantization: QuantizationConfig,
+    cap: int,
+    parameters: int,
+    say: Callable[[str], None] = print,
 ) -> ExportedSize:
     """Search for the finest step whose file fits; the file of the last call of `write` is that of the result.
 
@@ -121,6 +127,7 @@ def fit_step(
         quantization: Where the search begins.
         cap: Largest total.
         parameters: Numbers of the model, for the first slope.
+        say: Told what each step cost.
 
     Raises:
         UserError: If even the coarsest step does not fit.
@@ -131,7 +138,7 @@ def fit_step(
     for _ in range(MOST_TRIES):
         started = time.monotonic()
         tried[place] = size = write(replace(quantization, step=2**place))
-        print(f"step {2**place:.3e}: {size.total:,} bytes ({time.monotonic() - started:.1f} s)", flush=True)
+        say(f"step {2**place:.3e}: {size.total:,} bytes ({time.monotonic() - started:.1f} s)")
         if cap - FIT_WITHIN <= size.total <= cap or (size.total <= cap and 2**place <= FINEST):
             return size
         if size.total > cap and 2**place >= COARSEST:

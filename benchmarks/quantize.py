@@ -1,0 +1,187 @@
+"""What rounding costs, and what codecs make of it: several ways of storing the same trained weights.
+
+`python -m benchmarks.quantize runs/frontier/1/checkpoints/last.ckpt --data data/sp8192` prints the rise of the loss at
+equal sizes, and the bytes of each codec. The loss is that of plain windows of the first validation targets.
+"""
+
+import argparse
+import json
+import lzma
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import brotli
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.subject import report
+from trainer.data.sources import Shards
+from trainer.datamodule import TokenData
+from trainer.evaluation.sliding import score
+from trainer.evaluation.windows import EvaluationConfig
+from trainer.loading import stored_weights
+from trainer.model.transformer import Transformer
+from trainer.quantize.artifact import read_artifact, write_artifact
+from trainer.quantize.calibration import EMBEDDING, Moments, calibrate
+from trainer.quantize.container import StoredTensor
+from trainer.quantize.entropy_coding import classes_of
+from trainer.quantize.entropy_coding import encode as entropy_code
+from trainer.quantize.gptq import inverse_factor, round_with_feedback
+from trainer.quantize.policy import QuantizationConfig, kind_of
+from trainer.quantize.sensitive import SensitiveRounding
+
+Round = Callable[[float], dict[str, StoredTensor]]
+
+
+def row_deviations(state: dict[str, Tensor], moments: dict[str, Moments], finer_embedding: float) -> Round:
+    """GPTQ with steps in proportion to a row's standard deviation (SDClip, openai/parameter-golf #1394)."""
+    factors = {name: inverse_factor(moment.hessian) for name, moment in moments.items()}
+
+    def rounded(step: float) -> dict[str, StoredTensor]:
+        found = {}
+        for name, (order, factor) in factors.items():
+            weight = state[name].float()
+            scale = step * weight.std(1) / (finer_embedding if name == EMBEDDING else 1)
+            scale = torch.maximum(scale, weight.abs().amax(1) / 127).half()
+            symbols = round_with_feedback(weight, scale.float()[:, None].expand_as(weight), 127, order, factor)
+            found[name] = StoredTensor("int8", symbols.cpu().numpy(), scale.cpu().numpy())
+        return found
+
+    return rounded
+
+
+def at_size(rounded: Round, size_of: Callable[[dict[str, StoredTensor]], int], target: int, start: float) -> float:
+    """The step whose file has this size, to about 0.1 %."""
+    low, high = np.log(start) - 6, np.log(start) + 6
+    for _ in range(14):
+        middle = (low + high) / 2
+        low, high = (middle, high) if size_of(rounded(float(np.exp(middle)))) > target else (low, middle)
+    return float(np.exp((low + high) / 2))
+
+
+def order_0_bits(matrices: Iterable[np.ndarray]) -> float:
+    """Bits of an ideal coder that knows how often each symbol occurs in its matrix."""
+    total = 0.0
+    for matrix in matrices:
+        counts = np.unique(matrix, return_counts=True)[1]
+        total -= float((counts * np.log2(counts / matrix.size)).sum())
+    return total
+
+
+def codecs(tensors: dict[str, StoredTensor]) -> list[dict[str, object]]:
+    """Bytes and seconds of each codec on the symbols, and how they compare with order-0 entropy."""
+    symbols = [tensor.values.reshape(len(tensor.scale), -1) for tensor in tensors.values() if tensor.scale is not None]
+    stream = b"".join(matrix.tobytes() for matrix in symbols)
+    bound = order_0_bits(symbols) / 8
+
+    def entropy() -> int:
+        classes = [classes_of(matrix) for matrix in symbols]
+        tables, words = entropy_code(symbols, classes)
+        side = tables.tobytes() + b"".join(each.tobytes() for pair in classes for each in pair)
+        return words.nbytes + len(_zstd(side))
+
+    rows: list[dict[str, object]] = []
+    for name, compress in {
+        "zstd-22": lambda: len(_zstd(stream)),
+        "brotli-11": lambda: len(brotli.compress(stream, quality=11, lgwin=24)),
+        "lzma-9e": lambda: len(lzma.compress(stream, preset=9 | lzma.PRESET_EXTREME)),
+        "ans with classes": entropy,
+    }.items():
+        started = time.perf_counter()
+        size = compress()
+        seconds = time.perf_counter() - started
+        rows.append({"codec": name, "bytes": size, "of_order_0": round(size / bound, 4), "seconds": round(seconds, 1)})
+    return rows
+
+
+def _zstd(stream: bytes) -> bytes:
+    from trainer.quantize.container import compress  # noqa: PLC0415 - one home for its settings
+
+    return compress(stream)
+
+
+def main() -> None:
+    """Round, write, read back and score."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("ckpt", type=Path, help="checkpoint; its averaged weights are stored if there are any")
+    parser.add_argument("--data", required=True, help="folder of prepared shards")
+    parser.add_argument("--bits", type=float, nargs="+", default=[3.0, 3.5], help="bits a parameter of the files")
+    parser.add_argument("--targets", type=int, default=500_000, help="validation targets that are scored")
+    parser.add_argument("--sequences", type=int, default=64, help="training sequences that are measured on")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    weights = stored_weights(options.ckpt, "best")
+    config, state = weights.model, {name: tensor.to(device) for name, tensor in weights.state.items()}
+    parameters = sum(tensor.numel() for tensor in state.values())
+    data = TokenData(Shards(options.data), 8 * options.length, options.length, vocab_size=config.vocab_size)
+    data.setup("fit")
+    plain = EvaluationConfig(options.length, 0, 8, 0, options.targets)
+    path = Path("/tmp/quantize.zst")
+
+    def loss_of(tensors: dict[str, Tensor]) -> tuple[float, float]:
+        model = Transformer(config).to(device)
+        model.load_state_dict(tensors)
+        assert data.table is not None
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            found = score(model.nll, data.val_tokens.to(device), data.table, plain)
+        return found.loss, found.bpb
+
+    base = loss_of(state)
+    rows: list[dict[str, object]] = []
+
+    def row(name: str, kinds: dict[str, str], rounded: dict[str, StoredTensor], codec: str) -> int:
+        size = write_artifact(path, config, state, kinds, "0" * 64, rounded, codec)  # type: ignore[arg-type]
+        loss, bpb = loss_of({key: value.to(device) for key, value in read_artifact(path).state.items()})
+        rows.append(
+            {
+                "method": name,
+                "codec": codec,
+                "bytes": size,
+                "bits": round(8 * size / parameters, 3),
+                "loss_rise": round(loss - base[0], 5),
+                "bpb_rise": round(bpb - base[1], 5),
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+        return size
+
+    reference = QuantizationConfig()
+    kinds = {name: kind_of(name, tensor, config, reference) for name, tensor in state.items()}
+    row("reference: int5 MLP, int6 attention, float16 embedding", kinds, {}, "zstd-22")
+    model = Transformer(config).to(device)
+    model.load_state_dict(state)
+    started = time.perf_counter()
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        moments = calibrate(model, data.calibration_batches(options.sequences, device))
+    measured = time.perf_counter() - started
+    methods: dict[str, tuple[Round, float]] = {
+        "GPTQ, steps by row deviation": (row_deviations(state, moments, 1.0), 0.4),
+        "the same, embedding 4 times finer": (row_deviations(state, moments, 4.0), 0.4),
+        "sensitive": (SensitiveRounding(state, moments).round, 2e-4),
+    }
+    for bits in options.bits:
+        for name, (rounded, start) in methods.items():
+            size_of = lambda tensors: write_artifact(path, config, state, kinds, "0" * 64, tensors, "ans")  # noqa: E731
+            step = at_size(rounded, size_of, int(bits * parameters / 8), start)
+            row(name, kinds, rounded(step), "ans")
+    found = methods["sensitive"][0](step)
+    streams = codecs(found)
+    for line in streams:
+        print(json.dumps(line), flush=True)
+    report(
+        f"quantize {options.ckpt}",
+        {
+            "parameters": parameters,
+            "loss": round(base[0], 5),
+            "bpb": round(base[1], 5),
+            "measured_s": round(measured, 1),
+        },
+        device,
+    )
+
+
+if __name__ == "__main__":
+    main()
