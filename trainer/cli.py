@@ -328,6 +328,13 @@ def run(command: str, args: Sequence[str]) -> None:
                 cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt, weights_only=True)
         except SIGTERMException as error:
             raise SystemExit(143) from error
+        except RuntimeError as error:
+            if not lost_a_process(error):
+                raise
+            raise UserError(
+                "another process of this run has ended, and this one with it; its own words say why. "
+                "What was saved stays: go on with --ckpt last, on any number of devices"
+            ) from error
         except OSError as error:  # a full disk or a folder that went away, met by a library
             raise UserError(f"{error.filename or 'a file'}: {error.strerror or error}") from error
         except SystemExit as error:  # Lightning turns Ctrl-C into exit code 1
@@ -344,6 +351,12 @@ def run(command: str, args: Sequence[str]) -> None:
         _print_once(f"{name:<8} {score.line()}")
     _print_once(f"scored in {cli.model.validation_seconds:.1f} s")
     _print_once(cli.model.scores[-1].line())
+
+
+def lost_a_process(error: RuntimeError) -> bool:
+    """Whether a collective failed because a process that takes part in it is gone."""
+    words = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")
+    return isinstance(error, torch.distributed.DistBackendError) or any(word in str(error) for word in words)
 
 
 def _without_source(path: Path) -> Path:
@@ -381,7 +394,8 @@ def quiet_libraries() -> None:
     # Advertisements, device tables and advice that does not apply; our progress callback says what runs where.
     noise = re.compile(
         r"💡|GPU available|TPU available|HPU available|`Trainer|`weights_only` was not set|Using bfloat16 Auto|"
-        r"Using 16bit Auto|You are using a CUDA device|LOCAL_RANK|An \w+ was raised with message|Seed set to"
+        r"Using 16bit Auto|You are using a CUDA device|LOCAL_RANK|An \w+ was raised with message|"
+        r"(\[rank: \d+\] )?Seed set to"
     )
     for name in ("lightning.pytorch", "lightning.fabric"):
         for logger in (name, f"{name}.utilities.rank_zero", f"{name}.utilities.seed", f"{name}.accelerators.cuda"):

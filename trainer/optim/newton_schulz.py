@@ -60,6 +60,7 @@ def orthogonalise(batches: list[Tensor], steps: int) -> list[Tensor]:
         shares.append(share.flatten())
     sent = torch.cat(shares)
     gathered = sent.new_empty(world * len(sent))
-    dist.all_gather_into_tensor(gathered, sent)
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its new name, from torch 2.13 on
+    gather(gathered, sent)
     parts = gathered.view(world, -1).split([len(share) for share in shares], dim=1)  # (world, share) each
     return [part.reshape(-1, *batch.shape[1:])[: len(batch)] for part, batch in zip(parts, batches, strict=True)]
