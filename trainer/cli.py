@@ -1,6 +1,7 @@
 """The Lightning command line of `fit` and `validate`: recipes by name, run folders, precision, checkpoints."""
 
 import atexit
+import json
 import logging
 import os
 import re
@@ -311,7 +312,7 @@ def run(command: str, args: Sequence[str]) -> None:
     if command == "validate" and ckpt and not wants_help:
         averaged = "averaged" in take_option(rest, "--weights")[0]
         stored = stored_weights(Path(ckpt), "averaged" if averaged else "live")
-        words += [f"--{key}={value}" for key, value in _flat(stored.model.to_dict(), "model")]
+        words += [f"--{key}={json.dumps(value)}" for key, value in _flat(stored.model.to_dict(), "model")]
     try:
         cli = TrainerCLI(command, recipe, words)
     except ValueError as error:  # a setting out of range, refused by the part it belongs to

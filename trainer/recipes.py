@@ -1,6 +1,5 @@
 """Recipes by name: the YAML files of `configs/`, in a checkout or inside the installed package."""
 
-import tempfile
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -11,14 +10,9 @@ from trainer.errors import UserError
 @cache
 def recipe_folder() -> Path:
     """The folder with the packaged recipes."""
-    package = resources.files("trainer")
+    package = Path(str(resources.files("trainer")))
     packaged = package / "configs"
-    if isinstance(package, Path):
-        return Path(str(packaged)) if packaged.is_dir() else package.parent / "configs"
-    folder = Path(tempfile.mkdtemp(prefix="trainer-recipes-"))  # run from a zip: the parser wants real files
-    for entry in packaged.iterdir():
-        (folder / entry.name).write_bytes(entry.read_bytes())
-    return folder
+    return packaged if packaged.is_dir() else package.parent / "configs"
 
 
 def recipe_names() -> list[str]:

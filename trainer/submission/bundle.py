@@ -1,6 +1,7 @@
 """This project's own sources as one file that Python can run: what `bytes_code` counts and a submission ships."""
 
 import io
+import lzma
 import zipfile
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -8,7 +9,22 @@ from pathlib import Path
 
 from trainer.recipes import recipe_folder
 
-MAIN = "from trainer.__main__ import main\nraise SystemExit(main())\n"
+# One stream over all sources is half as long as a zip's, which packs each file alone; but Python imports from no such
+# stream, so it is unpacked into a folder first.
+MAIN = """
+import atexit, io, lzma, pathlib, shutil, sys, tempfile, zipfile
+
+if __name__ == "__main__":
+    folder = tempfile.mkdtemp(prefix="trainer-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with zipfile.ZipFile(pathlib.Path(__file__).parent) as outer:
+        sources = io.BytesIO(lzma.decompress(outer.read("sources.xz")))
+    zipfile.ZipFile(sources).extractall(folder)
+    sys.path.insert(0, folder)
+    from trainer.__main__ import main
+
+    raise SystemExit(main())
+"""
 
 
 def _files(folder: Traversable, prefix: str) -> dict[str, bytes]:
@@ -26,11 +42,16 @@ def source_bundle() -> bytes:
 
     The same sources give the same bytes: names sorted, no times.
     """
-    files = _files(resources.files("trainer"), "trainer/") | {"__main__.py": MAIN.encode()}
+    files = _files(resources.files("trainer"), "trainer/")
     for path in Path(recipe_folder()).glob("*.yaml"):
         files[f"trainer/configs/{path.name}"] = path.read_bytes()
+    packed = lzma.compress(_zip(files), preset=9 | lzma.PRESET_EXTREME)
+    return _zip({"__main__.py": MAIN.encode(), "sources.xz": packed})
+
+
+def _zip(files: dict[str, bytes]) -> bytes:
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name in sorted(files):
-            archive.writestr(zipfile.ZipInfo(name), files[name], zipfile.ZIP_DEFLATED, 9)
+            archive.writestr(zipfile.ZipInfo(name), files[name])
     return buffer.getvalue()
