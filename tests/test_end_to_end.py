@@ -122,6 +122,13 @@ def test_validate_scores_artifact_and_checkpoint_without_another_flag_and_writes
     summary = json.loads((run / "summary.json").read_text())
     assert score_of(live.stdout)["val_bpb"] == pytest.approx(summary["stages"]["live_plain"]["bpb"], abs=1e-7)
     assert "sliding" not in live.stdout
+    stream = ["--eval.window=128", "--eval.stride=96", "--eval.band=32"]
+    streamed = score_of(trainer("validate", "--ckpt", str(run / "artifact.zst"), *stream, cwd=folder).stdout)
+    assert streamed["tokens"] == score_of(output)["tokens"]
+    assert streamed["bytes"] == score_of(output)["bytes"]
+    assert streamed["val_bpb"] == pytest.approx(score_of(output)["val_bpb"], abs=0.02)
+    refused = trainer("validate", "--ckpt", str(run / "artifact.zst"), *stream, "--eval.stride=97", cwd=folder)
+    assert "eval.band 32 and eval.stride 97" in refused.stderr
     mean = trainer("validate", "--ckpt", str(run / "checkpoints/last.ckpt"), "--weights=averaged", cwd=folder)
     assert score_of(mean.stdout) != score_of(live.stdout)
     assert sorted(path for path in folder.rglob("*")) == before

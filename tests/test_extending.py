@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,10 +32,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(command: str, place: Path, *more: str) -> str:
+def run(command: str, place: Path, *more: str, sources: Path = ROOT) -> str:
     words = shlex.split(command)
     assert words[0] == "python"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(sources), "OMP_NUM_THREADS": "1"}
     found = subprocess.run(
         [sys.executable, *words[1:], *more], cwd=place, env=environment, capture_output=True, text=True, check=False
     )
@@ -43,7 +44,7 @@ def run(command: str, place: Path, *more: str) -> str:
 
 
 def test_the_examples_run(place: Path):
-    stop, poems, store, validate = COMMANDS
+    stop, poems, store, validate, _ = COMMANDS
     said = run(stop, place, *SMALL, *PYTHON_TEXT, "--trainer.callbacks.bpb=100")
     assert "trained     4 steps" in said  # the first validation was good enough
     run(store, place)
@@ -56,3 +57,15 @@ def test_the_examples_run(place: Path):
     said = run(poems, place, *SMALL)
     assert "trained     12 steps" in said
     assert (place / "data/poems/manifest.json").is_file()
+
+
+def test_the_option_of_the_model_is_a_patch_that_applies_trains_and_is_stored(place: Path, tmp_path: Path):
+    clone = tmp_path / "clone"
+    for part in ("trainer", "configs"):
+        shutil.copytree(ROOT / part, clone / part)
+    (patch,) = re.findall(r"```diff\n(.*?)```", DOCUMENT, re.DOTALL)
+    subprocess.run(["git", "apply", "-"], cwd=clone, input=patch, text=True, check=True)
+    said = run(COMMANDS[-1], place, *SMALL, *PYTHON_TEXT, "--run_name=power", sources=clone)
+    assert "trained     12 steps" in said
+    header, _ = read_container(place / "runs/quickstart/power/artifact.zst")
+    assert header["model"]["mlp"]["power"] == 3

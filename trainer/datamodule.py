@@ -126,7 +126,7 @@ class TokenData(pl.LightningDataModule):
     def _plans(self) -> list[tuple[EvaluationConfig, int]]:
         """The evaluations of this stage, each with its number of targets."""
         evaluation, targets = self.evaluation, len(self.val_tokens) - 1
-        plain = EvaluationConfig(evaluation.window, 0, evaluation.batch_windows)
+        plain = evaluation.plain
         if self.trainer is not None and self.trainer.state.fn == "fit":
             return [(plain, min(evaluation.fit_tokens or targets, targets))]
         targets = min(evaluation.max_tokens or targets, targets)

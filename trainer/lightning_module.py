@@ -11,10 +11,12 @@ from torch import Tensor
 from trainer.checkpoint import OWN_KEY
 from trainer.clock import TrainingClock
 from trainer.errors import UserError
+from trainer.evaluation.adaptation import Adapter
 from trainer.evaluation.metric import BitsPerByte, Score
 from trainer.evaluation.sliding import NllFn, WindowScorer
 from trainer.evaluation.windows import WindowBatch
 from trainer.model.attention_kernel import AttentionKernel, SdpaKernel, choose_kernel, let_graphs_be_stored
+from trainer.model.banded_attention import BandedAttention
 from trainer.model.fused_mlp import choose_fusion
 from trainer.model.transformer import Transformer, TransformerConfig
 from trainer.optim.muon_adamw import MuonAdamW, OptimizerConfig, parameter_groups
@@ -63,6 +65,7 @@ class LanguageModel(pl.LightningModule):
         self.nll: NllFn = self.model.nll
         self.metrics = torch.nn.ModuleList()
         self.scorers: list[WindowScorer] = []
+        self.adapter: Adapter | None = None
         self.scores: list[Score] = []
 
     @property
@@ -78,6 +81,10 @@ class LanguageModel(pl.LightningModule):
             str(self.trainer.precision), torch.float32
         )
         self.kernel = choose_kernel(config.attention.backend, config.heads, self.sequence_length, device, dtype)
+        if band := int(self.trainer.datamodule.evaluation.band):  # type: ignore[attr-defined]
+            if stage == "fit" and band < self.sequence_length:
+                raise UserError(f"eval.band {band} is shorter than a training sequence, {self.sequence_length} tokens")
+            self.kernel = BandedAttention(self.kernel, band)
         self.fused_mlp = choose_fusion(
             "off" if config.mlp.negative_slope and config.mlp.fused == "auto" else config.mlp.fused,
             (config.model_dim, config.mlp.ratio * config.model_dim),
@@ -163,12 +170,23 @@ class LanguageModel(pl.LightningModule):
         self.validation_started = time.monotonic()
         self.scorers = self.trainer.datamodule.scorers(self.device)  # type: ignore[attr-defined]
         self.metrics = torch.nn.ModuleList(BitsPerByte().to(self.device) for _ in self.scorers)
+        self.adapter = self._adapter() if self.trainer.state.fn == "validate" else None
+
+    def _adapter(self) -> Adapter | None:
+        evaluation = self.trainer.datamodule.evaluation  # type: ignore[attr-defined]
+        if not evaluation.adapt_rate:
+            return None
+        if self.trainer.world_size > 1:
+            raise UserError("eval.adapt_rate: what is learned would differ between processes; use one device")
+        return Adapter(self.model.parameters(), self.nll, evaluation.adapt_rate, evaluation.band or evaluation.window)
 
     def validation_step(self, batch: WindowBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score a batch of windows."""
         metric = self.metrics[dataloader_idx]
         assert isinstance(metric, BitsPerByte)
         self.scorers[dataloader_idx].add(metric, self.nll, batch)
+        if self.adapter is not None and dataloader_idx == len(self.scorers) - 1:
+            self.adapter.learn(self.scorers[dataloader_idx].scored(batch))
 
     def on_validation_epoch_end(self) -> None:
         """Read the sums; the last one, sliding if there is one, is the score."""

@@ -81,9 +81,7 @@ class PostTrainExport(pl.Callback):
 
             stages[name] = _score(trainer, pl_module, data, model, evaluation, show)
 
-        plain = EvaluationConfig(
-            data.evaluation.window, 0, data.evaluation.batch_windows, 0, data.evaluation.max_tokens
-        )
+        plain = data.evaluation.plain
         score_stage("live_plain", pl_module.model, plain)
         averages = [callback for callback in trainer.callbacks if isinstance(callback, LateSWA | EMA)]  # type: ignore[attr-defined]
         averaged = next((found for callback in averages if (found := callback.averaged_state())), None)

@@ -28,6 +28,12 @@ class WindowScorer:
         self.table = table.to(tokens.device)
         self.offsets = torch.arange(min(window, len(tokens) - 1), device=tokens.device)
 
+    def scored(self, batch: WindowBatch) -> Tensor:
+        """The token before the first target that a batch scores, and its targets."""
+        counts = len(self.offsets) - batch.scored_from
+        first = int(batch.starts[0] + batch.scored_from[0])
+        return self.tokens[first : first + int(counts.sum()) + 1]
+
     @torch.no_grad()
     def add(self, metric: BitsPerByte, nll_fn: NllFn, batch: WindowBatch) -> None:
         """Score a batch into a metric; nothing waits for the device.

@@ -1,6 +1,6 @@
 """The plan of an evaluation: which windows are read and which of their targets are scored."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,12 @@ class EvaluationConfig:
         batch_windows: Windows a batch.
         fit_tokens: Validation tokens scored (plain) at each check during training; 0 takes all.
         max_tokens: Validation tokens scored at the end and by `validate`; 0 takes all.
+        band: Tokens that a position looks back at; 0: its whole window. With it a window can be longer than the
+            training sequences, and a text is read about once (streaming evaluation): with window 8192, stride 6144 and
+            band 2048 every token looks back at no fewer than with window 2048 and stride 64, for a 24th of the tokens
+            that go through the model.
+        adapt_rate: Of `validate`, in the last evaluation it makes: after each batch of windows is scored, learn the
+            text of its targets with this learning rate (score-first test-time training); 0: learn nothing.
     """
 
     window: int = 2048
@@ -27,10 +33,24 @@ class EvaluationConfig:
     batch_windows: int = 64
     fit_tokens: int = 1_048_576
     max_tokens: int = 0
+    band: int = 0
+    adapt_rate: float = 0.0
 
     def __post_init__(self) -> None:
         if self.window < 1 or self.batch_windows < 1 or min(self.stride, self.fit_tokens, self.max_tokens) < 0:
             raise ValueError("eval: window and batch_windows must be at least 1, the others at least 0")
+        if self.adapt_rate < 0:
+            raise ValueError(f"eval.adapt_rate must be at least 0, not {self.adapt_rate}")
+        if self.band < 0 or (self.band and not 0 < self.stride <= self.window - self.band):
+            raise ValueError(
+                f"eval.band {self.band} and eval.stride {self.stride}, at least 1, must fit into eval.window "
+                f"{self.window}"
+            )
+
+    @property
+    def plain(self) -> "EvaluationConfig":
+        """The same text in windows of the training length, each scored whole."""
+        return replace(self, window=self.band or self.window, stride=0, band=0, adapt_rate=0.0)
 
     @property
     def is_plain(self) -> bool:
