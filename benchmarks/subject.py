@@ -13,6 +13,7 @@ import torch
 from trainer.callbacks.checkpoint import Checkpoints
 from trainer.callbacks.export import PostTrainExport
 from trainer.callbacks.progress import Progress
+from trainer.callbacks.report import Report
 from trainer.cli import TrainerCLI, quiet_libraries
 from trainer.recipes import find_recipe
 
@@ -44,7 +45,7 @@ def load(recipe: str, words: list[str]) -> TrainerCLI:
             *words,
         ],
     )
-    left_out = (PostTrainExport, Checkpoints, Progress)
+    left_out = (PostTrainExport, Checkpoints, Progress, Report)
     cli.trainer.callbacks = [callback for callback in cli.trainer.callbacks if not isinstance(callback, left_out)]  # type: ignore[attr-defined]
     return cli
 

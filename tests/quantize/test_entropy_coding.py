@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from trainer.quantize.container import StoredTensor, read_container, write_container
+from trainer.quantize.container import StoredTensor, compressed_size, read_container, write_container
 from trainer.quantize.entropy_coding import classes_of, decode, encode
 
 matrices = arrays.arrays(
@@ -84,6 +84,19 @@ def test_both_codecs_hold_the_same_tensors(stored: dict[str, StoredTensor], tmp_
             assert np.array_equal(tensors[name].floats(), tensor.floats())
     expected = stored["a"].values * stored["a"].scale.astype(np.float64)[:, None] * 2 ** (stored["a"].columns / 8)
     assert np.allclose(stored["a"].floats(), expected, rtol=1e-6)
+
+
+def test_the_sizes_of_all_tensors_are_about_that_of_the_file(tmp_path: Path):
+    rng = np.random.default_rng(3)
+    tensors = {
+        "a": StoredTensor("int8", normal(rng, 200, 300)[0], np.ones(200, np.float16), np.zeros(300, np.int8)),
+        "b": StoredTensor("int8", normal(rng, 300, 200)[0], np.ones(300, np.float16)),
+        "c": StoredTensor("float16", rng.normal(size=(30, 50)).astype(np.float16)),
+    }
+    for codec in ("zstd-22", "ans"):
+        size = write_container(tmp_path / codec, {}, tensors, codec)
+        assert compressed_size(list(tensors.values()), codec) == pytest.approx(size, rel=0.01)
+        assert sum(compressed_size([tensor], codec) for tensor in tensors.values()) == pytest.approx(size, rel=0.05)
 
 
 def test_the_specification_is_enough_to_read_coded_symbols(stored: dict[str, StoredTensor], tmp_path: Path):

@@ -134,7 +134,7 @@ def test_bytes_and_rounding_are_those_of_the_tensors():
         "skip_weights": StoredTensor("float32", gains),
     }
     weights = {name: tensor.floats() + (0.1 if "mlp" in name else 0) for name, tensor in tensors.items()}
-    up, rest = byte_use(tensors, weights)
+    up, rest = byte_use(tensors, weights, "zstd-22")
     assert (up.group, up.kinds, up.parameters) == ("mlp up", "int5", 240_000)
     assert (rest.group, rest.parameters, rest.error) == ("gains, gates, mixes", 40, 0.0)
     shares = np.unique(symbols, return_counts=True)[1] / symbols.size
@@ -143,4 +143,4 @@ def test_bytes_and_rounding_are_those_of_the_tensors():
     assert entropy < up.bytes < 1.05 * entropy
     mean_square = np.mean([np.square(weights[name]).mean() for name in tensors if "mlp" in name])
     assert up.error == pytest.approx(0.1 / math.sqrt(mean_square), rel=1e-4)
-    assert byte_use(tensors, None)[0].error is None
+    assert byte_use(tensors, None, "zstd-22")[0].error is None

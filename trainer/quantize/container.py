@@ -102,6 +102,23 @@ def write_container(
     return START + len(frame)
 
 
+def compressed_size(tensors: list[StoredTensor], codec: Codec) -> int:
+    """Bytes that some tensors take by themselves, without a header."""
+    parts = [encode(tensor) for tensor in tensors]
+    if codec != "ans":
+        return len(compress(b"".join(stream for part in parts for stream in part)))
+    coded = [tensor.values.reshape(len(tensor.scale), -1) for tensor in tensors if tensor.scale is not None]
+    rest = [
+        stream for tensor, part in zip(tensors, parts, strict=True) for stream in part[int(tensor.scale is not None) :]
+    ]
+    if not coded:
+        return len(compress(b"".join(rest)))
+    classes = [entropy_coding.classes_of(rows) for rows in coded]
+    tables, words = entropy_coding.encode(coded, classes)
+    rest += [*_planes(tables), *(each.tobytes() for pair in classes for each in pair)]
+    return len(compress(b"".join(rest))) + words.nbytes
+
+
 def read_container(path: str | Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     """Read and check a file of `write_container`.
 

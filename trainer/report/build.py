@@ -37,7 +37,8 @@ def build_report(folders: list[Path], path: Path) -> None:
     uses: list[ByteUse] = []
     samples: list[str] = []
     if (first / "artifact.zst").is_file():
-        uses = byte_use(read_container(first / "artifact.zst")[1], _weights(first / "checkpoints/last.ckpt"))
+        header, tensors = read_container(first / "artifact.zst")
+        uses = byte_use(tensors, _weights(first / "checkpoints/last.ckpt"), header["codec"])
         if (first / "tokenizer.model").is_file():
             samples = _samples(first / "artifact.zst")
     command = f"trainer fit --config {first / 'config.yaml'}"

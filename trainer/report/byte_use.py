@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.quantize.container import Array, StoredTensor, compress, encode
+from trainer.quantize.container import Array, Codec, StoredTensor, compressed_size, encode
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,13 @@ def group_of(name: str) -> str:
     return "gains, gates, mixes"
 
 
-def byte_use(tensors: dict[str, StoredTensor], weights: dict[str, Array] | None) -> list[ByteUse]:
+def byte_use(tensors: dict[str, StoredTensor], weights: dict[str, Array] | None, codec: Codec) -> list[ByteUse]:
     """Count every group, the largest first.
 
     Args:
         tensors: Of an artifact.
         weights: The same before they were rounded, if they are still there.
+        codec: Of the artifact.
     """
     groups: dict[str, list[str]] = defaultdict(list)
     for name in tensors:
@@ -68,7 +69,7 @@ def byte_use(tensors: dict[str, StoredTensor], weights: dict[str, Array] | None)
                 group,
                 ", ".join(sorted({tensors[name].kind for name in names})),
                 sum(tensors[name].values.size for name in names),
-                len(compress(b"".join(streams))),
+                compressed_size([tensors[name] for name in names], codec),
                 sum(map(_entropy_bytes, streams)),
                 float(np.sqrt(squares[0] / squares[1])) if squares[1] else None,
             )
