@@ -1,6 +1,7 @@
 """Small data that every test can make: no download, nothing outside the repository."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from trainer.data.shards import write_shard
 from trainer.data.tokenizer import BOS, load_tokenizer, train_tokenizer
 from trainer.model.attention import AttentionConfig
 from trainer.model.embedding import BigramConfig
-from trainer.model.transformer import TransformerConfig
+from trainer.model.mlp import MLPConfig
+from trainer.model.transformer import LoopConfig, TransformerConfig
 
 torch.set_num_threads(2)
 ROOT = Path(__file__).parents[1]
@@ -22,6 +24,17 @@ TINY = TransformerConfig(
     model_dim=32,
     attention=AttentionConfig(num_heads=4, num_kv_heads=2),
     bigram=BigramConfig(buckets=64, dim=16),
+)
+# The same with every option of the model switched on.
+ALL_OPTIONS = replace(
+    TINY,
+    attention=replace(TINY.attention, rope_dims=4, exclusive=True, gate_dims=6),
+    mlp=MLPConfig(negative_slope=0.5),
+    bigram=BigramConfig(buckets=0),
+    smear_dims=5,
+    layer_norm_scale=True,
+    parallel_from=2,
+    loop=LoopConfig(1, 2, 1),
 )
 TINY_OPTIONS = [
     "--model.vocab_size=300",

@@ -145,6 +145,36 @@ def test_export_makes_the_same_artifact_from_the_checkpoint(finished):
     assert "over the cap of 1,000" in over.stderr
 
 
+def test_a_loop_begins_in_the_middle_of_the_training_and_stays(tmp_path: Path, shard_folder: Path):
+    """Seen by the time it takes: the blocks that ran at each step."""
+    (tmp_path / "spy.py").write_text(
+        "import sys\n"
+        "from trainer.__main__ import main\n"
+        "from trainer.lightning_module import LanguageModel\n"
+        "old = LanguageModel.training_step\n"
+        "def spy(self, *words):\n"
+        "    old(self, *words)\n"
+        "    print('looped', self.model.is_looped, file=sys.stderr)\n"
+        "LanguageModel.training_step = spy\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    loop = [f"--model.loop.{word}" for word in ("first=1", "last=2", "repeats=1", "start_frac=0.5")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "spy.py", *small(shard_folder, *loop)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    seen = [line.split()[1] for line in result.stderr.splitlines() if line.startswith("looped ")]
+    assert seen == ["False"] * 4 + ["True"] * 4
+    scored = trainer("validate", "--ckpt", f"{RUN}/1/artifact.zst", cwd=tmp_path)
+    assert score_of(scored.stdout) == score_of(result.stdout)
+
+
 def test_sensitive_rounding_fits_the_cap_measures_on_text_and_can_be_exported_again(tmp_path: Path, shard_folder: Path):
     options = ["rounding=sensitive", "codec=ans", "calibration_sequences=20"]
     words = [*(f"--export.quantization.{option}" for option in options), "--export.fit=true", "--ema.horizon=0.2"]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import trainer as package
-from tests.conftest import TINY
+from tests.conftest import ALL_OPTIONS, TINY
 from trainer.__main__ import main
 from trainer.data.tokenizer import BOS, load_tokenizer
 from trainer.errors import UserError
@@ -20,11 +20,11 @@ from trainer.quantize.artifact import write_artifact
 from trainer.quantize.policy import QuantizationConfig, kind_of
 
 
-@pytest.fixture(scope="module")
-def model() -> Transformer:
+@pytest.fixture(scope="module", params=[TINY, ALL_OPTIONS], ids=["reference", "all options"])
+def model(request: pytest.FixtureRequest) -> Transformer:
     """Random everywhere, so that no part of it is without effect."""
     torch.manual_seed(0)
-    model = Transformer(TINY).double().eval()
+    model = Transformer(request.param).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -45,7 +45,7 @@ def test_cached_logits_equal_those_of_the_whole_text(model: Transformer, cuts: l
 
 
 def plain_twin(model: Transformer) -> Transformer:
-    twin = Transformer(TINY).double().eval()
+    twin = Transformer(model.config).double().eval()
     twin.load_state_dict(model.state_dict())
     return twin
 

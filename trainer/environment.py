@@ -5,7 +5,7 @@ from importlib.metadata import version
 
 import torch
 
-PACKAGES = ("torch", "lightning", "numpy", "sentencepiece", "zstandard", "torchmetrics")
+PACKAGES = ("torch", "lightning", "numpy", "sentencepiece", "zstandard", "constriction", "torchmetrics")
 
 
 def versions(device: torch.device) -> dict[str, str]:

@@ -16,27 +16,31 @@ LOOK_BACK = 2  # tokens before its own that a position's embedding depends on
 class CachedAttention:
     """The attention of one block, which remembers keys and values."""
 
-    def __init__(self, context: int) -> None:
+    def __init__(self, context: int, passes: int = 1) -> None:
         """Begin with nothing.
 
         Args:
             context: Positions there is room for.
+            passes: How often the block runs for each token; each time has keys and values of its own.
         """
         self.kernel = SdpaKernel()
         self.context = context
-        self.length = 0
-        self._kept: tuple[Tensor, Tensor] | None = None
+        self.lengths = [0] * passes
+        self._kept: list[tuple[Tensor, Tensor]] = []
+        self._turn = 0
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend from new positions to all there were; see AttentionKernel."""
-        if self._kept is None:
+        turn, self._turn = self._turn, (self._turn + 1) % len(self.lengths)
+        if turn == len(self._kept):
             shape = (k.size(0), self.context, *k.shape[2:])
-            self._kept = (k.new_empty(shape), v.new_empty(shape))
-        end = self.length + k.size(1)
-        for kept, new in zip(self._kept, (k, v), strict=True):
-            kept[:, self.length : end] = new
-        self.length = end
-        return self.kernel(q, self._kept[0][:, :end], self._kept[1][:, :end])
+            self._kept.append((k.new_empty(shape), v.new_empty(shape)))
+        begin, end = self.lengths[turn], self.lengths[turn] + k.size(1)
+        for kept, new in zip(self._kept[turn], (k, v), strict=True):
+            kept[:, begin:end] = new
+        self.lengths[turn] = end
+        keys, values = self._kept[turn]
+        return self.kernel(q, keys[:, :end], values[:, :end])
 
     def describe(self) -> str:
         """See AttentionKernel."""
@@ -62,9 +66,10 @@ class Decoder:
     def restart(self) -> None:
         """Forget the text."""
         self.ids = torch.zeros((1, 0), dtype=torch.int32, device=self.device)
-        for block in self.model.blocks:
+        order = self.model.config.order()
+        for index, block in enumerate(self.model.blocks):
             assert isinstance(block, Block)
-            block.attention.kernel = CachedAttention(self.context)
+            block.attention.kernel = CachedAttention(self.context, order.count(index))
 
     @torch.no_grad()
     def feed(self, ids: list[int]) -> Tensor:

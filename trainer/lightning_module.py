@@ -126,6 +126,7 @@ class LanguageModel(pl.LightningModule):
         assert not isinstance(optimizer, list)
         self.set_rates(optimizer.optimizer)  # type: ignore[arg-type]
         optimizer.zero_grad()
+        self.model.is_looped = self.progress >= self.model.config.loop.start_frac
 
         def backward(loss: Tensor, last: bool) -> None:
             if last:
@@ -139,6 +140,16 @@ class LanguageModel(pl.LightningModule):
         self.finished = self.fence.record(self.steps_done, values)
         # Tensors of the device only: to log a Python number, Lightning copies it there and waits for all queued work.
         self.log_dict({"train/loss": loss, "train/gradient_norm": self.gradient_norms.total})
+
+    @property
+    def progress(self) -> float:
+        """Share of the training that is done: of its time or of its steps, whichever is more."""
+        shares = [0.0]
+        if self.clock.budget:
+            shares.append(self.clock.reading / self.clock.budget)
+        if self.trainer.max_steps > 0:
+            shares.append(self.steps_done / self.trainer.max_steps)
+        return max(shares)
 
     def _no_sync(self) -> Any:
         strategy = self.trainer.strategy

@@ -9,12 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.conftest import TINY
+from tests.conftest import ALL_OPTIONS, TINY
 from trainer.model.attention import AttentionConfig, rotary_tables, rotate, without_own_value
 from trainer.model.embedding import BigramConfig, SmearGate, bigram_buckets
 from trainer.model.layers import Linear
 from trainer.model.mlp import MLPConfig
-from trainer.model.transformer import Transformer, TransformerConfig
+from trainer.model.transformer import LoopConfig, Transformer, TransformerConfig
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +32,8 @@ OPTIONS = {
     "smear_dims": {"smear_dims": 5},
     "layer_norm_scale": {"layer_norm_scale": True},
     "parallel_from": {"parallel_from": 2},
+    "loop": {"loop": LoopConfig(1, 2, 2)},
 }
-ALL_OPTIONS = replace(
-    TINY,
-    attention=replace(TINY.attention, rope_dims=4, exclusive=True, gate_dims=6),
-    mlp=MLPConfig(negative_slope=0.5),
-    bigram=BigramConfig(buckets=0),
-    smear_dims=5,
-    layer_norm_scale=True,
-    parallel_from=2,
-)
 
 
 def awake(seed: int = 0, config: TransformerConfig = TINY) -> Transformer:
@@ -169,16 +161,18 @@ def test_the_whole_model_equals_numpy(config: TransformerConfig):
         g = sigmoid(p["smear.gate"])
         x = x0 = (1 - g) * x + g * before
     stack = []
-    for i in range(4):
+    order = [0, 1, 2, 1, 2, 3] if options else [0, 1, 2, 3]
+    half = len(order) // 2
+    for place, i in enumerate(order):
         b = f"blocks.{i}."
-        if i >= 2:
-            x = x + p["skip_weights"][i - 2] * stack.pop()
+        if place >= half:
+            x = x + p["skip_weights"][place - half] * stack.pop()
         x = p[b + "mix"][0] * x + p[b + "mix"][1] * x0
         depth = np.sqrt(i + 1) if options else 1
         read = norm(x) / depth
         x = x + p[b + "attention_scale"] * attention(b + "attention.", read)
         x = x + p[b + "mlp_scale"] * mlp(b + "mlp.", read if options and i >= 2 else norm(x) / depth)
-        if i < 2:
+        if place < half:
             stack.append(x)
     logits = 30 * np.tanh(norm(x) @ p["token_embedding.weight"].T / 30)
     assert np.allclose(model(torch.tensor(ids)[None])[0].detach().numpy(), logits, atol=1e-5)
@@ -219,6 +213,17 @@ def test_an_option_switches_the_compiled_model_and_trains_all_its_parameters(opt
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
 
 
+def test_a_loop_that_is_off_is_the_model_without_it():
+    model = awake(config=replace(TINY, loop=LoopConfig(1, 2, 2)))
+    plain, ids = Transformer(TINY).double(), torch.randint(0, 300, (2, 12))
+    state = model.state_dict()
+    plain.load_state_dict(state | {"skip_weights": state["skip_weights"][:2]})
+    assert not torch.allclose(model(ids), plain(ids), atol=1e-3)
+    model.is_looped = False
+    assert torch.equal(model(ids), plain(ids))
+    assert model.config.order() == [0, 1, 2, 1, 2, 1, 2, 3]
+
+
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 2**31))
 def test_nothing_is_left_of_a_positions_own_value(kv_heads: int, group: int, seed: int):
     generator = torch.Generator().manual_seed(seed)
@@ -255,6 +260,9 @@ def test_a_config_survives_the_round_trip_and_bad_ones_are_refused():
         {"attention": AttentionConfig(rope_dims=7)},
         {"smear_dims": 513},
         {"bigram": BigramConfig(buckets=1)},
+        {"loop": LoopConfig(2, 1, 1)},
+        {"loop": LoopConfig(0, 10, 1)},
+        {"loop": LoopConfig(0, 1, 10**9)},
     ):
         with pytest.raises(ValueError, match="."):
             TransformerConfig(**bad)

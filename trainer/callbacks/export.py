@@ -82,6 +82,7 @@ class PostTrainExport(pl.Callback):
             stages[name] = _score(trainer, pl_module, data, model, evaluation, show)
 
         plain = data.evaluation.plain
+        pl_module.model.is_looped = True
         score_stage("live_plain", pl_module.model, plain)
         averages = [callback for callback in trainer.callbacks if isinstance(callback, LateSWA | EMA)]  # type: ignore[attr-defined]
         averaged = next((found for callback in averages if (found := callback.averaged_state())), None)

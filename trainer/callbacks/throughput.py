@@ -41,4 +41,5 @@ def utilisation(module: LanguageModel, tokens_per_second: float, world_size: int
     peak = peak_flops(module.device)
     if peak is None:
         return None
-    return tokens_per_second * 3 * forward_flops(module.model.config, module.sequence_length) / (peak * world_size)
+    flops = forward_flops(module.model.config, module.sequence_length, module.model.is_looped)
+    return tokens_per_second * 3 * flops / (peak * world_size)

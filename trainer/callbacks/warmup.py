@@ -42,14 +42,18 @@ class CompileWarmup(pl.Callback):
         loader = trainer.train_dataloader
         assert loader is not None
         tokens = loader.dataset[trainer.global_step].to(pl_module.device)
+        model = pl_module.model
         with trainer.precision_plugin.forward_context():
-            slices = self._train(trainer, pl_module, tokens)
-            if trainer.limit_val_batches != 0:
-                pl_module.model.eval()
-                scorer = trainer.datamodule.scorers(pl_module.device)[0]  # type: ignore[attr-defined]
-                batch = trainer.datamodule.val_dataloader()[0].dataset[0]  # type: ignore[attr-defined]
-                scorer.add(BitsPerByte().to(pl_module.device), pl_module.nll, batch)
-                pl_module.model.train()
+            # With the loop first: it needs more memory.
+            for looped in (True, False) if model.config.loop.start_frac else (True,):
+                model.is_looped = looped
+                slices = self._train(trainer, pl_module, tokens)
+                if trainer.limit_val_batches != 0:
+                    model.eval()
+                    scorer = trainer.datamodule.scorers(pl_module.device)[0]  # type: ignore[attr-defined]
+                    batch = trainer.datamodule.val_dataloader()[0].dataset[0]  # type: ignore[attr-defined]
+                    scorer.add(BitsPerByte().to(pl_module.device), pl_module.nll, batch)
+                    model.train()
         pl_module.model.load_state_dict(saved)
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize()

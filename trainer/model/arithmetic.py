@@ -20,7 +20,7 @@ PEAK_FLOPS = {
 }
 
 
-def forward_flops(config: TransformerConfig, length: int) -> float:
+def forward_flops(config: TransformerConfig, length: int, looped: bool = True) -> float:
     """Operations of the forward pass per token; a training step takes three times as many.
 
     A weight of a matrix costs a multiplication and an addition. Causal attention at position t costs two products with
@@ -29,14 +29,16 @@ def forward_flops(config: TransformerConfig, length: int) -> float:
     Args:
         config: The model.
         length: Tokens of a sequence.
+        looped: Whether its loop is on.
     """
+    layers = len(config.order(looped))
     heads, kv_heads, width = config.heads
     dim = config.model_dim
     attention = dim * width * (heads + 2 * kv_heads) + dim * dim
     mlp = 2 * config.mlp.ratio * dim * dim
     bigram = config.bigram.dim * dim if config.bigram.buckets else 0
-    weights = config.num_layers * (attention + mlp) + bigram + config.vocab_size * dim
-    return 2 * weights + config.num_layers * 4 * heads * width * (length + 1) / 2
+    weights = layers * (attention + mlp) + bigram + config.vocab_size * dim
+    return 2 * weights + layers * 4 * heads * width * (length + 1) / 2
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -17,6 +17,26 @@ from trainer.model.embedding import BigramConfig, BigramHash, SmearGate
 from trainer.model.layers import Linear, activation_dtype, rms_norm
 from trainer.model.mlp import MLP, MLPConfig
 
+MOST_REPEATS = 16  # a file must not ask for endless work
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """Blocks that run more than once, with the same weights (depth recurrence, openai/parameter-golf #1204).
+
+    Args:
+        first: First block of the loop, counted from 0.
+        last: Last block of it.
+        repeats: How many more times they run; 0: no loop.
+        start_frac: Share of the training's time or steps after which they do; what comes before is faster. A model that
+            is used always loops.
+    """
+
+    first: int = 0
+    last: int = 0
+    repeats: int = 0
+    start_frac: float = 0.0
+
 
 @dataclass(frozen=True)
 class TransformerConfig:
@@ -24,7 +44,7 @@ class TransformerConfig:
 
     Args:
         vocab_size: Pieces of the tokenizer.
-        num_layers: Blocks; the first half passes its outputs to the second half.
+        num_layers: Blocks; the first half passes its outputs to the second half, in the order they run.
         model_dim: Width of the residual stream.
         attention: Attention of every block.
         mlp: MLP of every block.
@@ -33,6 +53,7 @@ class TransformerConfig:
         layer_norm_scale: Divide what block i reads by sqrt(i + 1), counted from 0 (LayerNorm Scaling, Sun et al. 2025).
         parallel_from: First block whose MLP reads the same input as its attention; null: none (parallel residuals,
             Wang and Komatsuzaki 2021).
+        loop: Blocks that run more than once.
         tied_embeddings: Use the token embedding as the output head too.
         embedding_init_std: Standard deviation of the token embedding at the start.
         logit_softcap: Logits become softcap * tanh(logits / softcap).
@@ -47,6 +68,7 @@ class TransformerConfig:
     smear_dims: int = 0
     layer_norm_scale: bool = False
     parallel_from: int | None = None
+    loop: LoopConfig = LoopConfig()
     tied_embeddings: bool = True
     embedding_init_std: float = 0.005
     logit_softcap: float = 30.0
@@ -60,6 +82,14 @@ class TransformerConfig:
             raise ValueError(f"model_dim {self.model_dim} does not give {heads} heads of an even width")
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"num_heads {heads} is not a multiple of num_kv_heads {kv_heads}")
+        loop = self.loop
+        if not 0 <= loop.first <= loop.last < self.num_layers:
+            raise ValueError(f"loop: there are no blocks {loop.first} to {loop.last} among {self.num_layers}")
+        if not 0 <= loop.repeats <= MOST_REPEATS or not 0 <= loop.start_frac < 1:
+            raise ValueError(
+                f"loop: repeats must lie between 0 and {MOST_REPEATS} and start_frac in [0, 1), not {loop.repeats} and "
+                f"{loop.start_frac}"
+            )
         rope = self.attention.rope_dims
         if rope is not None and (rope < 2 or rope % 2 or rope > self.model_dim // heads):
             raise ValueError(
@@ -72,6 +102,12 @@ class TransformerConfig:
             raise ValueError(f"bigram.buckets must be 0 or at least 2, not {self.bigram.buckets}")
         if self.mlp.ratio < 1:
             raise ValueError(f"mlp.ratio must be at least 1, not {self.mlp.ratio}")
+
+    def order(self, looped: bool = True) -> list[int]:
+        """Blocks in the order they run."""
+        loop = self.loop
+        again = list(range(loop.first, loop.last + 1)) * (loop.repeats if looped else 0)
+        return [*range(loop.last + 1), *again, *range(loop.last + 1, self.num_layers)]
 
     @property
     def heads(self) -> tuple[int, int, int]:
@@ -92,7 +128,7 @@ class TransformerConfig:
         Raises:
             ValueError: If a key is unknown or a value does not fit.
         """
-        parts = {"attention": AttentionConfig, "mlp": MLPConfig, "bigram": BigramConfig}
+        parts = {"attention": AttentionConfig, "mlp": MLPConfig, "bigram": BigramConfig, "loop": LoopConfig}
         try:
             return cls(**{key: parts[key](**value) if key in parts else value for key, value in values.items()})
         except (TypeError, AttributeError) as error:
@@ -141,8 +177,8 @@ class Transformer(nn.Module):
         self.bigram = BigramHash(config.bigram, dim) if config.bigram.buckets else None
         self.smear = SmearGate(dim, config.smear_dims)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
-        self.num_skips = config.num_layers // 2
-        self.skip_weights = nn.Parameter(torch.ones(self.num_skips, dim))
+        self.skip_weights = nn.Parameter(torch.ones(len(config.order()) // 2, dim))
+        self.is_looped = True
         self.head = None if config.tied_embeddings else Linear(dim, config.vocab_size)
         self._initialise()
 
@@ -206,12 +242,14 @@ class Transformer(nn.Module):
         """
         x = x0
         skips: list[Tensor] = []
-        for index, block in enumerate(self.blocks):
-            reached = index - (len(self.blocks) - self.num_skips)
+        order = self.config.order(self.is_looped)
+        num_skips = len(order) // 2
+        for index, place in enumerate(order):
+            reached = index - (len(order) - num_skips)
             if reached >= 0:
                 x = x + self.skip_weights[reached].to(x.dtype) * skips.pop()
-            x = block(x, x0, rotary, first if index == len(self.blocks) - 1 else 0)
-            if index < self.num_skips:
+            x = self.blocks[place](x, x0, rotary, first if index == len(order) - 1 else 0)
+            if index < num_skips:
                 skips.append(x)
         return rms_norm(x)
 
