@@ -257,6 +257,8 @@ CUT_DOWN = [
     "--eval.batch_windows=4",
     "--eval.fit_tokens=256",
     "--eval.max_tokens=512",
+    "--export.quantization.calibration_sequences=1",
+    "--export.fit=false",
 ]
 
 
