@@ -271,7 +271,8 @@ def longer_follow_up() -> list[str]:
 @pytest.mark.parametrize("words", [*(["--config", name] for name in recipe_names()), longer_follow_up()])
 def test_every_recipe_runs_cut_down(words: list[str], tmp_path: Path, shard_folder: Path):
     """The recipe's own model, two steps, at most 4,096 tokens and 16 windows."""
-    result = trainer("fit", *words, *CUT_DOWN, f"--data.source.folder={shard_folder}", cwd=tmp_path)
+    fewer = ["--model.num_layers=3"] if words[1] == "frontier" else []  # its rounding takes 4 seconds a block
+    result = trainer("fit", *words, *CUT_DOWN, *fewer, f"--data.source.folder={shard_folder}", cwd=tmp_path)
     # An untrained reference model does not compress under the cap, and says so.
     assert result.returncode in (0, 1), result.stderr
     assert result.returncode == 0 or "over the cap" in result.stderr

@@ -330,7 +330,7 @@ def run(command: str, args: Sequence[str]) -> None:
         except SIGTERMException as error:
             raise SystemExit(143) from error
         except RuntimeError as error:
-            if not lost_a_process(error):
+            if cli.trainer.world_size == 1 or not lost_a_process(error):
                 raise
             raise UserError(
                 "another process of this run has ended, and this one with it; its own words say why. "

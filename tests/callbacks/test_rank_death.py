@@ -59,6 +59,8 @@ def test_a_rank_that_ends_takes_the_run_down_and_leaves_a_checkpoint(
         assert "rank" in result.stderr.lower()
     checkpoint = load_checkpoint(tmp_path / RUN / "1/checkpoints/last.ckpt")
     assert checkpoint["global_step"] >= saved
+    if end == RAISE:
+        return
     alone = trainer(*small(shard_folder, "--precision=64-true"), "--ckpt=last", cwd=tmp_path)
     assert alone.returncode == 0, alone.stderr
     whole = trainer(*small(shard_folder, "--precision=64-true"), cwd=tmp_path)
@@ -86,3 +88,9 @@ def test_those_that_are_left_say_so_in_one_line(rank: int, tmp_path: Path, shard
     assert time.monotonic() - started < 60
     assert "another process of this run has ended" in result.stderr
     assert load_checkpoint(tmp_path / RUN / "1/checkpoints/last.ckpt")["global_step"] >= 4
+
+
+def test_a_model_over_the_cap_ends_all_ranks(tmp_path: Path, shard_folder: Path):
+    result = trainer(*small(shard_folder, *TWO, "--export.cap=1000"), cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.count("over the cap of 1,000") == 1

@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from trainer.callbacks.ema import EMA
@@ -22,6 +21,7 @@ from trainer.data.manifest import Manifest
 from trainer.data.shards import TokenFiles
 from trainer.datamodule import TokenData
 from trainer.environment import versions
+from trainer.errors import UserError
 from trainer.evaluation.metric import Score
 from trainer.evaluation.sliding import score
 from trainer.evaluation.windows import EvaluationConfig
@@ -102,20 +102,28 @@ class PostTrainExport(pl.Callback):
         export_seconds = time.monotonic()
         if progress:
             progress.part("exporting", 0, 1)
+        error: UserError | None = None
         if trainer.is_global_zero:
-            shutil.copyfile(data.text.tokenizer, folder / "tokenizer.model")
-            size = export(
-                state,
-                pl_module.model.config,
-                self.quantization,
-                data.tokenizer_sha256,
-                folder,
-                self.cap,
-                self.fit,
-                rounding,
-                progress.note if progress else print,
-            )
-        trainer.strategy.barrier("artifact written")
+            try:
+                shutil.copyfile(data.text.tokenizer, folder / "tokenizer.model")
+                size = export(
+                    state,
+                    pl_module.model.config,
+                    self.quantization,
+                    data.tokenizer_sha256,
+                    folder,
+                    self.cap,
+                    self.fit,
+                    rounding,
+                    progress.note if progress else print,
+                )
+            except UserError as found:  # the others wait to hear how it went
+                error = found
+        failed = trainer.strategy.broadcast(error is not None)
+        if error is not None:
+            raise error
+        if failed:
+            raise SystemExit(1)  # rank 0 says why
         export_seconds = time.monotonic() - export_seconds
         if progress:
             progress.part("exporting", 1, 1)
@@ -134,7 +142,7 @@ class PostTrainExport(pl.Callback):
         cutoff = next((callback for callback in trainer.callbacks if isinstance(callback, WallclockCutoff)), None)  # type: ignore[attr-defined]
         clock = cutoff.clock if cutoff else pl_module.clock
         if cutoff and clock.budget is not None and calibration_seconds > cutoff.reserve:
-            rank_zero_warn(
+            print(
                 f"measuring for the export took {calibration_seconds:.1f} s of training time, but wallclock.reserve "
                 f"holds {cutoff.reserve:g} s for it; under the challenge's rules the run was too long"
             )
