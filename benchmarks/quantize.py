@@ -7,6 +7,7 @@ equal sizes, and the bytes of each codec. The loss is that of plain windows of t
 import argparse
 import json
 import lzma
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,13 +20,14 @@ from torch import Tensor
 from benchmarks.subject import report
 from trainer.data.sources import Shards
 from trainer.datamodule import TokenData
+from trainer.errors import UserError
 from trainer.evaluation.sliding import score
 from trainer.evaluation.windows import EvaluationConfig
 from trainer.loading import stored_weights
 from trainer.model.transformer import Transformer
 from trainer.quantize.artifact import read_artifact, write_artifact
 from trainer.quantize.calibration import EMBEDDING, Moments, calibrate
-from trainer.quantize.container import StoredTensor
+from trainer.quantize.container import StoredTensor, compress
 from trainer.quantize.entropy_coding import classes_of
 from trainer.quantize.entropy_coding import encode as entropy_code
 from trainer.quantize.gptq import inverse_factor, round_with_feedback
@@ -80,29 +82,31 @@ def codecs(tensors: dict[str, StoredTensor]) -> list[dict[str, object]]:
         classes = [classes_of(matrix) for matrix in symbols]
         tables, words = entropy_code(symbols, classes)
         side = tables.tobytes() + b"".join(each.tobytes() for pair in classes for each in pair)
-        return words.nbytes + len(_zstd(side))
+        return words.nbytes + len(compress(side))
 
     rows: list[dict[str, object]] = []
-    for name, compress in {
-        "zstd-22": lambda: len(_zstd(stream)),
+    for name, measure in {
+        "zstd-22": lambda: len(compress(stream)),
         "brotli-11": lambda: len(brotli.compress(stream, quality=11, lgwin=24)),
         "lzma-9e": lambda: len(lzma.compress(stream, preset=9 | lzma.PRESET_EXTREME)),
         "ans with classes": entropy,
     }.items():
         started = time.perf_counter()
-        size = compress()
+        size = measure()
         seconds = time.perf_counter() - started
         rows.append({"codec": name, "bytes": size, "of_order_0": round(size / bound, 4), "seconds": round(seconds, 1)})
     return rows
 
 
-def _zstd(stream: bytes) -> bytes:
-    from trainer.quantize.container import compress  # noqa: PLC0415 - one home for its settings
-
-    return compress(stream)
-
-
 def main() -> None:
+    """Compare, or say in a line why not."""
+    try:
+        compare()
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def compare() -> None:
     """Round, write, read back and score."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("ckpt", type=Path, help="checkpoint; its averaged weights are stored if there are any")
@@ -119,7 +123,8 @@ def main() -> None:
     data = TokenData(Shards(options.data), 8 * options.length, options.length, vocab_size=config.vocab_size)
     data.setup("fit")
     plain = EvaluationConfig(options.length, 0, 8, 0, options.targets)
-    path = Path("/tmp/quantize.zst")
+    folder = tempfile.TemporaryDirectory()
+    path = Path(folder.name) / "artifact.zst"
 
     def loss_of(tensors: dict[str, Tensor]) -> tuple[float, float]:
         model = Transformer(config).to(device)

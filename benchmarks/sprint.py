@@ -31,9 +31,13 @@ def read_table(path: Path, fingerprint: str, seconds: float) -> list[dict[str, A
         seconds: Training time that is compared at.
 
     Raises:
-        UserError: If a row saw another text or another time.
+        UserError: If a row saw another text or another time, or the file is no table.
     """
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = path.read_text().splitlines() if path.is_file() else []
+    try:
+        rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: is no table of sprints ({error}); mend that line or use another --table") from error
     for number, row in enumerate(rows, 1):
         if row["text_fingerprint"] != fingerprint:
             raise UserError(
@@ -139,6 +143,8 @@ def main() -> None:
         print(table(read_table(path, manifest.text_fingerprint, seconds)))
     except UserError as error:
         raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # the run has said so
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from trainer.callbacks.checkpoint import Checkpoints
 from trainer.callbacks.export import PostTrainExport
 from trainer.callbacks.progress import Progress
 from trainer.callbacks.report import Report
-from trainer.cli import TrainerCLI, quiet_libraries
+from trainer.cli import TrainerCLI
+from trainer.noise import quiet_libraries
 from trainer.recipes import find_recipe
 
 

@@ -1,6 +1,9 @@
 """Small data that every test can make: no download, nothing outside the repository."""
 
+import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,6 +58,19 @@ TINY_OPTIONS = [
 
 TEXT = "the model reads a token and then it writes another one of them while 12 small cats sleep on warm stones"
 WORDS = TEXT.split(" ")
+
+
+def run_python(*words: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run Python with this checkout's packages, one thread a process."""
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
 
 
 def make_documents(count: int, seed: int) -> list[str]:

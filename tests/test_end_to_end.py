@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from tests.conftest import ROOT, TINY, TINY_OPTIONS
+from tests.conftest import ROOT, TINY, TINY_OPTIONS, run_python
 from trainer.checkpoint import load_checkpoint, seal
 from trainer.cli import resolve_precision
 from trainer.data.shards import open_shard
@@ -159,15 +159,7 @@ def test_a_loop_begins_in_the_middle_of_the_training_and_stays(tmp_path: Path, s
         "sys.exit(main(sys.argv[1:]))\n"
     )
     loop = [f"--model.loop.{word}" for word in ("first=1", "last=2", "repeats=1", "start_frac=0.5")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, "spy.py", *small(shard_folder, *loop)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run_python("spy.py", *small(shard_folder, *loop), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     seen = [line.split()[1] for line in result.stderr.splitlines() if line.startswith("looped ")]
     assert seen == ["False"] * 4 + ["True"] * 4

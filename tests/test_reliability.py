@@ -106,7 +106,7 @@ def test_ctrl_c_in_the_middle_of_an_update_waits_for_its_end(whole: Path, tmp_pa
 @pytest.mark.parametrize("moment", ["seal", "replace"])
 def test_a_kill_during_a_save_leaves_the_one_before(moment: str, whole: Path, tmp_path: Path, shard_folder: Path):
     die = {
-        "seal": "import trainer.checkpoint_io as io\nold = io.seal\nname = 'seal'",
+        "seal": "import trainer.callbacks.checkpoint_io as io\nold = io.seal\nname = 'seal'",
         "replace": "import os as io\nold = io.replace\nname = 'replace'",
     }[moment]
     die += (
@@ -168,7 +168,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_the_checkpoint_before_stays(
     """The third save meets the limit, as on a disk that others have filled meanwhile."""
     size = (whole / "last.ckpt").stat().st_size
     full = (
-        "import resource, trainer.checkpoint_io as io\nold = io.atomic_write\nseen = []\n"
+        "import resource, trainer.callbacks.checkpoint_io as io\nold = io.atomic_write\nseen = []\n"
         "def write(path):\n"
         "    seen.append(path)\n"
         f"    if len(seen) == 3: resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2}))\n"

@@ -40,6 +40,9 @@ def test_rows_of_another_text_or_another_time_are_refused(tmp_path: Path):
         read_table(path, "b" * 16, 300.0)
     with pytest.raises(UserError, match="row 1 trained for 300 s"):
         read_table(path, "a" * 16, 150.0)
+    path.write_text(path.read_text()[:40])
+    with pytest.raises(UserError, match="is no table of sprints"):
+        read_table(path, "a" * 16, 300.0)
 
 
 def test_the_table_has_means_deviations_and_changes():

@@ -2,13 +2,10 @@
 
 import atexit
 import json
-import logging
 import os
 import re
 import shutil
-import sys
 import tempfile
-import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from trainer.callbacks.checkpoint import LAST, Checkpoints
+from trainer.callbacks.checkpoint_io import AtomicCheckpointIO
 from trainer.callbacks.ema import EMA
 from trainer.callbacks.export import PostTrainExport
 from trainer.callbacks.late_swa import LateSWA
@@ -33,13 +31,13 @@ from trainer.callbacks.wallclock import WallclockCutoff
 from trainer.callbacks.warmup import CompileWarmup
 from trainer.callbacks.watch import Watch
 from trainer.checkpoint import damage, load_checkpoint
-from trainer.checkpoint_io import AtomicCheckpointIO
 from trainer.datamodule import TokenData
 from trainer.env_aliases import alias_options
 from trainer.errors import UserError
 from trainer.evaluation.windows import EvaluationConfig
 from trainer.lightning_module import LanguageModel
 from trainer.loading import run_folder_of, stored_weights
+from trainer.noise import quiet_libraries
 from trainer.options import ShortErrors
 from trainer.recipes import find_recipe
 from trainer.run_log import logged_to
@@ -388,29 +386,3 @@ def _flat(values: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
 @rank_zero_only
 def _print_once(text: str) -> None:
     print(text, flush=True)
-
-
-def quiet_libraries() -> None:
-    """Silence what a user can do nothing about; each filter is as narrow as its message."""
-    # Advertisements, device tables and advice that does not apply; our progress callback says what runs where.
-    noise = re.compile(
-        r"💡|GPU available|TPU available|HPU available|`Trainer|`weights_only` was not set|Using bfloat16 Auto|"
-        r"Using 16bit Auto|You are using a CUDA device|LOCAL_RANK|An \w+ was raised with message|"
-        r"(\[rank: \d+\] )?Seed set to"
-    )
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        for logger in (name, f"{name}.utilities.rank_zero", f"{name}.utilities.seed", f"{name}.accelerators.cuda"):
-            logging.getLogger(logger).addFilter(lambda record: not noise.match(record.getMessage()))
-    # One worker-less loader is right here: a batch is a slice of a memory map.
-    warnings.filterwarnings("ignore", message=r"The '\w+_dataloader' does not have many workers")
-    # The data module's position is a function of the step, so a mid-epoch checkpoint is exact.
-    warnings.filterwarnings("ignore", message=r"You're resuming from a checkpoint that ended before the epoch ended")
-    # Lightning calls a function of torch's that got a new name.
-    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
-    # The folder is the run's own; only its log lies there yet.
-    warnings.filterwarnings("ignore", message=r"Experiment logs directory")
-    # Evaluations of the whole split are not an epoch of anything.
-    warnings.filterwarnings("ignore", message=r"Trying to infer the `batch_size`")
-    if not sys.warnoptions:
-        # Lightning itself uses calls that torch and jsonargparse announce to remove.
-        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning|jsonargparse|torch")

@@ -1,14 +1,11 @@
 """A process of several that dies takes the run down soon, and what was saved goes on with another number of them."""
 
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import run_python
 from tests.test_end_to_end import RUN, score_of, small, trainer
 from trainer.checkpoint import load_checkpoint
 
@@ -30,29 +27,15 @@ KILL, RAISE = "os.kill(os.getpid(), signal.SIGKILL)", "raise RuntimeError('plant
 TWO = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--checkpoints.every=2", "--precision=64-true"]
 
 
-def run(script: str, words: list[str], folder: Path) -> tuple[subprocess.CompletedProcess[str], float]:
-    (folder / "script.py").write_text(script)
-    started = time.monotonic()
-    result = subprocess.run(
-        [sys.executable, "script.py", *words],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    return result, time.monotonic() - started
-
-
 @pytest.mark.parametrize(("rank", "end", "saved"), [(1, KILL, 4), (0, RAISE, 5), (1, RAISE, 4)])
 def test_a_rank_that_ends_takes_the_run_down_and_leaves_a_checkpoint(
     rank: int, end: str, saved: int, tmp_path: Path, shard_folder: Path
 ):
-    words = small(shard_folder, *TWO)
-    result, seconds = run(SCRIPT.format(rank=rank, end=end), words, tmp_path)
+    (tmp_path / "script.py").write_text(SCRIPT.format(rank=rank, end=end))
+    started = time.monotonic()
+    result = run_python("script.py", *small(shard_folder, *TWO), cwd=tmp_path, timeout=120)
     assert result.returncode != 0
-    assert seconds < 60
+    assert time.monotonic() - started < 60
     if end == RAISE:
         assert "planted" in result.stderr
     else:
@@ -70,20 +53,9 @@ def test_a_rank_that_ends_takes_the_run_down_and_leaves_a_checkpoint(
 @pytest.mark.parametrize("rank", [0, 1])
 def test_those_that_are_left_say_so_in_one_line(rank: int, tmp_path: Path, shard_folder: Path):
     (tmp_path / "script.py").write_text(SCRIPT.format(rank=rank, end=KILL))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     started = time.monotonic()
-    result = subprocess.run(
-        [
-            *[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "script.py"],
-            *small(shard_folder, *TWO),
-        ],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "script.py"]
+    result = run_python(*torchrun, *small(shard_folder, *TWO), cwd=tmp_path, timeout=120)
     assert result.returncode != 0
     assert time.monotonic() - started < 60
     assert "another process of this run has ended" in result.stderr

@@ -1,14 +1,11 @@
 """Two processes whose clocks disagree: rank 0's reading decides rate and end, and the weights stay equal bit by bit."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, TINY_OPTIONS
+from tests.conftest import TINY_OPTIONS, run_python
 
 SCRIPT = """
 import hashlib, json, os, sys, time
@@ -47,15 +44,7 @@ def test_ranks_with_skewed_clocks_follow_rank_0(tmp_path: Path, shard_folder: Pa
         "--wallclock.seconds=1.0",
         "--model.schedule.warmdown_frac=0.5",
     ]
-    result = subprocess.run(
-        [sys.executable, "skewed.py", *words],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    result = run_python("skewed.py", *words, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     one, two = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     assert one["rates"] == two["rates"]

@@ -39,16 +39,16 @@ def _logarithm(sizes: Array) -> Array:
     return np.round(PER_OCTAVE * np.log2(sizes)).clip(LOWEST, HIGHEST).astype(np.int8)
 
 
-def _places(classes: list[tuple[Array, Array]]) -> Iterator[tuple[int, list[Array]]]:
-    """Every class that occurs, with the places of its symbols in each flattened matrix."""
+def _masks(classes: list[tuple[Array, Array]]) -> Iterator[tuple[int, list[Array]]]:
+    """Every class that occurs, with a mask of its symbols in each flattened matrix."""
     joint = [
         (rows.astype(np.int16)[:, None] + columns[None]).clip(LOWEST, HIGHEST).astype(np.int8).reshape(-1)
         for rows, columns in classes
     ]
     for index in range(LOWEST, HIGHEST + 1):
-        places = [np.flatnonzero(each == index) for each in joint]
-        if any(len(each) for each in places):
-            yield index, places
+        masks = [each == index for each in joint]
+        if any(each.any() for each in masks):
+            yield index, masks
 
 
 def encode(matrices: list[Array], classes: list[tuple[Array, Array]]) -> tuple[Array, Array]:
@@ -65,8 +65,8 @@ def encode(matrices: list[Array], classes: list[tuple[Array, Array]]) -> tuple[A
 
     flat = [matrix.reshape(-1) for matrix in matrices]
     tables, messages = [], []
-    for _, places in _places(classes):
-        message = np.concatenate([each[where] for each, where in zip(flat, places, strict=True)]).astype(np.int32)
+    for _, masks in _masks(classes):
+        message = np.concatenate([each[mask] for each, mask in zip(flat, masks, strict=True)]).astype(np.int32)
         tables.append(_pack(np.bincount(message + LARGEST, minlength=SYMBOLS)))
         messages.append(message + LARGEST)
     coder = constriction.stream.stack.AnsCoder()
@@ -88,18 +88,18 @@ def decode(
     flat = [np.empty(rows * columns, dtype=np.int8) for rows, columns in shapes]
     coder = constriction.stream.stack.AnsCoder(words)
     used = 0
-    for used, (_, places) in enumerate(_places(classes), 1):
+    for used, (_, masks) in enumerate(_masks(classes), 1):
         if used > len(tables):
             raise ValueError("it has fewer tables of frequencies than its classes need")
         frequencies = _unpack(tables[used - 1])
         if not frequencies.any():
             raise ValueError("a table of frequencies is empty")
-        lengths = [len(where) for where in places]
+        lengths = [int(np.count_nonzero(mask)) for mask in masks]
         message = (
             coder.decode(constriction.stream.model.Categorical(frequencies, perfect=False), sum(lengths)) - LARGEST
         )
-        for each, where, part in zip(flat, places, np.split(message, np.cumsum(lengths)[:-1]), strict=True):
-            each[where] = part
+        for each, mask, part in zip(flat, masks, np.split(message, np.cumsum(lengths)[:-1]), strict=True):
+            each[mask] = part
     if used != len(tables) or not coder.is_empty():
         raise ValueError("its coded symbols do not end where its matrices do")
     return [each.reshape(shape) for each, shape in zip(flat, shapes, strict=True)]
