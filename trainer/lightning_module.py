@@ -86,8 +86,9 @@ class LanguageModel(pl.LightningModule):
                 raise UserError(f"eval.band {band} is shorter than a training sequence, {self.sequence_length} tokens")
             self.kernel = BandedAttention(self.kernel, band)
         self.fused_mlp = choose_fusion(
-            "off" if config.mlp.negative_slope and config.mlp.fused == "auto" else config.mlp.fused,
+            config.mlp.fused,
             (config.model_dim, config.mlp.ratio * config.model_dim),
+            config.mlp.negative_slope,
             device,
             dtype,
         )

@@ -12,26 +12,32 @@ from trainer.model.mlp import MLP, MLPConfig
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
-def plain_product(a, b, squared):
-    """What the kernel computes, as formulas."""
+def plain_product(a, b, squared, slope):
+    """What the kernel computes, as formulas; the sign of a leaky unit is the last bit of its 64."""
     product = a @ b.mT
-    return product.relu().square() if squared is None else product * 2 * squared.sqrt()
+    if squared is None:
+        y = F.leaky_relu(product, slope).square()
+        return ((y.view(torch.int64) & -2) | (product < 0)).view(torch.float64) if slope else y
+    factor = torch.where(squared.view(torch.int64) & 1 == 1, -slope, 1.0) if slope else 1.0
+    return product * 2 * squared.sqrt() * factor
 
 
-def test_operator_and_its_derivative_equal_torchs(monkeypatch):
+@pytest.mark.parametrize("slope", [0.0, 0.5])
+def test_operator_and_its_derivative_equal_torchs(monkeypatch, slope):
     monkeypatch.setattr(fused_mlp, "_product", plain_product)
     torch.manual_seed(0)
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((7, 4), (6, 4), (4, 6))]
-    assert torch.autograd.gradcheck(lambda *tensors: squared_relu_mlp(*tensors)[0], inputs)
+    assert torch.autograd.gradcheck(lambda *tensors: squared_relu_mlp(*tensors, slope)[0], inputs)
     x, up, down = inputs
-    expected = F.linear(F.linear(x, up).relu().square(), down)
-    torch.testing.assert_close(squared_relu_mlp(x, up, down)[0], expected, rtol=1e-12, atol=1e-12)
+    expected = F.linear(F.leaky_relu(F.linear(x, up), slope).square(), down)
+    torch.testing.assert_close(squared_relu_mlp(x, up, down, slope)[0], expected, rtol=1e-12, atol=1e-12)
 
 
-def test_fused_module_equals_the_plain_one_with_scale_and_all_gradients(monkeypatch):
+@pytest.mark.parametrize("slope", [0.0, 0.5])
+def test_fused_module_equals_the_plain_one_with_scale_and_all_gradients(monkeypatch, slope):
     monkeypatch.setattr(fused_mlp, "_product", plain_product)
     torch.manual_seed(0)
-    mlp = MLP(MLPConfig(ratio=3), 8).double()
+    mlp = MLP(MLPConfig(ratio=3, negative_slope=slope), 8).double()
     x = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
     scale = torch.randn(8, dtype=torch.float64, requires_grad=True)
     found = []
@@ -43,15 +49,22 @@ def test_fused_module_equals_the_plain_one_with_scale_and_all_gradients(monkeypa
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel needs a GPU")
-def test_kernel_equals_the_formula_also_for_sizes_that_no_tile_divides():
-    if not fused_mlp.runs_on((72, 424), GPU, torch.bfloat16):
+@pytest.mark.parametrize("slope", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernel_equals_the_formula_also_for_sizes_that_no_tile_divides(slope, dtype):
+    if not fused_mlp.runs_on((72, 424), slope, GPU, dtype):
         pytest.skip("the kernel needs a GPU with a tensor memory accelerator (Hopper or newer)")
     torch.manual_seed(0)
-    a, b = torch.randn(1000, 72, device=GPU).bfloat16(), torch.randn(424, 72, device=GPU).bfloat16()
-    y = fused_mlp._product(a, b, None)
-    for found, squared in ((y, None), (fused_mlp._product(a, b, y), y)):
-        expected = plain_product(a.double(), b.double(), None if squared is None else squared.double())
-        assert (found.double() - expected).norm() / expected.norm() < 3e-3
+    a, b = torch.randn(1000, 72, device=GPU, dtype=dtype), torch.randn(424, 72, device=GPU, dtype=dtype)
+    product = a.double() @ b.double().mT
+    y = fused_mlp._product(a, b, None, slope)
+    gradient = fused_mlp._product(a, b, y, slope)
+    expected = F.leaky_relu(product, slope).square()
+    assert (y.double() - expected).norm() / expected.norm() < (6e-3 if slope else 3e-3)
+    assert abs((y.double() / expected)[expected > 1].mean() - 1) < 1e-4  # the last bit's loss has no preference
+    derivative = 2 * F.leaky_relu(product, slope) * torch.where(product < 0, slope, 1.0)
+    expected = product * derivative
+    assert (gradient.double() - expected).norm() / expected.norm() < 6e-3
 
 
 @pytest.mark.parametrize(
@@ -65,9 +78,9 @@ def test_kernel_equals_the_formula_also_for_sizes_that_no_tile_divides():
     ],
 )
 def test_fusion_is_used_where_it_runs(choice, device, dtype, runs, expected):
-    assert choose_fusion(choice, (64, 192), device, dtype, lambda *_: runs) is expected
+    assert choose_fusion(choice, (64, 192), 0.0, device, dtype, lambda *_: runs) is expected
 
 
 def test_fusion_that_is_asked_for_in_vain_is_refused():
     with pytest.raises(UserError, match=r"model\.mlp\.fused 'on' does not run on cpu"):
-        choose_fusion("on", (64, 192), CPU, torch.bfloat16)
+        choose_fusion("on", (64, 192), 0.0, CPU, torch.bfloat16)

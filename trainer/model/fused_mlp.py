@@ -2,7 +2,8 @@
 
 Apart from its products, the MLP of a reference step reads and writes its hidden layer five times, 4.7 ms of an H200's
 memory. Here the forward product squares what it writes, and the backward product multiplies what it writes by the
-derivative, 2 relu(h) = 2 sqrt(y): the squared output y is all that is kept. Needs Triton and a Hopper GPU or newer.
+derivative, 2 relu(h) = 2 sqrt(y): the squared output y is all that is kept. For a leaky unit the sign of h is the last
+bit of y. Needs Triton and a Hopper GPU or newer.
 """
 
 from collections.abc import Callable
@@ -19,13 +20,19 @@ Fusion = Literal["auto", "on", "off"]
 
 
 def choose_fusion(
-    choice: Fusion, widths: tuple[int, int], device: torch.device, dtype: torch.dtype, attempt: "Attempt | None" = None
+    choice: Fusion,
+    widths: tuple[int, int],
+    slope: float,
+    device: torch.device,
+    dtype: torch.dtype,
+    attempt: "Attempt | None" = None,
 ) -> bool:
     """Whether the operator is used on this device.
 
     Args:
         choice: auto uses it where it runs.
         widths: Of the model and of the MLP's hidden layer.
+        slope: Of the unit below zero.
         device: Where the model runs.
         dtype: Type of the activations.
         attempt: Says whether the operator runs there; for tests.
@@ -35,16 +42,16 @@ def choose_fusion(
     """
     if choice == "off":
         return False
-    runs = device.type == "cuda" and (attempt or runs_on)(widths, device, dtype)
+    runs = device.type == "cuda" and (attempt or runs_on)(widths, slope, device, dtype)
     if choice == "on" and not runs:
         raise UserError(f"model.mlp.fused 'on' does not run on {device.type} in {dtype}; use auto or off")
     return runs
 
 
-Attempt = Callable[[tuple[int, int], torch.device, torch.dtype], bool]
+Attempt = Callable[[tuple[int, int], float, torch.device, torch.dtype], bool]
 
 
-def runs_on(widths: tuple[int, int], device: torch.device, dtype: torch.dtype) -> bool:
+def runs_on(widths: tuple[int, int], slope: float, device: torch.device, dtype: torch.dtype) -> bool:
     """Try it forward and backward: it needs Triton, 16-bit numbers and a GPU with a tensor memory accelerator."""
     if torch.cuda.get_device_capability(device) < (9, 0) or dtype not in (torch.bfloat16, torch.float16):
         return False
@@ -54,58 +61,62 @@ def runs_on(widths: tuple[int, int], device: torch.device, dtype: torch.dtype) -
         for shape in ((128, dim), (hidden, dim), (dim, hidden))
     )
     try:
-        out = squared_relu_mlp(x, up, down)[0]
+        out = squared_relu_mlp(x, up, down, slope)[0]
         out.backward(torch.ones_like(out))
     except Exception:  # no Triton, another version of it, no compiler, odd widths: it cannot be used
         return False
     return x.grad is not None and bool(x.grad.isfinite().all())
 
 
-def _product(a: Tensor, b: Tensor, squared: Tensor | None) -> Tensor:
+def _product(a: Tensor, b: Tensor, squared: Tensor | None, slope: float) -> Tensor:
     """The kernel of `trainer.model.fused_mlp_kernel`, whose import needs Triton."""
-    return import_module("trainer.model.fused_mlp_kernel").product(a, b, squared)
+    return import_module("trainer.model.fused_mlp_kernel").product(a, b, squared, slope)
 
 
 @torch.library.custom_op("golf_trainer::squared_relu_mlp", mutates_args=())
-def squared_relu_mlp(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+def squared_relu_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float = 0.0) -> tuple[Tensor, Tensor]:
     """Feed positions forward.
 
     Args:
         x: (N, D), 16-bit, contiguous.
         up: (H, D) of the same type.
         down: (D, H) of the same type.
+        slope: Of the unit below zero.
 
     Returns:
-        relu(x up^T)^2 down^T, (N, D), and relu(x up^T)^2, (N, H).
+        leaky_relu(x up^T)^2 down^T, (N, D), and leaky_relu(x up^T)^2, (N, H).
     """
-    y = _product(x, up, None)
+    y = _product(x, up, None, slope)
     return F.linear(y, down), y
 
 
 @squared_relu_mlp.register_fake
-def _(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, up: Tensor, down: Tensor, slope: float = 0.0) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.size(0), up.size(0))
 
 
 @torch.library.custom_op("golf_trainer::squared_relu_mlp_backward", mutates_args=())
-def _backward(grad: Tensor, x: Tensor, up: Tensor, down: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    hidden_grad = _product(grad, down.mT.contiguous(), y)
+def _backward(
+    grad: Tensor, x: Tensor, up: Tensor, down: Tensor, y: Tensor, slope: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden_grad = _product(grad, down.mT.contiguous(), y, slope)
     return hidden_grad @ up, hidden_grad.mT @ x, grad.mT @ y
 
 
 @_backward.register_fake
-def _(grad: Tensor, x: Tensor, up: Tensor, down: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, x: Tensor, up: Tensor, down: Tensor, y: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), up.new_empty(up.shape), down.new_empty(down.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, output[1])
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.slope = inputs
+    ctx.save_for_backward(*tensors, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
-def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dup, ddown = _backward(grad.contiguous(), *ctx.saved_tensors)
-    return dx, dup, ddown
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    dx, dup, ddown = _backward(grad.contiguous(), *ctx.saved_tensors, ctx.slope)
+    return dx, dup, ddown, None
 
 
 squared_relu_mlp.register_autograd(_differentiate, setup_context=_save)

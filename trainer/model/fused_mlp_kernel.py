@@ -1,5 +1,8 @@
 """The Triton kernel of `fused_mlp`: one matrix product whose results are squared, or multiplied by a derivative.
 
+A leaky unit keeps the sign of what it squared in the last bit of the 16-bit square, so that the backward pass needs to
+read nothing more; that bit of the value is lost.
+
 A fixed number of programs, one a multiprocessor, walk over the tiles, so that a tile's stores overlap the next tile's
 loads; tiles come and go through the tensor memory accelerator. Its sizes are the fastest found on an H200.
 """
@@ -25,6 +28,7 @@ def _kernel(
     m,
     n,
     k,
+    slope: tl.constexpr,
     backward: tl.constexpr,
     rows: tl.constexpr,
     columns: tl.constexpr,
@@ -49,23 +53,36 @@ def _kernel(
             part = left if index == 0 else right
             place = column + index * half
             if backward:
-                part *= 2 * tl.sqrt((left_y if index == 0 else right_y).to(tl.float32))
-            else:
+                y = left_y if index == 0 else right_y
+                part *= 2 * tl.sqrt(y.to(tl.float32))
+                if slope != 0:
+                    part = tl.where((y.to(tl.int16, bitcast=True) & 1) == 1, -slope * part, part)
+                result = part.to(out_tiles.dtype)
+            elif slope == 0:
                 part = tl.maximum(part, 0.0)
-                part *= part
-            out_tiles.store([row, place], part.to(out_tiles.dtype))
+                result = (part * part).to(out_tiles.dtype)
+            else:
+                leaky = tl.where(part < 0, slope * part, part)
+                result = (leaky * leaky).to(out_tiles.dtype)
+                bits = result.to(tl.int16, bitcast=True)
+                negative = ((part < 0) & (bits > 0)).to(tl.int16)
+                # A last bit that is wrong goes up or down by the bit before it: as often the one as the other.
+                bits += ((bits ^ negative) & 1) * ((bits & 2) - 1)
+                result = bits.to(out_tiles.dtype, bitcast=True)
+            out_tiles.store([row, place], result)
 
 
-def product(a: Tensor, b: Tensor, squared: Tensor | None) -> Tensor:
-    """relu(a b^T)^2, or a b^T * 2 sqrt(squared).
+def product(a: Tensor, b: Tensor, squared: Tensor | None, slope: float = 0.0) -> Tensor:
+    """leaky_relu(a b^T)^2, or a b^T times the derivative of the square, 2 sqrt(squared) or -2 slope sqrt(squared).
 
     Args:
         a: (M, K), 16-bit, contiguous; K a multiple of 8.
         b: (N, K) of the same type, contiguous.
         squared: (M, N) of the same type, contiguous, or None.
+        slope: Of the unit below zero, not negative.
 
     Returns:
-        (M, N) of the same type.
+        (M, N) of the same type; with a slope, squares of negative units have an odd last bit, all others an even one.
     """
     (m, k), n = a.shape, b.size(0)
     out = a.new_empty(m, n)
@@ -83,6 +100,7 @@ def product(a: Tensor, b: Tensor, squared: Tensor | None) -> Tensor:
         m,
         n,
         k,
+        slope=slope,
         backward=squared is not None,
         rows=ROWS,
         columns=COLUMNS,

@@ -26,8 +26,8 @@ class MLPConfig:
     fused: Fusion = "auto"
 
     def __post_init__(self) -> None:
-        if self.negative_slope and self.fused == "on":
-            raise ValueError("mlp.fused 'on' squares a ReLU; with mlp.negative_slope use auto")
+        if not 0 <= self.negative_slope <= 1:
+            raise ValueError(f"mlp.negative_slope must lie between 0 and 1, not {self.negative_slope}")
 
 
 class MLP(nn.Module):
@@ -44,7 +44,7 @@ class MLP(nn.Module):
         """Map (B, T, D) to (B, T, D), each channel times its `scale`, (D,)."""
         if self.is_fused:
             up, down = self.up.cast(x.dtype), self.down.cast(x.dtype, scale)
-            return squared_relu_mlp(x.flatten(0, 1), up, down)[0].view_as(x)
+            return squared_relu_mlp(x.flatten(0, 1), up, down, self.negative_slope)[0].view_as(x)
         hidden = self.up(x)
         hidden = F.leaky_relu(hidden, self.negative_slope) if self.negative_slope else hidden.relu()
         return self.down(hidden.square(), scale)

@@ -1,0 +1,208 @@
+"""The training step of a recipe on 1, 2, ... GPUs of one host, with the same tokens a GPU.
+
+`python -m benchmarks.scaling --devices 1 2` starts one process a GPU for each number and prints, of each, what a step
+takes under Lightning, what the GPU of rank 0 does in it, and Muon's orthogonalisation divided between the processes
+against each process doing all of it. Further options are those of `trainer fit`.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.subject import load, report, synchronize
+from trainer.lightning_module import LanguageModel
+from trainer.optim.muon_adamw import parameter_groups
+from trainer.optim.newton_schulz import newton_schulz, orthogonalisation_dtype, orthogonalise
+
+SETTLE, PROFILED = 5, 4  # steps before the timed ones, and after them
+
+Interval = tuple[float, float]
+
+
+class Steps(pl.Callback):
+    """Times Lightning's steps, then profiles a few."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.seconds = 0.0
+        self.started = 0.0
+        self.profile = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Start after some steps, stop after the last."""
+        done = trainer.global_step
+        if done not in (SETTLE, SETTLE + self.steps, SETTLE + self.steps + PROFILED):
+            return
+        synchronize(pl_module.device)
+        if done == SETTLE:
+            self.started = time.perf_counter()
+        elif done == SETTLE + self.steps:
+            self.seconds = (time.perf_counter() - self.started) / self.steps
+            self.profile.start()
+        else:
+            self.profile.stop()
+
+
+def union(intervals: Iterable[Interval]) -> list[Interval]:
+    """Stretches of time that at least one interval covers, in order."""
+    merged: list[Interval] = []
+    for start, end in sorted(intervals):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def length(intervals: Iterable[Interval]) -> float:
+    """Time that at least one interval covers."""
+    return sum(end - start for start, end in union(intervals))
+
+
+def device_times(kernels: list[tuple[str, Interval]], steps: int) -> dict[str, float]:
+    """Milliseconds a step of what a GPU did.
+
+    Args:
+        kernels: Name, start and end in microseconds.
+        steps: That they make up.
+
+    Returns:
+        Time of the collectives of each kind, of those that nothing else hides, and in which the GPU did nothing.
+    """
+    milliseconds = 1e-3 / steps
+    collectives = [(name, interval) for name, interval in kernels if "nccl" in name.lower()]
+    computing = [interval for name, interval in kernels if "nccl" not in name.lower()]
+    everything = [interval for _, interval in kernels]
+    if not everything:
+        return {}
+    span = max(end for _, end in everything) - min(start for start, _ in everything)
+    kinds = {"all_reduce_ms": "allreduce", "all_gather_ms": "allgather"}
+    return {
+        **{
+            key: round(milliseconds * length(each for name, each in collectives if kind in name.lower()), 2)
+            for key, kind in kinds.items()
+        },
+        "collectives_not_hidden_ms": round(milliseconds * (length(everything) - length(computing)), 2),
+        "gpu_idle_ms": round(milliseconds * (span - length(everything)), 2),
+    }
+
+
+def milliseconds_of(call: Callable[[], object], device: torch.device, times: int = 20) -> float:
+    """Mean time of a call."""
+    for repeats in (3, times):
+        synchronize(device)
+        started = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        synchronize(device)
+    return round(1000 * (time.perf_counter() - started) / times, 2)
+
+
+def work(recipe: str, steps: int, words: list[str], out: Path) -> None:
+    """One process of several: train, and let rank 0 write what it saw."""
+    watch = Steps(steps)
+    total = SETTLE + steps + PROFILED
+    cli = load(recipe, [*words, f"--trainer.max_steps={total}", "--trainer.val_check_interval=1000000"])
+    cli.trainer.callbacks.append(watch)  # type: ignore[attr-defined]
+    row: dict[str, Any] = {}
+
+    class Muon(pl.Callback):
+        def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            """Time the orthogonalisation while the processes still have a group."""
+            assert isinstance(pl_module, LanguageModel)
+            config, device = pl_module.optimizer_config, pl_module.device
+            matrices = parameter_groups(pl_module.model, config)[0]["params"]
+            shapes: dict[tuple[int, int], int] = {}
+            for matrix in matrices:
+                shape = min(matrix.shape), max(matrix.shape)
+                shapes[shape] = shapes.get(shape, 0) + 1
+            dtype, count = orthogonalisation_dtype(matrices[0]), config.newton_schulz_steps
+            batches = [torch.randn(many, *shape, device=device, dtype=dtype) for shape, many in shapes.items()]
+            row["muon_divided_ms"] = milliseconds_of(lambda: orthogonalise(batches, count), device)
+            row["muon_replicated_ms"] = milliseconds_of(
+                lambda: [newton_schulz(batch, count) for batch in batches], device
+            )
+
+    cli.trainer.callbacks.append(Muon())  # type: ignore[attr-defined]
+    cli.trainer.fit(cli.model, cli.datamodule)
+    if not cli.trainer.is_global_zero:
+        return
+    kernels = [
+        (event.name, (event.time_range.start, event.time_range.end))
+        for event in watch.profile.events() or []
+        if str(event.device_type) == "DeviceType.CUDA" and not event.is_user_annotation
+    ]
+    tokens = cli.datamodule.batch_tokens
+    device = cli.trainer.strategy.root_device
+    row = {
+        "devices": cli.trainer.world_size,
+        "tokens_a_step": tokens,
+        "micro_batch_tokens": cli.model.micro_batch_tokens,
+        "step_ms": round(1000 * watch.seconds, 2),
+        "tokens_per_second": round(tokens / watch.seconds),
+        **device_times(kernels, PROFILED),
+        **row,
+        "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if device.type == "cuda" else 0.0,
+        "attention": cli.model.kernel.describe(),
+    }
+    report(f"scaling {recipe} {' '.join(words)}".strip(), row, device)
+    out.write_text(json.dumps(row))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as Markdown; `of linear` is the tokens per second over those of the first row, a device."""
+    keys = [key for key in rows[0] if key not in ("attention", "device", "torch", "lightning")]
+    first = rows[0]["tokens_per_second"] / rows[0]["devices"]
+    lines = [f"| {' | '.join([*keys, 'of linear'])} |", "|" + "---|" * (len(keys) + 1)]
+    for row in rows:
+        share = row["tokens_per_second"] / row["devices"] / first
+        cells = [f"{row[key]:,}" if isinstance(row.get(key), int | float) else str(row.get(key, "")) for key in keys]
+        lines.append(f"| {' | '.join([*cells, f'{share:.3f}'])} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Start the processes of every number of devices, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recipe", default="int5mlp_10l_8gpu", help="name or path, as for --config")
+    parser.add_argument("--devices", type=int, nargs="+", default=[1, 2], help="numbers of GPUs")
+    parser.add_argument("--tokens-a-device", type=int, default=98_304, help="of a step; the recipe's on eight GPUs")
+    parser.add_argument("--steps", type=int, default=50, help="steps that are timed")
+    parser.add_argument("--process-of", type=Path, help=argparse.SUPPRESS)  # a started process writes there
+    options, words = parser.parse_known_args()
+    if options.process_of:
+        work(options.recipe, options.steps, words, options.process_of)
+        return
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for devices in options.devices:
+            out = folder / f"{devices}.json"
+            command = [
+                *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={devices}"),
+                *("-m", "benchmarks.scaling", f"--recipe={options.recipe}", f"--steps={options.steps}"),
+                f"--process-of={out}",
+                f"--data.source.folder={folder}/data",  # one for all processes
+                f"--trainer.default_root_dir={folder}/runs",
+                f"--trainer.devices={devices}",
+                f"--data.batch_tokens={devices * options.tokens_a_device}",
+                *words,
+            ]
+            if subprocess.run(command, check=False).returncode:
+                raise SystemExit(f"error: the processes of {devices} devices failed")
+            rows.append(json.loads(out.read_text()))
+    print(f"\n{table(rows)}")
+
+
+if __name__ == "__main__":
+    main()

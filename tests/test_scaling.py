@@ -1,0 +1,27 @@
+"""What `benchmarks.scaling` makes of a profile."""
+
+import pytest
+
+from benchmarks.scaling import device_times, table, union
+
+
+def test_collectives_count_as_exposed_only_where_nothing_is_computed():
+    kernels = [
+        ("gemm", (0.0, 1000.0)),
+        ("ncclDevKernel_AllReduce_Sum", (500.0, 1500.0)),  # half of it beside the product
+        ("ncclDevKernel_AllGather_RING", (1500.0, 1700.0)),
+        ("norm", (2000.0, 2100.0)),
+    ]
+    found = device_times(kernels, steps=2)
+    expected = {"all_reduce_ms": 0.5, "all_gather_ms": 0.1, "collectives_not_hidden_ms": 0.35, "gpu_idle_ms": 0.15}
+    assert found == pytest.approx(expected)
+    assert device_times([], 2) == {}
+
+
+def test_overlapping_stretches_are_one():
+    assert union([(3.0, 4.0), (0.0, 1.0), (0.5, 2.0)]) == [(0.0, 2.0), (3.0, 4.0)]
+
+
+def test_table_compares_with_the_first_row():
+    rows = [{"devices": 1, "tokens_per_second": 100}, {"devices": 2, "tokens_per_second": 190}]
+    assert table(rows).splitlines()[-1] == "| 2 | 190 | 0.950 |"
