@@ -31,7 +31,7 @@ TINY = TransformerConfig(
 # The same with every option of the model switched on.
 ALL_OPTIONS = replace(
     TINY,
-    attention=replace(TINY.attention, rope_dims=4, exclusive=True, gate_dims=6),
+    attention=replace(TINY.attention, rope_dims=4, exclusive=True, gate_dims=6, window=3, full_every=2),
     mlp=MLPConfig(negative_slope=0.5),
     bigram=BigramConfig(buckets=0),
     smear_dims=5,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from trainer.data.tokenizer import BOS
 from trainer.model.attention_kernel import SdpaKernel
+from trainer.model.banded_attention import with_window
 from trainer.model.transformer import Block, Transformer
 
 LOOK_BACK = 2  # tokens before its own that a position's embedding depends on
@@ -16,14 +17,15 @@ LOOK_BACK = 2  # tokens before its own that a position's embedding depends on
 class CachedAttention:
     """The attention of one block, which remembers keys and values."""
 
-    def __init__(self, context: int, passes: int = 1) -> None:
+    def __init__(self, context: int, passes: int = 1, window: int | None = None) -> None:
         """Begin with nothing.
 
         Args:
             context: Positions there is room for.
             passes: How often the block runs for each token; each time has keys and values of its own.
+            window: Tokens that a position looks back at; None: all.
         """
-        self.kernel = SdpaKernel()
+        self.kernel = with_window(SdpaKernel(), window) if window else SdpaKernel()
         self.context = context
         self.lengths = [0] * passes
         self._kept: list[tuple[Tensor, Tensor]] = []
@@ -66,10 +68,13 @@ class Decoder:
     def restart(self) -> None:
         """Forget the text."""
         self.ids = torch.zeros((1, 0), dtype=torch.int32, device=self.device)
-        order = self.model.config.order()
+        config = self.model.config
+        order = config.order()
         for index, block in enumerate(self.model.blocks):
             assert isinstance(block, Block)
-            block.attention.kernel = CachedAttention(self.context, order.count(index))
+            block.attention.kernel = CachedAttention(
+                self.context, order.count(index), config.attention.window_of(index)
+            )
 
     @torch.no_grad()
     def feed(self, ids: list[int]) -> Tensor:

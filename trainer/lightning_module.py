@@ -16,7 +16,7 @@ from trainer.evaluation.metric import BitsPerByte, Score
 from trainer.evaluation.sliding import NllFn, WindowScorer
 from trainer.evaluation.windows import WindowBatch
 from trainer.model.attention_kernel import AttentionKernel, SdpaKernel, choose_kernel, let_graphs_be_stored
-from trainer.model.banded_attention import BandedAttention
+from trainer.model.banded_attention import with_window
 from trainer.model.fused_mlp import choose_fusion
 from trainer.model.transformer import Transformer, TransformerConfig
 from trainer.optim.muon_adamw import MuonAdamW, OptimizerConfig, parameter_groups
@@ -84,7 +84,7 @@ class LanguageModel(pl.LightningModule):
         if band := int(self.trainer.datamodule.evaluation.band):  # type: ignore[attr-defined]
             if stage == "fit" and band < self.sequence_length:
                 raise UserError(f"eval.band {band} is shorter than a training sequence, {self.sequence_length} tokens")
-            self.kernel = BandedAttention(self.kernel, band)
+            self.kernel = with_window(self.kernel, band)
         self.fused_mlp = choose_fusion(
             config.mlp.fused,
             (config.model_dim, config.mlp.ratio * config.model_dim),

@@ -1,5 +1,7 @@
 """Operations are those that torch's own counter sees."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -8,6 +10,14 @@ from tests.conftest import TINY
 from trainer.model.arithmetic import PEAK_FLOPS, forward_flops, peak_flops
 from trainer.model.attention_kernel import SdpaKernel
 from trainer.model.transformer import Transformer, TransformerConfig
+
+
+def test_a_window_costs_the_keys_inside_it():
+    config = replace(TINY, attention=replace(TINY.attention, window=5, full_every=2))
+    keys = sum(min(position + 1, 5) for position in range(16)) / 16
+    heads, _, width = config.heads
+    saved = 2 * 4 * heads * width * (17 / 2 - keys)  # in two blocks of four
+    assert forward_flops(TINY, 16) - forward_flops(config, 16) == pytest.approx(saved)
 
 
 @pytest.mark.parametrize("config", [TINY, TransformerConfig(num_layers=1)])

@@ -1,12 +1,13 @@
 """The band equals masked attention in numpy, at lengths that it divides and at others."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.model.attention_kernel import SdpaKernel
-from trainer.model.banded_attention import BandedAttention
+from trainer.model.attention_kernel import FlashAttention4, SdpaKernel, time_kernel
+from trainer.model.banded_attention import BandedAttention, with_window
 
 
 @settings(max_examples=60, deadline=None)
@@ -28,3 +29,33 @@ def test_each_position_attends_to_the_last_so_many(total: int, band: int, data: 
                 weights = np.exp(scores - scores.max())
                 expected = weights / weights.sum() @ v[batch, seen, head // 2].numpy()
                 assert np.allclose(found[batch, row, head], expected)
+
+
+def test_the_smaller_of_two_windows_counts():
+    inner = SdpaKernel()
+    assert with_window(with_window(inner, 8), 5) == with_window(with_window(inner, 5), 8) == BandedAttention(inner, 5)
+    assert with_window(FlashAttention4(), 5) == with_window(FlashAttention4(5), 8) == FlashAttention4(5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="flash-attn-4 needs a GPU")
+@pytest.mark.parametrize("scored", [300, 64])
+def test_flash_attention_with_a_window_equals_the_band(scored: int):
+    device = torch.device("cuda")
+    if time_kernel(FlashAttention4(100), (4, 2, 64), 256, device, torch.bfloat16) is None:
+        pytest.skip("needs flash-attn-4 and a GPU that it runs on")
+    torch.manual_seed(0)
+    q = torch.randn(2, scored, 4, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+    k, v = (torch.randn(2, 300, 2, 64, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    grad = torch.randn_like(q)
+    found = FlashAttention4(100)(q, k, v)
+    inputs = [each.detach().double().requires_grad_() for each in (q, k, v)]
+    expected = BandedAttention(SdpaKernel("math"), 100)(*inputs)
+    pairs = [(found, expected)]
+    if scored == 300:  # a training step scores every position
+        pairs += zip(
+            torch.autograd.grad(found, (q, k, v), grad),
+            torch.autograd.grad(expected, inputs, grad.double()),
+            strict=True,
+        )
+    for mine, exact in pairs:
+        assert (mine.double() - exact).norm() / exact.norm() < 1e-2

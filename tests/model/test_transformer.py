@@ -27,6 +27,7 @@ OPTIONS = {
     "rope_dims": {"attention": replace(TINY.attention, rope_dims=4)},
     "exclusive": {"attention": replace(TINY.attention, exclusive=True)},
     "gate_dims": {"attention": replace(TINY.attention, gate_dims=6)},
+    "window": {"attention": replace(TINY.attention, window=3)},
     "negative_slope": {"mlp": MLPConfig(negative_slope=0.5)},
     "no bigram": {"bigram": BigramConfig(buckets=0)},
     "smear_dims": {"smear_dims": 5},
@@ -128,16 +129,17 @@ def test_the_whole_model_equals_numpy(config: TransformerConfig):
         c, s = np.cos(angle)[:, None], np.sin(angle)[:, None]
         return np.concatenate([a * c + b * s, b * c - a * s], -1)
 
-    def attention(name, x):
+    def attention(name, x, window):
         q = turn(norm((x @ p[name + "q.weight"].T).reshape(length, heads, d))) * p[name + "q_gain"][:, None]
         k = turn(norm((x @ p[name + "k.weight"].T).reshape(length, kv_heads, d)))
         v = (x @ p[name + "v.weight"].T).reshape(length, kv_heads, d)
         out = np.zeros((length, heads, d))
         for h in range(heads):
             for t in range(length):
-                scores = k[: t + 1, h // 2] @ q[t, h] / np.sqrt(d)
+                seen = slice(max(0, t + 1 - window), t + 1)
+                scores = k[seen, h // 2] @ q[t, h] / np.sqrt(d)
                 weights = np.exp(scores - scores.max())
-                out[t, h] = weights / weights.sum() @ v[: t + 1, h // 2]
+                out[t, h] = weights / weights.sum() @ v[seen, h // 2]
                 if options:
                     own = v[t, h // 2] / np.linalg.norm(v[t, h // 2])
                     out[t, h] -= out[t, h] @ own * own
@@ -170,7 +172,7 @@ def test_the_whole_model_equals_numpy(config: TransformerConfig):
         x = p[b + "mix"][0] * x + p[b + "mix"][1] * x0
         depth = np.sqrt(i + 1) if options else 1
         read = norm(x) / depth
-        x = x + p[b + "attention_scale"] * attention(b + "attention.", read)
+        x = x + p[b + "attention_scale"] * attention(b + "attention.", read, 3 if options and i in (0, 2) else length)
         x = x + p[b + "mlp_scale"] * mlp(b + "mlp.", read if options and i >= 2 else norm(x) / depth)
         if place < half:
             stack.append(x)
@@ -258,6 +260,8 @@ def test_a_config_survives_the_round_trip_and_bad_ones_are_refused():
         {"attention": AttentionConfig(8, 3)},
         {"attention": AttentionConfig(rope_dims=66)},
         {"attention": AttentionConfig(rope_dims=7)},
+        {"attention": AttentionConfig(window=0)},
+        {"attention": AttentionConfig(full_every=0)},
         {"smear_dims": 513},
         {"bigram": BigramConfig(buckets=1)},
         {"loop": LoopConfig(2, 1, 1)},

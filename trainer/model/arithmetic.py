@@ -24,21 +24,24 @@ def forward_flops(config: TransformerConfig, length: int, looped: bool = True) -
     """Operations of the forward pass per token; a training step takes three times as many.
 
     A weight of a matrix costs a multiplication and an addition. Causal attention at position t costs two products with
-    t keys or values, half the sequence on average. Norms and other element-wise work are not counted.
+    t keys or values, half the sequence on average, or with those of the window. Norms and other element-wise work are
+    not counted.
 
     Args:
         config: The model.
         length: Tokens of a sequence.
         looped: Whether its loop is on.
     """
-    layers = len(config.order(looped))
+    order = config.order(looped)
     heads, kv_heads, width = config.heads
     dim = config.model_dim
     attention = dim * width * (heads + 2 * kv_heads) + dim * dim
     mlp = 2 * config.mlp.ratio * dim * dim
     bigram = config.bigram.dim * dim if config.bigram.buckets else 0
-    weights = layers * (attention + mlp) + bigram + config.vocab_size * dim
-    return 2 * weights + layers * 4 * heads * width * (length + 1) / 2
+    weights = len(order) * (attention + mlp) + bigram + config.vocab_size * dim
+    windows = (min(config.attention.window_of(block) or length, length) for block in order)
+    keys = sum(window - window * (window - 1) / (2 * length) for window in windows)  # of a position, on average
+    return 2 * weights + 4 * heads * width * keys
 
 
 def peak_flops(device: torch.device) -> float | None:

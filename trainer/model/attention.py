@@ -24,6 +24,9 @@ class AttentionConfig:
             Zhai 2026, arXiv 2603.09078).
         gate_dims: Scale each head's output by a gate that looks at so many channels of the input; 0: no gate (sparse
             attention gate, KellerJordan/modded-nanogpt).
+        window: Tokens that a position looks back at, itself included (Beltagy et al. 2020); null: all. Saves time where
+            the kernel is fa4.
+        full_every: Blocks n, 2n, 3n and so on, counted from 1, have no window.
         backend: Kernel; auto takes the fastest of fa4 (optional package flash-attn-4), cudnn, flash, efficient and
             math that runs on this device.
     """
@@ -35,7 +38,13 @@ class AttentionConfig:
     rope_dims: int | None = None
     exclusive: bool = False
     gate_dims: int = 0
+    window: int | None = None
+    full_every: int = 3
     backend: BackendName = "auto"
+
+    def window_of(self, block: int) -> int | None:
+        """Tokens that a block looks back at, counted from 0; None: all."""
+        return None if (block + 1) % self.full_every == 0 else self.window
 
 
 @torch.compiler.assume_constant_result

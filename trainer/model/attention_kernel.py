@@ -92,11 +92,17 @@ def _last_positions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class FlashAttention4:
-    """The optional package flash-attn-4."""
+    """The optional package flash-attn-4.
+
+    Attributes:
+        window: Tokens that a position looks back at, itself included; None: all.
+    """
+
+    window: int | None = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See AttentionKernel."""
-        return flash_attention(q, k, v)[0]
+        return flash_attention(q, k, v, self.window or 0)[0]
 
     def describe(self) -> str:
         """See AttentionKernel."""

@@ -1,7 +1,7 @@
-"""Attention that looks back a fixed number of tokens, so that a text of any length is read in one pass.
+"""Attention that looks back a fixed number of tokens (sliding-window attention, Beltagy et al. 2020).
 
-Sliding-window attention (Beltagy et al. 2020), for scoring only: each block of positions attends to itself and to the
-block before, with a mask.
+flash-attn-4 does it itself and is faster for it. Around any other kernel, each block of positions attends to itself and
+to the block before, with a mask: no faster than looking at everything, unless the text is long.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.model.attention_kernel import AttentionKernel
+from trainer.model.attention_kernel import AttentionKernel, FlashAttention4
 
 
 @dataclass(frozen=True)
@@ -53,3 +53,12 @@ class BandedAttention:
     def describe(self) -> str:
         """See AttentionKernel."""
         return self.inner.describe()
+
+
+def with_window(kernel: AttentionKernel, window: int) -> AttentionKernel:
+    """The same kernel, looking back at so many tokens at most, the position itself included."""
+    if isinstance(kernel, FlashAttention4):
+        return FlashAttention4(min(window, kernel.window or window))
+    if isinstance(kernel, BandedAttention):
+        return BandedAttention(kernel.inner, min(window, kernel.band))
+    return BandedAttention(kernel, window)

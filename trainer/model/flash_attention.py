@@ -20,46 +20,54 @@ def is_installed() -> bool:
 
 
 @torch.library.custom_op("golf_trainer::flash_attention", mutates_args=())
-def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> tuple[Tensor, Tensor]:
     """Causal attention with native grouped queries.
 
     Args:
         q: (B, S, H, d), the last S of T positions, float16 or bfloat16.
         k: (B, T, K, d).
         v: (B, T, K, d).
+        window: Tokens that a position looks back at, itself included; 0: all.
 
     Returns:
         (B, S, H, d) of the same type, and the float32 log-sum-exp of the scores, (B, H, S).
     """
-    out, lse, *_ = import_module(INTERFACE)._flash_attn_fwd(q, k, v, causal=True, return_lse=True)
+    out, lse, *_ = import_module(INTERFACE)._flash_attn_fwd(q, k, v, return_lse=True, **_seen(window))
     return out, lse
 
 
 @flash_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> tuple[Tensor, Tensor]:
     lse = q.new_empty((q.size(0), q.size(2), q.size(1)), dtype=torch.float32)
     return q.new_empty(q.shape), lse
 
 
 @torch.library.custom_op("golf_trainer::flash_attention_backward", mutates_args=())
-def _backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = import_module(INTERFACE)._flash_attn_bwd(q, k, v, out, grad, lse, causal=True)
+def _backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = import_module(INTERFACE)._flash_attn_bwd(q, k, v, out, grad, lse, **_seen(window))
     return dq, dk, dv
 
 
 @_backward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, *output)
+def _seen(window: int) -> dict[str, Any]:
+    return {"causal": True, "window_size_left": window - 1} if window else {"causal": True}
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.window = inputs
+    ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
 
 
-def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = _backward(*ctx.saved_tensors, grad.contiguous())
-    return dq, dk, dv
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    dq, dk, dv = _backward(*ctx.saved_tensors, grad.contiguous(), ctx.window)
+    return dq, dk, dv, None
 
 
 flash_attention.register_autograd(_differentiate, setup_context=_save)

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.model.attention import Attention, AttentionConfig, rotary_tables
-from trainer.model.attention_kernel import AttentionKernel
+from trainer.model.attention_kernel import AttentionKernel, SdpaKernel
+from trainer.model.banded_attention import with_window
 from trainer.model.embedding import BigramConfig, BigramHash, SmearGate
 from trainer.model.layers import Linear, activation_dtype, rms_norm
 from trainer.model.mlp import MLP, MLPConfig
@@ -95,6 +96,9 @@ class TransformerConfig:
             raise ValueError(
                 f"attention.rope_dims must be even, from 2 to the head's {self.model_dim // heads}, not {rope}"
             )
+        for name, number in (("window", self.attention.window), ("full_every", self.attention.full_every)):
+            if number is not None and number < 1:
+                raise ValueError(f"attention.{name} must be at least 1, not {number}")
         for name, value in (("attention.gate_dims", self.attention.gate_dims), ("smear_dims", self.smear_dims)):
             if not 0 <= value <= self.model_dim:
                 raise ValueError(f"{name} must lie between 0 and model_dim {self.model_dim}, not {value}")
@@ -180,6 +184,7 @@ class Transformer(nn.Module):
         self.skip_weights = nn.Parameter(torch.ones(len(config.order()) // 2, dim))
         self.is_looped = True
         self.head = None if config.tied_embeddings else Linear(dim, config.vocab_size)
+        self.set_kernels(SdpaKernel(), False)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -197,10 +202,11 @@ class Transformer(nn.Module):
             nn.init.zeros_(self.head.weight)
 
     def set_kernels(self, attention: AttentionKernel, fused_mlp: bool) -> None:
-        """Use one way of computing attention and one of computing the MLP in every block."""
-        for block in self.blocks:
+        """Use one way of computing attention, with each block's window, and one of computing the MLP."""
+        for index, block in enumerate(self.blocks):
             assert isinstance(block, Block)
-            block.attention.kernel = attention
+            window = self.config.attention.window_of(index)
+            block.attention.kernel = with_window(attention, window) if window else attention
             block.mlp.is_fused = fused_mlp
 
     def hidden(self, ids: Tensor, first: int = 0) -> Tensor:
