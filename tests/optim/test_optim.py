@@ -21,10 +21,13 @@ def muon(shapes, dtype, **config) -> tuple[list[torch.Tensor], MuonAdamW]:
     return params, MuonAdamW([group], settings)
 
 
-@pytest.mark.parametrize("row_normalise", [False, True])
-def test_muon_equals_the_formula_in_float64_over_100_steps_of_changing_momentum(row_normalise: bool):
-    params, optimizer = muon(SHAPES, torch.float64, weight_decay=0.07, row_normalise=row_normalise)
+@pytest.mark.parametrize(("row_normalise", "row_beta2"), [(False, 0.0), (True, 0.0), (True, 0.9)])
+def test_muon_equals_the_formula_in_float64_over_100_steps_of_changing_momentum(row_normalise: bool, row_beta2: float):
+    params, optimizer = muon(
+        SHAPES, torch.float64, weight_decay=0.07, row_normalise=row_normalise, row_beta2=row_beta2, eps=1e-12
+    )
     weights = [p.detach().numpy().copy() for p in params]
+    squares = [np.zeros((len(w), 1)) for w in weights]
     buffers = [np.zeros_like(w) for w in weights]
     rng = np.random.default_rng(0)
     for step in range(100):
@@ -43,6 +46,10 @@ def test_muon_equals_the_formula_in_float64_over_100_steps_of_changing_momentum(
                 a = x @ x.T
                 x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
             x = x.T if u.shape[0] > u.shape[1] else x
+            if row_beta2:
+                squares[index] = 0.9 * squares[index] + 0.1 * (x**2).mean(1, keepdims=True)
+                even = x / np.sqrt(squares[index])
+                x = even * np.linalg.norm(x) / np.linalg.norm(even)
             lr = 0.02 * multiplier
             rows, cols = u.shape
             weights[index] = weights[index] * (1 - lr * 0.07) - lr * max(1, rows / cols) ** 0.5 * x
@@ -180,13 +187,14 @@ def test_a_paused_clock_does_not_count_and_a_saved_one_goes_on():
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
 
+@pytest.mark.parametrize("row_beta2", [0.0, 0.95])
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_step_with_a_bad_gradient_changes_nothing_bit_by_bit(device: str):
+def test_a_step_with_a_bad_gradient_changes_nothing_bit_by_bit(device: str, row_beta2: float):
     """Three ways to the same weights: nobody looked, all was good, and a bad step between two good ones."""
 
     def train(steps: list[bool | None]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         torch.manual_seed(0)
-        model, config = Transformer(TINY).to(device), OptimizerConfig()
+        model, config = Transformer(TINY).to(device), OptimizerConfig(row_beta2=row_beta2)
         optimizer = MuonAdamW(parameter_groups(model, config), config)
         torch.manual_seed(1)
         for finite in steps:

@@ -41,6 +41,9 @@ class OptimizerConfig:
         scalar_weight_decay: Of gains, gates, mixes and scales; null: weight_decay.
         row_normalise: Give every row of a matrix's update the same length before it is orthogonalised (MuonEq-R,
             arXiv 2603.28254).
+        row_beta2: Divide every row of an orthogonalised update by its root mean square over the steps, which forgets
+            with this rate (0 to 1), and keep the whole update's length (NorMuon, Li et al. 2025, arXiv 2510.05491);
+            0: do not.
         grad_clip_norm: Largest global gradient norm; 0 does not clip.
     """
 
@@ -58,7 +61,12 @@ class OptimizerConfig:
     embedding_weight_decay: float | None = None
     scalar_weight_decay: float | None = None
     row_normalise: bool = False
+    row_beta2: float = 0.0
     grad_clip_norm: float = 0.3
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.row_beta2 < 1:
+            raise ValueError(f"optimizer.row_beta2 must lie in [0, 1), not {self.row_beta2}")
 
 
 def parameter_groups(model: Transformer, config: OptimizerConfig) -> list[dict[str, Any]]:
@@ -161,13 +169,32 @@ class MuonAdamW(torch.optim.Optimizer):
                 rows, cols = chosen[0].shape
                 alpha = -group["lr"] * max(1.0, rows / cols) ** 0.5
                 # Like strides and types, so that one kernel serves all matrices of a shape.
-                torch._foreach_add_(chosen, part.to(chosen[0].dtype).contiguous().unbind(), alpha=alpha)
+                update = part.to(chosen[0].dtype).contiguous()
+                if self.config.row_beta2:
+                    update = self._even_rows(update, chosen)
+                torch._foreach_add_(chosen, update.unbind(), alpha=alpha)
 
-    def _unless_bad(self, factor: float, like: Tensor) -> Tensor | float:
-        """A factor, or one where a gradient is not finite."""
+    def _even_rows(self, updates: Tensor, params: list[Tensor]) -> Tensor:
+        """Scale the rows of updates (N, rows, cols) by their history; see `row_beta2`."""
+        squares = updates.square().mean(2)  # (N, rows)
+        for parameter in params:
+            self.state[parameter].setdefault("row_square", squares.new_zeros(squares.size(1)))
+        kept = [self.state[parameter]["row_square"] for parameter in params]
+        mean = torch.lerp(
+            torch.stack(kept), squares, self._unless_bad(1 - self.config.row_beta2, squares, otherwise=0.0)
+        )
+        torch._foreach_copy_(kept, mean.unbind())
+        even = updates / (mean.sqrt() + self.config.eps)[..., None]
+        lengths = [each.norm(dim=(1, 2), keepdim=True) for each in (updates, even)]
+        return even * (
+            lengths[0] / lengths[1].clamp(min=self.config.eps)
+        )  # all zero after a gradient that is not finite
+
+    def _unless_bad(self, factor: float, like: Tensor, otherwise: float = 1.0) -> Tensor | float:
+        """A factor, or another where a gradient is not finite."""
         if self.finite is None:
             return factor
-        return torch.where(self.finite, torch.full((), factor, dtype=like.dtype, device=like.device), 1.0)
+        return torch.where(self.finite, torch.full((), factor, dtype=like.dtype, device=like.device), otherwise)
 
     def _adamw(self, params: list[Tensor], group: dict[str, Any]) -> None:
         on_gpu = params[0].is_cuda
