@@ -54,12 +54,18 @@ def test_the_table_has_means_deviations_and_changes():
 
 
 def test_the_fingerprint_is_that_of_the_text_under_any_tokenizer():
-    def shards(tokens: int, text_bytes: int) -> Manifest:
-        record = ShardRecord("f", "train", 10, tokens, 990, text_bytes, "0" * 64)
-        return Manifest({}, "0" * 64, [record], {})
+    def shards(*records: tuple[str, int, int, int]) -> str:
+        found = [
+            ShardRecord("f", split, documents, tokens, 990, text_bytes, "0" * 64)
+            for split, documents, tokens, text_bytes in records
+        ]
+        return Manifest({}, "0" * 64, found, {}).text_fingerprint
 
-    assert shards(100, 1000).text_fingerprint == shards(70, 1000).text_fingerprint
-    assert shards(100, 1000).text_fingerprint != shards(100, 1001).text_fingerprint
+    one = shards(("train", 10, 100, 1000), ("val", 3, 30, 200))
+    two = shards(("train", 6, 40, 700), ("train", 4, 30, 300), ("val", 3, 20, 200))  # longer pieces, smaller shards
+    assert one == two
+    assert one != shards(("train", 10, 100, 1001), ("val", 3, 30, 200))
+    assert one != shards(("train", 10, 100, 1000), ("val", 2, 30, 200))
 
 
 def sprint(data: Path, place: Path, *settings: str) -> subprocess.CompletedProcess[str]:

@@ -15,7 +15,8 @@ from trainer.evaluation.adaptation import Adapter
 from trainer.evaluation.metric import BitsPerByte, Score
 from trainer.evaluation.sliding import NllFn, WindowScorer
 from trainer.evaluation.windows import WindowBatch
-from trainer.model.attention_kernel import AttentionKernel, SdpaKernel, choose_kernel, let_graphs_be_stored
+from trainer.model.attention_choice import choose_kernel, let_graphs_be_stored
+from trainer.model.attention_kernel import AttentionKernel, SdpaKernel
 from trainer.model.banded_attention import with_window
 from trainer.model.fused_mlp import choose_fusion
 from trainer.model.transformer import Transformer, TransformerConfig
@@ -80,7 +81,10 @@ class LanguageModel(pl.LightningModule):
         dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "64-true": torch.float64}.get(
             str(self.trainer.precision), torch.float32
         )
-        self.kernel = choose_kernel(config.attention.backend, config.heads, self.sequence_length, device, dtype)
+        windows = [config.attention.window_of(block) for block in range(config.num_layers)]
+        self.kernel = choose_kernel(
+            config.attention.backend, config.heads, self.sequence_length, device, dtype, windows
+        )
         if band := int(self.trainer.datamodule.evaluation.band):  # type: ignore[attr-defined]
             if stage == "fit" and band < self.sequence_length:
                 raise UserError(f"eval.band {band} is shorter than a training sequence, {self.sequence_length} tokens")

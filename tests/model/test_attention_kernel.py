@@ -9,8 +9,9 @@ import torch
 from torch._dynamo.utils import counters
 
 from trainer.errors import UserError
-from trainer.model import attention_kernel
-from trainer.model.attention_kernel import AttentionKernel, SdpaKernel, choose_kernel, let_graphs_be_stored
+from trainer.model import attention_choice
+from trainer.model.attention_choice import choose_kernel, let_graphs_be_stored
+from trainer.model.attention_kernel import AttentionKernel, FlashAttention4, SdpaKernel
 
 CARD = ((8, 4, 64), 128, torch.device("cuda"), torch.float16)
 
@@ -48,35 +49,49 @@ def table(**seconds: float):
 
 
 def test_the_fastest_kernel_that_runs_is_taken():
-    assert choose_kernel("auto", *CARD, table(cudnn=0.003, flash=0.005, math=0.1)).describe() == "cudnn"
-    assert choose_kernel("auto", *CARD, table(cudnn=0.005, flash=0.003, math=0.1)).describe() == "flash"
-    assert choose_kernel("efficient", *CARD, table(cudnn=0.003, efficient=0.2)).describe() == "efficient"
+    assert choose_kernel("auto", *CARD, measure=table(cudnn=0.003, flash=0.005, math=0.1)).describe() == "cudnn"
+    assert choose_kernel("auto", *CARD, measure=table(cudnn=0.005, flash=0.003, math=0.1)).describe() == "flash"
+    assert choose_kernel("efficient", *CARD, measure=table(cudnn=0.003, efficient=0.2)).describe() == "efficient"
 
 
 def test_keys_are_expanded_before_a_slower_kernel_is_taken():
     """An older card: no cuDNN, and flash has no grouped queries."""
-    chosen = choose_kernel("auto", *CARD, table(flash_expanded=0.005, efficient_expanded=0.007, math=0.1))
+    chosen = choose_kernel("auto", *CARD, measure=table(flash_expanded=0.005, efficient_expanded=0.007, math=0.1))
     assert chosen.describe() == "flash, keys and values expanded"
 
 
 def test_an_optional_package_that_is_installed_in_vain_is_named(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(attention_kernel, "is_installed", lambda: True)
+    monkeypatch.setattr(attention_choice, "is_installed", lambda: True)
     with pytest.warns(UserWarning, match="flash-attn-4 is installed but does not run"):
-        assert choose_kernel("auto", *CARD, table(cudnn=2.0)).describe() == "cudnn"
+        assert choose_kernel("auto", *CARD, measure=table(cudnn=2.0)).describe() == "cudnn"
 
 
 def test_the_optional_package_is_tried_only_where_it_is_installed(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(attention_kernel, "is_installed", lambda: True)
-    assert choose_kernel("auto", *CARD, table(fa4=0.002, cudnn=0.003)).describe() == "fa4"
-    monkeypatch.setattr(attention_kernel, "is_installed", lambda: False)
-    assert choose_kernel("auto", *CARD, table(fa4=0.002, cudnn=0.003)).describe() == "cudnn"
+    monkeypatch.setattr(attention_choice, "is_installed", lambda: True)
+    assert choose_kernel("auto", *CARD, measure=table(fa4=0.002, cudnn=0.003)).describe() == "fa4"
+    monkeypatch.setattr(attention_choice, "is_installed", lambda: False)
+    assert choose_kernel("auto", *CARD, measure=table(fa4=0.002, cudnn=0.003)).describe() == "cudnn"
     with pytest.raises(UserError, match="flash-attn-4"):
-        choose_kernel("fa4", *CARD, table(fa4=0.002))
+        choose_kernel("fa4", *CARD, measure=table(fa4=0.002))
+
+
+def test_windows_count_as_often_as_blocks_have_them(monkeypatch: pytest.MonkeyPatch):
+    """cuDNN may win with all tokens and lose by what it costs to mask them."""
+    monkeypatch.setattr(attention_choice, "is_installed", lambda: True)
+
+    def measure(kernel: AttentionKernel, *_: object) -> float | None:
+        if isinstance(kernel, FlashAttention4):
+            return 0.001 if kernel.window else 0.003
+        return {"cudnn": 0.002 if isinstance(kernel, SdpaKernel) else 0.005}.get(kernel.describe())
+
+    assert choose_kernel("auto", *CARD, [None, None, None], measure).describe() == "cudnn"
+    assert choose_kernel("auto", *CARD, [64, 64, None], measure).describe() == "fa4"
+    assert choose_kernel("auto", *CARD, [64, None, None, None, None, None], measure).describe() == "cudnn"
 
 
 def test_a_named_kernel_that_does_not_run_is_refused_by_name():
     with pytest.raises(UserError, match="'cudnn' does not run"):
-        choose_kernel("cudnn", *CARD, table(flash=0.005))
+        choose_kernel("cudnn", *CARD, measure=table(flash=0.005))
     with pytest.raises(UserError, match="needs a CUDA device"):
         choose_kernel("flash", (8, 4, 64), 128, torch.device("cpu"), torch.float32)
 

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.model.attention_kernel import FlashAttention4, SdpaKernel, time_kernel
+from trainer.model.attention_choice import time_kernel
+from trainer.model.attention_kernel import FlashAttention4, SdpaKernel
 from trainer.model.banded_attention import BandedAttention, with_window
 
 

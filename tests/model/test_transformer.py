@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import ALL_OPTIONS, TINY
 from trainer.model.attention import AttentionConfig, rotary_tables, rotate, without_own_value
+from trainer.model.attention_kernel import SdpaKernel
 from trainer.model.embedding import BigramConfig, SmearGate, bigram_buckets
 from trainer.model.layers import Linear
 from trainer.model.mlp import MLPConfig
@@ -189,12 +190,30 @@ def test_nll_is_the_log_softmax_of_the_logits_from_the_first_position_on():
     assert np.allclose(model.nll(ids, targets, 5).detach().numpy(), expected[:, 5:])
 
 
-def test_activations_follow_autocast():
-    model = Transformer(TINY)
-    ids = torch.randint(0, 300, (1, 8))
-    with torch.autocast("cpu", torch.bfloat16):
+@pytest.mark.parametrize("config", [TINY, ALL_OPTIONS], ids=["reference", "all options"])
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+)
+def test_activations_follow_autocast(device: str, config: TransformerConfig):
+    """On a GPU autocast sums and normalises in float32, which must not leak: kernels take one type."""
+    model = Transformer(config).to(device)
+    seen = set()
+
+    class Kernel(SdpaKernel):
+        def __call__(self, q, k, v):
+            seen.update((q.dtype, k.dtype, v.dtype))
+            return super().__call__(q, k, v)
+
+    for block in model.blocks:
+        block.attention.kernel = Kernel()
+    ids = torch.randint(0, 300, (1, 8), device=device)
+    with torch.autocast(device, torch.bfloat16):
         assert model.hidden(ids).dtype == torch.bfloat16
+        assert seen == {torch.bfloat16}
         assert model(ids).dtype == torch.float32
+        assert model.embed(ids).dtype == torch.bfloat16
+        v = torch.randn(1, 8, 2, 8, device=device, dtype=torch.bfloat16)
+        assert without_own_value(v, v).dtype == torch.bfloat16
     assert model.hidden(ids).dtype == torch.float32
 
 

@@ -92,7 +92,8 @@ def without_own_value(y: Tensor, v: Tensor) -> Tensor:
     """
     own = F.normalize(v, dim=-1)[:, :, :, None]  # (B, S, K, 1, d)
     grouped = y.unflatten(2, (v.size(2), -1))
-    return (grouped - (grouped * own).sum(-1, keepdim=True) * own).flatten(2, 3)
+    left = grouped - (grouped * own).sum(-1, keepdim=True) * own
+    return left.flatten(2, 3).to(y.dtype)  # autocast normalises and sums in float32
 
 
 class Attention(nn.Module):
@@ -131,7 +132,7 @@ class Attention(nn.Module):
         else:
             q = self._heads(x[:, first:], self.q)
             k, v = self._heads(x, self.k, self.v).split((kv_heads, kv_heads), dim=2)
-        q = rotate(rms_norm(q), rotary[:, first:]) * self.q_gain.to(x.dtype)[:, None]
+        q = rotate(rms_norm(q), rotary[:, first:]) * self.q_gain.to(q.dtype)[:, None]
         k = rotate(rms_norm(k), rotary)
         y = self.kernel(q, k, v)  # (B, S, H, d)
         if self.config.exclusive:

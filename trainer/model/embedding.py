@@ -75,5 +75,5 @@ class SmearGate(nn.Module):
             g = self.gate.sigmoid().to(x.dtype)
             return (1 - g) * x + g * before
         g = (x[..., : self.dims] * self.gate.to(x.dtype)).sum(-1, keepdim=True).sigmoid()
-        g = torch.where((ids == BOS)[..., None], 0.0, self.scale.to(x.dtype) * g)
-        return x + g * before
+        g = torch.where((ids == BOS)[..., None], 0.0, self.scale * g)
+        return x + g.to(x.dtype) * before  # autocast sums in float32

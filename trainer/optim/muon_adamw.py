@@ -117,6 +117,13 @@ class MuonAdamW(torch.optim.Optimizer):
             group["lr"] = multiplier * group["base_lr"]
             group["momentum"] = momentum
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a stored state. torch leaves AdamW's step counts on the host; its fused kernel refuses them."""
+        super().load_state_dict(state_dict)
+        for parameter, state in self.state.items():
+            if "step" in state and parameter.is_cuda:
+                state["step"] = state["step"].to(parameter.device)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient."""
