@@ -51,6 +51,20 @@ def test_a_rank_that_ends_takes_the_run_down_and_leaves_a_checkpoint(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(
+    rank: int, name: str, code: int, tmp_path: Path, shard_folder: Path
+):
+    end = f"os.kill(os.getpid(), signal.{name})"
+    (tmp_path / "script.py").write_text(SCRIPT.format(rank=rank, end=end))
+    result = run_python("script.py", *small(shard_folder, *TWO), cwd=tmp_path, timeout=120)
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr
+    checkpoint = load_checkpoint(tmp_path / RUN / "1/checkpoints/last.ckpt")
+    assert checkpoint["global_step"] == 6  # the step that the signal came in
+
+
+@pytest.mark.parametrize("rank", [0, 1])
 def test_those_that_are_left_say_so_in_one_line(rank: int, tmp_path: Path, shard_folder: Path):
     (tmp_path / "script.py").write_text(SCRIPT.format(rank=rank, end=KILL))
     started = time.monotonic()

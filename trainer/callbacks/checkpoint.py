@@ -13,8 +13,10 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from trainer.lightning_module import LanguageModel
+from trainer.ranks import HostChannel
 
 LAST = "last.ckpt"
 
@@ -34,27 +36,38 @@ class Checkpoints(Checkpoint):
         self.every = every
         self.keep = keep
         self.saved_step: int | None = None
-        self._handler: Any = None
-        self._interrupted = False
+        self._handlers: dict[int, Any] = {}
+        self._asked = 0  # the signal that asks for the end
+        self._channel: HostChannel | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put the folder inside the run's."""
         self.folder = Path(str(trainer.log_dir)) / "checkpoints"
+        self._channel = self._channel or HostChannel(trainer.world_size)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let Ctrl-C wait for the end of an update; nothing was trained yet that is not in the file gone on from."""
+        """Let Ctrl-C wait for the end of an update; nothing was trained yet that is not in the file gone on from.
+
+        Of several processes each waits for the end of the step, where all hear of it. That includes SIGTERM, which
+        Lightning hands round on the devices, every step: then the host cannot run ahead of them, and a signal in the
+        middle of a step meets another collective.
+        """
         assert isinstance(pl_module, LanguageModel)
         self.saved_step = trainer.global_step
+        several = trainer.world_size > 1
+        if several:
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
         def stop(number: int, frame: FrameType | None) -> None:
-            if not pl_module.updating or self._interrupted:  # a second one does not wait
+            if self._asked or not (pl_module.updating or several):  # a second one does not wait
                 raise KeyboardInterrupt
-            self._interrupted = True
+            self._asked = number
 
         try:
-            self._handler = signal.signal(signal.SIGINT, stop)
+            for number in (signal.SIGINT, signal.SIGTERM) if several else (signal.SIGINT,):
+                self._handlers[number] = signal.signal(number, stop)
         except ValueError:  # not the main thread: no signal comes here
-            self._handler = None
+            pass
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Save when it is time, and after the last step: before the export, which could fail.
@@ -63,8 +76,9 @@ class Checkpoints(Checkpoint):
         """
         assert isinstance(pl_module, LanguageModel)
         pl_module.updating = False
-        if self._interrupted:
-            raise KeyboardInterrupt
+        assert self._channel is not None
+        if asked := int(self._channel.largest(self._asked)):
+            raise SIGTERMException if asked == signal.SIGTERM else KeyboardInterrupt
         step = trainer.global_step
         if trainer.should_stop or step == trainer.max_steps or step % self.every == 0:
             self._save(trainer)
@@ -80,14 +94,10 @@ class Checkpoints(Checkpoint):
             self._save(trainer, alone=True)  # an impatient second Ctrl-C does not end this: Lightning ignores it by now
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save if a validation ended the run; Ctrl-C is Python's own again."""
-        self._restore_handler()
+        """Save if a validation ended the run; signals mean what they did before."""
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
         self._save(trainer)
-
-    def _restore_handler(self) -> None:
-        if self._handler is not None:
-            signal.signal(signal.SIGINT, self._handler)
-            self._handler = None
 
     def _save(self, trainer: pl.Trainer, alone: bool = False) -> None:
         """Save this step; `alone` if other processes may not come along, so that nothing waits for them."""

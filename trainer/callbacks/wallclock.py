@@ -7,10 +7,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 
 from trainer.clock import TrainingClock
 from trainer.lightning_module import LanguageModel
+from trainer.ranks import HostChannel
 
 
 class WallclockCutoff(pl.Callback):
@@ -29,14 +29,13 @@ class WallclockCutoff(pl.Callback):
             raise ValueError(f"wallclock.reserve must lie between 0 and wallclock.seconds, not {reserve}")
         self.reserve = reserve
         self.clock = TrainingClock(seconds if seconds is None else seconds - reserve)
-        self._group: Any = None
+        self._channel: HostChannel | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the module this clock; open a host-side channel between ranks, so that no rank waits for its device."""
+        """Give the module this clock."""
         assert isinstance(pl_module, LanguageModel)
         pl_module.clock = self.clock
-        if trainer.world_size > 1 and self._group is None:
-            self._group = dist.new_group(backend="gloo")
+        self._channel = self._channel or HostChannel(trainer.world_size)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start counting; the warm-up callback comes before this one."""
@@ -44,15 +43,13 @@ class WallclockCutoff(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Share rank 0's reading and stop all ranks at the same step."""
-        self._read()
+        self._read(trainer)
         if self.clock.budget is not None and self.clock.reading >= self.clock.budget:
             trainer.should_stop = True
 
-    def _read(self) -> None:
-        reading = torch.tensor([self.clock.elapsed], dtype=torch.float64)
-        if self._group is not None:
-            dist.broadcast(reading, src=0, group=self._group)
-        self.clock.reading = float(reading)
+    def _read(self, trainer: pl.Trainer) -> None:
+        assert self._channel is not None
+        self.clock.reading = self._channel.largest(self.clock.elapsed if trainer.is_global_zero else 0.0)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop counting, once the steps in flight are done."""
@@ -69,7 +66,7 @@ class WallclockCutoff(pl.Callback):
         """Stop for good; export does not count."""
         _wait_for(pl_module.device)
         self.clock.pause()
-        self._read()
+        self._read(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """The time used."""
