@@ -1,8 +1,9 @@
 """The training step of a recipe on 1, 2, ... GPUs of one host, with the same tokens a GPU.
 
 `python -m benchmarks.scaling --devices 1 2` starts one process a GPU for each number and prints, of each, what a step
-takes under Lightning, what the GPU of rank 0 does in it, and Muon's orthogonalisation divided between the processes
-against each process doing all of it. Further options are those of `trainer fit`.
+takes under Lightning, what the GPU of rank 0 does in it, and Muon's orthogonalisation by itself, divided between the
+processes and with each process doing all of it. `--muon replicated` makes the steps that way. Further options are those
+of `trainer fit`.
 """
 
 import argparse
@@ -17,10 +18,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.subject import load, report, synchronize
 from trainer.lightning_module import LanguageModel
+from trainer.optim import muon_adamw
 from trainer.optim.muon_adamw import parameter_groups
 from trainer.optim.newton_schulz import newton_schulz, orthogonalisation_dtype, orthogonalise
 
@@ -108,8 +111,15 @@ def milliseconds_of(call: Callable[[], object], device: torch.device, times: int
     return round(1000 * (time.perf_counter() - started) / times, 2)
 
 
-def work(recipe: str, steps: int, words: list[str], out: Path) -> None:
+def replicated(batches: list[Tensor], steps: int) -> list[Tensor]:
+    """What `orthogonalise` gives, without another process."""
+    return [newton_schulz(batch, steps) for batch in batches]
+
+
+def work(recipe: str, steps: int, muon: str, words: list[str], out: Path) -> None:
     """One process of several: train, and let rank 0 write what it saw."""
+    if muon == "replicated":
+        muon_adamw.orthogonalise = replicated  # type: ignore[attr-defined]
     watch = Steps(steps)
     total = SETTLE + steps + PROFILED
     cli = load(recipe, [*words, f"--trainer.max_steps={total}", "--trainer.val_check_interval=1000000"])
@@ -129,9 +139,7 @@ def work(recipe: str, steps: int, words: list[str], out: Path) -> None:
             dtype, count = orthogonalisation_dtype(matrices[0]), config.newton_schulz_steps
             batches = [torch.randn(many, *shape, device=device, dtype=dtype) for shape, many in shapes.items()]
             row["muon_divided_ms"] = milliseconds_of(lambda: orthogonalise(batches, count), device)
-            row["muon_replicated_ms"] = milliseconds_of(
-                lambda: [newton_schulz(batch, count) for batch in batches], device
-            )
+            row["muon_replicated_ms"] = milliseconds_of(lambda: replicated(batches, count), device)
 
     cli.trainer.callbacks.append(Muon())  # type: ignore[attr-defined]
     cli.trainer.fit(cli.model, cli.datamodule)
@@ -146,6 +154,7 @@ def work(recipe: str, steps: int, words: list[str], out: Path) -> None:
     device = cli.trainer.strategy.root_device
     row = {
         "devices": cli.trainer.world_size,
+        "muon": muon,
         "tokens_a_step": tokens,
         "micro_batch_tokens": cli.model.micro_batch_tokens,
         "step_ms": round(1000 * watch.seconds, 2),
@@ -178,10 +187,11 @@ def main() -> None:
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2], help="numbers of GPUs")
     parser.add_argument("--tokens-a-device", type=int, default=98_304, help="of a step; the recipe's on eight GPUs")
     parser.add_argument("--steps", type=int, default=50, help="steps that are timed")
+    parser.add_argument("--muon", choices=["divided", "replicated"], default="divided", help="who orthogonalises what")
     parser.add_argument("--process-of", type=Path, help=argparse.SUPPRESS)  # a started process writes there
     options, words = parser.parse_known_args()
     if options.process_of:
-        work(options.recipe, options.steps, words, options.process_of)
+        work(options.recipe, options.steps, options.muon, words, options.process_of)
         return
     rows = []
     with tempfile.TemporaryDirectory() as name:
@@ -191,7 +201,7 @@ def main() -> None:
             command = [
                 *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={devices}"),
                 *("-m", "benchmarks.scaling", f"--recipe={options.recipe}", f"--steps={options.steps}"),
-                f"--process-of={out}",
+                *(f"--muon={options.muon}", f"--process-of={out}"),
                 f"--data.source.folder={folder}/data",  # one for all processes
                 f"--trainer.default_root_dir={folder}/runs",
                 f"--trainer.devices={devices}",
