@@ -180,9 +180,10 @@ def test_sensitive_rounding_fits_the_cap_measures_on_text_and_can_be_exported_ag
     assert summary["stages"]["artifact_plain"]["bpb"] == pytest.approx(
         summary["stages"]["averaged_plain"]["bpb"], abs=0.001
     )
-    again = trainer("export", "--ckpt", str(run / "checkpoints/last.ckpt"), "--fit", cwd=tmp_path)
-    assert again.returncode == 1
-    assert "--data is missing" in again.stderr
+    for words, message in (([], "--data is missing"), (["--data=nowhere"], "--data nowhere: there is no such folder")):
+        again = trainer("export", "--ckpt", str(run / "checkpoints/last.ckpt"), "--fit", *words, cwd=tmp_path)
+        assert again.returncode == 1
+        assert message in again.stderr
     again = trainer(
         "export", "--ckpt", str(run / "checkpoints/last.ckpt"), "--fit", f"--data={shard_folder}", cwd=tmp_path
     )

@@ -98,6 +98,7 @@ def test_a_run_too_short_to_log_anything_has_a_report_without_curves(tmp_path: P
     text = (run / "report.html").read_text()
     assert "1.2346" in text
     assert "<figure>" not in text
+    assert "Nothing was logged" in text
 
 
 def test_a_folder_without_a_finished_run_is_one_line(tmp_path: Path, capsys):

@@ -70,6 +70,8 @@ def export_checkpoint(
             raise UserError(
                 "--data is missing: this recipe's rounding measures on training text; name its shard folder"
             )
+        if not Path(data).is_dir():
+            raise UserError(f"--data {data}: there is no such folder; name the shard folder that the run trained on")
         text = TokenData(Shards(data), own["batch_tokens"], own["sequence_length"], vocab_size=config.vocab_size)
         text.expected_tokenizer = own["tokenizer_sha256"]
         text.setup("fit")
