@@ -38,6 +38,7 @@ ALL_OPTIONS = replace(
     layer_norm_scale=True,
     parallel_from=2,
     loop=LoopConfig(1, 2, 1),
+    value_blocks=3,
 )
 TINY_OPTIONS = [
     "--model.vocab_size=300",

@@ -90,7 +90,8 @@ class Decoder:
         self.ids = torch.cat((self.ids, torch.tensor([ids], dtype=torch.int32, device=self.device)), dim=1)
         seen = max(0, begin - LOOK_BACK)
         x0 = self.model.embed(self.ids[:, seen:])[:, begin - seen :]
-        states = self.model.states(x0, self._tables[:, begin : self.ids.size(1)], len(ids) - 1)
+        values = self.model.token_values(self.ids[:, begin:])
+        states = self.model.states(x0, self._tables[:, begin : self.ids.size(1)], len(ids) - 1, values)
         return self.model.logits(states)[0, -1]
 
 

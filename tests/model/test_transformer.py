@@ -35,6 +35,7 @@ OPTIONS = {
     "layer_norm_scale": {"layer_norm_scale": True},
     "parallel_from": {"parallel_from": 2},
     "loop": {"loop": LoopConfig(1, 2, 2)},
+    "value_blocks": {"value_blocks": 2},
 }
 
 
@@ -134,6 +135,9 @@ def test_the_whole_model_equals_numpy(config: TransformerConfig):
         q = turn(norm((x @ p[name + "q.weight"].T).reshape(length, heads, d))) * p[name + "q_gain"][:, None]
         k = turn(norm((x @ p[name + "k.weight"].T).reshape(length, kv_heads, d)))
         v = (x @ p[name + "v.weight"].T).reshape(length, kv_heads, d)
+        if name + "value_gain" in p:
+            tokens = p["value_embedding.weight"][ids].reshape(length, kv_heads, d)
+            v = v + p[name + "value_gain"][:, None] * tokens
         out = np.zeros((length, heads, d))
         for h in range(heads):
             for t in range(length):
@@ -177,6 +181,8 @@ def test_the_whole_model_equals_numpy(config: TransformerConfig):
         x = x + p[b + "mlp_scale"] * mlp(b + "mlp.", read if options and i >= 2 else norm(x) / depth)
         if place < half:
             stack.append(x)
+    if options:
+        assert [f"blocks.{i}.attention.value_gain" in p for i in range(4)] == [False, True, True, True]
     logits = 30 * np.tanh(norm(x) @ p["token_embedding.weight"].T / 30)
     assert np.allclose(model(torch.tensor(ids)[None])[0].detach().numpy(), logits, atol=1e-5)
 
@@ -284,6 +290,7 @@ def test_a_config_survives_the_round_trip_and_bad_ones_are_refused():
         {"smear_dims": 513},
         {"bigram": BigramConfig(buckets=1)},
         {"loop": LoopConfig(2, 1, 1)},
+        {"value_blocks": 11},
         {"loop": LoopConfig(0, 10, 1)},
         {"loop": LoopConfig(0, 1, 10**9)},
     ):

@@ -96,6 +96,20 @@ def test_the_embedding_counts_as_head_and_by_what_it_brings_in(
     assert (cost[used] > head[used] * np.diag(second).mean()).all()
 
 
+def test_a_table_that_is_only_looked_up_counts_by_what_its_rows_bring_in(tokens: torch.Tensor):
+    """Each position's copy of its row as a leaf: what autograd says of it is the gradient there."""
+    model = awake(replace(TINY, value_blocks=2))
+    found = calibrate(model, [tokens])["value_embedding.weight"]
+    ids = tokens[:, :-1]
+    rows = model.value_embedding.weight.detach()[ids].requires_grad_()
+    model.value_embedding.forward = lambda _: rows
+    model.nll(ids, tokens[:, 1:]).sum().backward()
+    expected = np.zeros(300)
+    np.add.at(expected, ids.flatten().numpy(), (rows.grad.double() ** 2).mean(-1).flatten().numpy())
+    assert np.allclose(found.sensitivity.numpy(), expected / ids.numel(), rtol=1e-3, atol=1e-12)
+    assert torch.equal(found.hessian, torch.eye(16))
+
+
 def test_calibration_leaves_the_model_as_it_was_and_knows_an_untied_head(tokens: torch.Tensor):
     model = awake(replace(TINY, tied_embeddings=False))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -99,9 +99,10 @@ def without_own_value(y: Tensor, v: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal self-attention of one block."""
 
-    def __init__(self, config: AttentionConfig, dim: int) -> None:
+    def __init__(self, config: AttentionConfig, dim: int, has_token_values: bool = False) -> None:
         super().__init__()
         self.config = config
+        self.value_gain = nn.Parameter(torch.ones(config.num_kv_heads)) if has_token_values else None
         self.head_dim = dim // config.num_heads
         self.q = Linear(dim, config.num_heads * self.head_dim)
         self.k = Linear(dim, config.num_kv_heads * self.head_dim)
@@ -112,7 +113,9 @@ class Attention(nn.Module):
         self.kernel: AttentionKernel = SdpaKernel()
         self.has_hooks = False  # multiply with each matrix by itself, so that hooks on them see their products
 
-    def forward(self, x: Tensor, rotary: Tensor, scale: Tensor, first: int = 0) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: Tensor, scale: Tensor, first: int = 0, token_values: Tensor | None = None
+    ) -> Tensor:
         """Attend from position `first` on.
 
         Args:
@@ -120,6 +123,7 @@ class Attention(nn.Module):
             rotary: (2, T, d) of `rotary_tables`.
             scale: (D,) factor of each output channel.
             first: First position whose output is wanted.
+            token_values: (B, T, K, d) to add to the values where the block has a gain for them.
 
         Returns:
             (B, T - first, D).
@@ -132,6 +136,8 @@ class Attention(nn.Module):
         else:
             q = self._heads(x[:, first:], self.q)
             k, v = self._heads(x, self.k, self.v).split((kv_heads, kv_heads), dim=2)
+        if self.value_gain is not None and token_values is not None:
+            v = v + self.value_gain.to(v.dtype)[:, None] * token_values
         q = rotate(rms_norm(q), rotary[:, first:]) * self.q_gain.to(q.dtype)[:, None]
         k = rotate(rms_norm(k), rotary)
         y = self.kernel(q, k, v)  # (B, S, H, d)

@@ -55,6 +55,8 @@ class TransformerConfig:
         parallel_from: First block whose MLP reads the same input as its attention; null: none (parallel residuals,
             Wang and Komatsuzaki 2021).
         loop: Blocks that run more than once.
+        value_blocks: So many of the last blocks add to their values an embedding of the token, from one table for all
+            of them (value embeddings, KellerJordan/modded-nanogpt).
         tied_embeddings: Use the token embedding as the output head too.
         embedding_init_std: Standard deviation of the token embedding at the start.
         logit_softcap: Logits become softcap * tanh(logits / softcap).
@@ -70,6 +72,7 @@ class TransformerConfig:
     layer_norm_scale: bool = False
     parallel_from: int | None = None
     loop: LoopConfig = LoopConfig()
+    value_blocks: int = 0
     tied_embeddings: bool = True
     embedding_init_std: float = 0.005
     logit_softcap: float = 30.0
@@ -83,6 +86,10 @@ class TransformerConfig:
             raise ValueError(f"model_dim {self.model_dim} does not give {heads} heads of an even width")
         if kv_heads < 1 or heads % kv_heads:
             raise ValueError(f"num_heads {heads} is not a multiple of num_kv_heads {kv_heads}")
+        if not 0 <= self.value_blocks <= self.num_layers:
+            raise ValueError(
+                f"value_blocks must lie between 0 and num_layers {self.num_layers}, not {self.value_blocks}"
+            )
         loop = self.loop
         if not 0 <= loop.first <= loop.last < self.num_layers:
             raise ValueError(f"loop: there are no blocks {loop.first} to {loop.last} among {self.num_layers}")
@@ -147,18 +154,20 @@ class Block(nn.Module):
         dim = config.model_dim
         self.input_scale = 1 / math.sqrt(index + 1) if config.layer_norm_scale else None
         self.is_parallel = config.parallel_from is not None and index >= config.parallel_from
-        self.attention = Attention(config.attention, dim)
+        self.attention = Attention(config.attention, dim, index >= config.num_layers - config.value_blocks)
         self.mlp = MLP(config.mlp, dim)
         self.mix = nn.Parameter(torch.stack((torch.ones(dim), torch.zeros(dim))))
         self.attention_scale = nn.Parameter(torch.ones(dim))
         self.mlp_scale = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor, x0: Tensor, rotary: Tensor, first: int = 0) -> Tensor:
-        """Map (B, T, D) to (B, T - first, D); `x0` is the model's input embedding."""
+    def forward(
+        self, x: Tensor, x0: Tensor, rotary: Tensor, first: int = 0, token_values: Tensor | None = None
+    ) -> Tensor:
+        """Map (B, T, D) to (B, T - first, D); `x0` is the model's input embedding, for the others see Attention."""
         mix = self.mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
         kept, read = x[:, first:], self._read(x)
-        x = kept + self.attention(read, rotary, self.attention_scale, first)
+        x = kept + self.attention(read, rotary, self.attention_scale, first, token_values)
         return x + self.mlp(read[:, first:] if self.is_parallel else self._read(x), self.mlp_scale)
 
     def _read(self, x: Tensor) -> Tensor:
@@ -180,6 +189,8 @@ class Transformer(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, dim)
         self.bigram = BigramHash(config.bigram, dim) if config.bigram.buckets else None
         self.smear = SmearGate(dim, config.smear_dims)
+        _, kv_heads, width = config.heads
+        self.value_embedding = nn.Embedding(config.vocab_size, kv_heads * width) if config.value_blocks else None
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
         self.skip_weights = nn.Parameter(torch.ones(len(config.order()) // 2, dim))
         self.is_looped = True
@@ -192,6 +203,8 @@ class Transformer(nn.Module):
         if self.bigram is not None:
             nn.init.zeros_(self.bigram.table.weight)
             nn.init.orthogonal_(self.bigram.proj.weight, gain=1 / math.sqrt(2 * self.config.num_layers))
+        if self.value_embedding is not None:
+            nn.init.zeros_(self.value_embedding.weight)
         for block in self.blocks:
             assert isinstance(block, Block)
             for matrix in (block.attention.q, block.attention.k, block.attention.v, block.mlp.up):
@@ -219,7 +232,7 @@ class Transformer(nn.Module):
         Returns:
             (B, T - first, D), in autocast's type where it is on.
         """
-        return self.states(self.embed(ids), self.rotary(ids.size(1), ids.device), first)
+        return self.states(self.embed(ids), self.rotary(ids.size(1), ids.device), first, self.token_values(ids))
 
     def rotary(self, length: int, device: torch.device) -> Tensor:
         """Tables of `rotary_tables` for positions from 0 on."""
@@ -235,13 +248,21 @@ class Transformer(nn.Module):
             x = x + self.bigram(ids, dtype)
         return self.smear(rms_norm(x), ids)
 
-    def states(self, x0: Tensor, rotary: Tensor, first: int = 0) -> Tensor:
+    def token_values(self, ids: Tensor) -> Tensor | None:
+        """What the tokens add to the values of the last blocks, (B, T) to (B, T, K, d)."""
+        if self.value_embedding is None:
+            return None
+        dtype = activation_dtype(self.value_embedding.weight)
+        return self.value_embedding(ids.to(torch.int32)).to(dtype).unflatten(2, (-1, self.config.heads[2]))
+
+    def states(self, x0: Tensor, rotary: Tensor, first: int = 0, token_values: Tensor | None = None) -> Tensor:
         """Run the blocks.
 
         Args:
             x0: (B, T, D) of `embed`.
             rotary: (2, T, d) of `rotary_tables`, for the positions of `x0`.
             first: First position that is wanted.
+            token_values: Of `token_values`.
 
         Returns:
             (B, T - first, D), normalised.
@@ -254,7 +275,7 @@ class Transformer(nn.Module):
             reached = index - (len(order) - num_skips)
             if reached >= 0:
                 x = x + self.skip_weights[reached].to(x.dtype) * skips.pop()
-            x = self.blocks[place](x, x0, rotary, first if index == len(order) - 1 else 0)
+            x = self.blocks[place](x, x0, rotary, first if index == len(order) - 1 else 0, token_values)
             if index < num_skips:
                 skips.append(x)
         return rms_norm(x)

@@ -28,7 +28,7 @@ class OptimizerConfig:
     Args:
         matrix_lr: Muon, for the weight matrices of the blocks and the bigram projection.
         scalar_lr: AdamW, for gains, gates, mixes and scales.
-        tied_embedding_lr: AdamW, for the token embedding and the bigram table when the head is tied.
+        tied_embedding_lr: AdamW, for the tables of tokens, bigrams and values when the head is tied.
         embedding_lr: The same when it is not.
         head_lr: Adam without decay, for an untied head.
         momentum: Muon's momentum after its warm-up.
@@ -72,7 +72,8 @@ class OptimizerConfig:
 def parameter_groups(model: Transformer, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Sort every parameter of the model into its group, each exactly once."""
     head = [model.head.weight] if model.head is not None else []
-    embeddings = [model.token_embedding.weight] + ([model.bigram.table.weight] if model.bigram is not None else [])
+    tables = (model.token_embedding, model.bigram and model.bigram.table, model.value_embedding)
+    embeddings = [table.weight for table in tables if table is not None]
     matrices = [module.weight for module in model.modules() if isinstance(module, Linear) and module is not model.head]
     taken = {id(parameter) for parameter in (*head, *embeddings, *matrices)}
     scalars = [parameter for parameter in model.parameters() if id(parameter) not in taken]
@@ -152,8 +153,6 @@ class MuonAdamW(torch.optim.Optimizer):
         torch._foreach_mul_(buffers, self._unless_bad(group["momentum"], params[0]))
         torch._foreach_add_(buffers, grads)
         updates = torch._foreach_add(grads, buffers, alpha=group["momentum"])  # Nesterov
-        if self.config.row_normalise:
-            updates = tuple(F.normalize(update, dim=1) for update in updates)
         torch._foreach_mul_(params, self._unless_bad(1 - group["lr"] * group["weight_decay"], params[0]))
         shapes: dict[tuple[int, int], tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
         for index, parameter in enumerate(params):
@@ -162,8 +161,14 @@ class MuonAdamW(torch.optim.Optimizer):
         dtype = orthogonalisation_dtype(params[0])
         batches = []
         for wide, tall in shapes.values():
-            stacks = [torch.stack([updates[index] for index in wide]).to(dtype)] if wide else []
-            stacks += [torch.stack([updates[index] for index in tall]).to(dtype).mT] if tall else []
+            stacks = []
+            for indices in (wide, tall):
+                if not indices:
+                    continue
+                stack = torch.stack([updates[index] for index in indices])
+                if self.config.row_normalise:
+                    stack = F.normalize(stack, dim=2)
+                stacks.append(stack.to(dtype) if indices is wide else stack.to(dtype).mT)
             batches.append(torch.cat(stacks))
         batches = orthogonalise(batches, self.config.newton_schulz_steps)
         if self.finite is not None:

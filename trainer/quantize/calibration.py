@@ -66,7 +66,7 @@ def calibrate(model: Transformer, batches: Iterable[Tensor]) -> dict[str, Moment
 
     Returns:
         Moments by name of the weight, of all matrices in the blocks, the bigram projection, an untied head, and the
-        token embedding.
+        tables of tokens and values.
     """
     model.set_kernels(SdpaKernel(), False)
     sums: dict[str, _Sums] = {}
@@ -78,15 +78,11 @@ def calibrate(model: Transformer, batches: Iterable[Tensor]) -> dict[str, Moment
     head = "head.weight" if model.head is not None else EMBEDDING
     weight = model.token_embedding.weight if model.head is None else model.head.weight
     sums[head] = _Sums(weight)
-    brought = torch.zeros(len(model.token_embedding.weight), device=weight.device)  # squared gradients by piece
-
-    def looked_up(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        def add(grad: Tensor) -> None:
-            brought.index_add_(0, inputs[0].flatten(), grad.float().square().mean(2).flatten())
-
-        output.register_hook(add)
-
-    handles.append(model.token_embedding.register_forward_hook(looked_up))
+    tables = {EMBEDDING: model.token_embedding}
+    if model.value_embedding is not None:
+        tables["value_embedding.weight"] = model.value_embedding
+    brought = {name: torch.zeros(len(table.weight), device=weight.device) for name, table in tables.items()}
+    handles += [table.register_forward_hook(_look_up(brought[name])) for name, table in tables.items()]
     positions = 0
     try:
         _split(model, True)
@@ -105,12 +101,25 @@ def calibrate(model: Transformer, batches: Iterable[Tensor]) -> dict[str, Moment
         for handle in handles:
             handle.remove()
     found = {name: total.moments(positions) for name, total in sums.items()}
-    if EMBEDDING in found:
-        found[EMBEDDING] = _with_lookups(found[EMBEDDING], brought / positions)
-    else:
-        dim = model.config.model_dim
-        found[EMBEDDING] = Moments(torch.eye(dim, device=weight.device), brought / positions)
+    for name, table in tables.items():
+        mean = brought[name] / positions
+        if name in found:
+            found[name] = _with_lookups(found[name], mean)
+        else:
+            found[name] = Moments(torch.eye(table.embedding_dim, device=weight.device), mean)
     return found
+
+
+def _look_up(brought: Tensor) -> Any:
+    """A hook that adds the squared gradients of what each row of a table brings in, (rows,)."""
+
+    def hook(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        def add(grad: Tensor) -> None:
+            brought.index_add_(0, inputs[0].flatten(), grad.float().square().mean(2).flatten())
+
+        output.register_hook(add)
+
+    return hook
 
 
 def _observe(sums: _Sums) -> Any:

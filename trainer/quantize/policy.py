@@ -81,7 +81,7 @@ def kind_of(name: str, tensor: Tensor, model: TransformerConfig, config: Quantiz
     kept_keys = {f"blocks.{block % model.num_layers}.attention.k.weight" for block in config.fp16_key_blocks}
     if tensor.numel() <= config.small_tensor or name == "token_embedding.weight" or name in kept_keys:
         return "float16"
-    if name.endswith((".mix", "_scale", "skip_weights", ".gate", ".q_gain")):
+    if name.endswith((".mix", "_scale", "skip_weights", ".gate", "_gain")):
         return "float32"
     if ".mlp." in name:
         return f"int{config.mlp_bits}"
