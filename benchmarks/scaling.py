@@ -22,6 +22,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.subject import load, report, synchronize
+from trainer.callbacks.export import PostTrainExport
+from trainer.callbacks.progress import Progress
+from trainer.callbacks.report import Report
 from trainer.lightning_module import LanguageModel
 from trainer.optim import muon_adamw
 from trainer.optim.muon_adamw import parameter_groups
@@ -122,7 +125,9 @@ def work(recipe: str, steps: int, muon: str, words: list[str], out: Path) -> Non
         muon_adamw.orthogonalise = replicated  # type: ignore[attr-defined]
     watch = Steps(steps)
     total = SETTLE + steps + PROFILED
-    cli = load(recipe, [*words, f"--trainer.max_steps={total}", "--trainer.val_check_interval=1000000"])
+    # With checkpoints: that callback is what processes hear of signals by.
+    without = (PostTrainExport, Progress, Report)
+    cli = load(recipe, [*words, f"--trainer.max_steps={total}", "--trainer.val_check_interval=1000000"], without)
     cli.trainer.callbacks.append(watch)  # type: ignore[attr-defined]
     row: dict[str, Any] = {}
 

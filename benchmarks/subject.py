@@ -18,13 +18,16 @@ from trainer.cli import TrainerCLI
 from trainer.noise import quiet_libraries
 from trainer.recipes import find_recipe
 
+LEFT_OUT = (PostTrainExport, Checkpoints, Progress, Report)
 
-def load(recipe: str, words: list[str]) -> TrainerCLI:
+
+def load(recipe: str, words: list[str], left_out: tuple[type, ...] = LEFT_OUT) -> TrainerCLI:
     """Build module, data and trainer of a recipe, without export, checkpoints and progress lines.
 
     Args:
         recipe: Name or path, as for `--config`.
         words: Further options of `trainer fit`.
+        left_out: Callbacks that the trainer goes without.
     """
     quiet_libraries()
     folder = tempfile.mkdtemp()
@@ -46,7 +49,6 @@ def load(recipe: str, words: list[str]) -> TrainerCLI:
             *words,
         ],
     )
-    left_out = (PostTrainExport, Checkpoints, Progress, Report)
     cli.trainer.callbacks = [callback for callback in cli.trainer.callbacks if not isinstance(callback, left_out)]  # type: ignore[attr-defined]
     return cli
 

@@ -62,6 +62,8 @@ def test_kernel_equals_the_formula_also_for_sizes_that_no_tile_divides(slope, dt
     expected = F.leaky_relu(product, slope).square()
     assert (y.double() - expected).norm() / expected.norm() < (6e-3 if slope else 3e-3)
     assert abs((y.double() / expected)[expected > 1].mean() - 1) < 1e-4  # the last bit's loss has no preference
+    a[7, 3] = torch.nan
+    assert fused_mlp._product(a, b, None, slope)[7].isnan().all() or not slope  # ReLU hides it
     derivative = 2 * F.leaky_relu(product, slope) * torch.where(product < 0, slope, 1.0)
     expected = product * derivative
     assert (gradient.double() - expected).norm() / expected.norm() < 6e-3

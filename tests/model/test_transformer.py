@@ -300,6 +300,9 @@ def test_a_config_survives_the_round_trip_and_bad_ones_are_refused():
         MLPConfig(negative_slope=-0.5)
     with pytest.raises(ValueError, match="not a model config"):
         TransformerConfig.from_dict({"depth": 3})
+    for bad in ({"value_blocks": 0.5}, {"attention": {"window": 2.5}}, {"num_layers": True}, {"mlp": {"ratio": 2.5}}):
+        with pytest.raises(ValueError, match=r"not a model config: \w+ must be a whole number, not"):
+            TransformerConfig.from_dict(bad)
 
 
 def test_stored_config_is_the_model_and_not_the_machine():

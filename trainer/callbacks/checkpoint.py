@@ -38,6 +38,7 @@ class Checkpoints(Checkpoint):
         self.saved_step: int | None = None
         self._handlers: dict[int, Any] = {}
         self._asked = 0  # the signal that asks for the end
+        self._trained = False
         self._channel: HostChannel | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -48,9 +49,10 @@ class Checkpoints(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let Ctrl-C wait for the end of an update; nothing was trained yet that is not in the file gone on from.
 
-        Of several processes each waits for the end of the step, where all hear of it. That includes SIGTERM, which
-        Lightning hands round on the devices, every step: then the host cannot run ahead of them, and a signal in the
-        middle of a step meets another collective.
+        Of several processes each waits for the end of the step, where all hear of it, save together and stop. That
+        includes SIGTERM, which Lightning hands round on the devices, every step: then the host cannot run ahead of
+        them, and a signal in the middle of a step meets another collective. While they validate or export, a signal
+        ends the process that got it at once, and the others when they miss it.
         """
         assert isinstance(pl_module, LanguageModel)
         self.saved_step = trainer.global_step
@@ -59,8 +61,9 @@ class Checkpoints(Checkpoint):
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
         def stop(number: int, frame: FrameType | None) -> None:
-            if self._asked or not (pl_module.updating or several):  # a second one does not wait
-                raise KeyboardInterrupt
+            heard_of = several and trainer.training and not self._trained
+            if self._asked or not (pl_module.updating or heard_of):  # a second one does not wait
+                raise _ending(number)
             self._asked = number
 
         try:
@@ -78,9 +81,11 @@ class Checkpoints(Checkpoint):
         pl_module.updating = False
         assert self._channel is not None
         if asked := int(self._channel.largest(self._asked)):
-            raise SIGTERMException if asked == signal.SIGTERM else KeyboardInterrupt
+            self._save(trainer)
+            raise _ending(asked)
         step = trainer.global_step
-        if trainer.should_stop or step == trainer.max_steps or step % self.every == 0:
+        self._trained = trainer.should_stop or step == trainer.max_steps
+        if self._trained or step % self.every == 0:
             self._save(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -116,6 +121,11 @@ class Checkpoints(Checkpoint):
             _name_again(path, self.folder / LAST)
             for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.keep]:
                 old.unlink()
+
+
+def _ending(number: int) -> BaseException:
+    """What ends a run that got a signal."""
+    return SIGTERMException() if number == signal.SIGTERM else KeyboardInterrupt()
 
 
 def _name_again(path: Path, name: Path) -> None:

@@ -69,7 +69,10 @@ def choose_kernel(
                 seconds[kernel] = sum(count * each for count, each in taken if each is not None)
                 break
     if name == "auto" and is_installed() and FlashAttention4() not in seconds:
-        warnings.warn("flash-attn-4 is installed but does not run here: import flash_attn.cute says why", stacklevel=2)
+        warnings.warn(
+            "flash-attn-4 is installed but does not run here with these heads; import flash_attn.cute may say why",
+            stacklevel=2,
+        )
     if not seconds:
         raise UserError(f"model.attention.backend {name!r} does not run on this device in {dtype}; use auto")
     return min(seconds, key=lambda kernel: seconds[kernel])

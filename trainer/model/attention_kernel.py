@@ -97,7 +97,8 @@ class FlashAttention4:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See AttentionKernel."""
-        return flash_attention(q, k, v, self.window or 0)[0]
+        window = self.window if self.window and self.window < k.size(1) else 0  # one that covers all is none
+        return flash_attention(q, k, v, window)[0]
 
     def describe(self) -> str:
         """See AttentionKernel."""

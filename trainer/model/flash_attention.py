@@ -23,10 +23,10 @@ def _interface() -> Any:
 
     By itself it would keep them where others can write, under /tmp.
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flash-attn-4"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flash-attn-4"
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # no home to write to: compile every time
+    except (OSError, RuntimeError):  # no home, or none to write to: compile every time
         return import_module(INTERFACE)
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(folder))

@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 ROWS, COLUMNS, DEPTH = 128, 256, 64  # of a tile
 STAGES, WARPS = 3, 8
+LARGEST = {torch.bfloat16: 0x7F7F, torch.float16: 0x7BFF}  # bits of the largest finite number
 
 
 @triton.jit
@@ -29,6 +30,7 @@ def _kernel(
     n,
     k,
     slope: tl.constexpr,
+    largest: tl.constexpr,
     backward: tl.constexpr,
     rows: tl.constexpr,
     columns: tl.constexpr,
@@ -65,9 +67,11 @@ def _kernel(
                 leaky = tl.where(part < 0, slope * part, part)
                 result = (leaky * leaky).to(out_tiles.dtype)
                 bits = result.to(tl.int16, bitcast=True)
-                negative = ((part < 0) & (bits > 0)).to(tl.int16)
+                negative = (part < 0).to(tl.int16)
                 # A last bit that is wrong goes up or down by the bit before it: as often the one as the other.
-                bits += ((bits ^ negative) & 1) * ((bits & 2) - 1)
+                signed = bits + ((bits ^ negative) & 1) * ((bits & 2) - 1)
+                # Zero has no sign to keep, and what is not finite must stay so.
+                bits = tl.where((bits > 0) & (bits < largest), signed, bits)
                 result = bits.to(out_tiles.dtype, bitcast=True)
             out_tiles.store([row, place], result)
 
@@ -101,6 +105,7 @@ def product(a: Tensor, b: Tensor, squared: Tensor | None, slope: float = 0.0) ->
         n,
         k,
         slope=slope,
+        largest=LARGEST[a.dtype],
         backward=squared is not None,
         rows=ROWS,
         columns=COLUMNS,

@@ -4,8 +4,8 @@ Source: openai/parameter-golf PR #560, a port of the record 2026-03-20_10L_Int5M
 """
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -141,9 +141,15 @@ class TransformerConfig:
         """
         parts = {"attention": AttentionConfig, "mlp": MLPConfig, "bigram": BigramConfig, "loop": LoopConfig}
         try:
-            return cls(**{key: parts[key](**value) if key in parts else value for key, value in values.items()})
+            config = cls(**{key: parts[key](**value) if key in parts else value for key, value in values.items()})
         except (TypeError, AttributeError) as error:
             raise ValueError(f"not a model config: {error}") from error
+        for part in (config, config.attention, config.mlp, config.bigram, config.loop):
+            for each in fields(part):
+                value, allowed = getattr(part, each.name), get_args(each.type) or (each.type,)
+                if int in allowed and type(value) not in allowed:
+                    raise ValueError(f"not a model config: {each.name} must be a whole number, not {value!r}")
+        return config
 
 
 class Block(nn.Module):

@@ -40,7 +40,7 @@ def group_of(name: str) -> str:
     if name.startswith("blocks.") and name.endswith(".weight"):
         _, _, part, matrix, _ = name.split(".")
         return f"{part} {matrix}"
-    for part in ("token_embedding", "bigram", "head"):
+    for part in ("token_embedding", "value_embedding", "bigram", "head"):
         if name.startswith(part):
             return part.replace("_", " ")
     return "gains, gates, mixes"
