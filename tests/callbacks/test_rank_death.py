@@ -64,6 +64,22 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(
     assert checkpoint["global_step"] == 6  # the step that the signal came in
 
 
+@pytest.mark.parametrize("where", ["validation_step", "nll_of"])  # the second: where the export scores
+def test_a_signal_to_all_outside_of_steps_ends_them_at_once(where: str, tmp_path: Path, shard_folder: Path):
+    script = SCRIPT.replace("training_step", where).replace(
+        "rank == {rank} and self.trainer.global_step == 5", "{when}"
+    )
+    when = "self.trainer.global_step == " + ("4" if where == "validation_step" else "8")
+    (tmp_path / "script.py").write_text(script.format(when=when, end="os.kill(os.getpid(), signal.SIGTERM)"))
+    started = time.monotonic()
+    result = run_python("script.py", *small(shard_folder, *TWO), cwd=tmp_path, timeout=120)
+    assert result.returncode == 143, result.stderr
+    assert time.monotonic() - started < 60
+    folder = tmp_path / RUN / "1"
+    assert load_checkpoint(folder / "checkpoints/last.ckpt")["global_step"] == int(when[-1])
+    assert not (folder / "summary.json").exists()
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_those_that_are_left_say_so_in_one_line(rank: int, tmp_path: Path, shard_folder: Path):
     (tmp_path / "script.py").write_text(SCRIPT.format(rank=rank, end=KILL))
