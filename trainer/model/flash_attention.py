@@ -4,33 +4,14 @@ The package `flash-attn-4` is optional; it runs on Hopper and newer. torch has a
 (`torch.nn.attention.activate_flash_attention_impl`), but that of torch 2.11 cannot call the package's current version.
 """
 
-import os
-from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 INTERFACE = "flash_attn.cute.interface"  # imported on first use: it takes seconds and needs a GPU's driver
-
-
-@cache
-def _interface() -> Any:
-    """The package, told to keep its kernels: otherwise it compiles them for seconds at every start.
-
-    By itself it would keep them where others can write, under /tmp.
-    """
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flash-attn-4"
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # no home, or none to write to: compile every time
-        return import_module(INTERFACE)
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(folder))
-    return import_module(INTERFACE)
 
 
 def is_installed() -> bool:
@@ -51,7 +32,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> tuple[T
     Returns:
         (B, S, H, d) of the same type, and the float32 log-sum-exp of the scores, (B, H, S).
     """
-    out, lse, *_ = _interface()._flash_attn_fwd(q, k, v, return_lse=True, **_seen(window))
+    out, lse, *_ = import_module(INTERFACE)._flash_attn_fwd(q, k, v, return_lse=True, **_seen(window))
     return out, lse
 
 
@@ -65,7 +46,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> tuple[Tensor, Tensor]
 def _backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = _interface()._flash_attn_bwd(q, k, v, out, grad, lse, **_seen(window))
+    dq, dk, dv = import_module(INTERFACE)._flash_attn_bwd(q, k, v, out, grad, lse, **_seen(window))
     return dq, dk, dv
 
 
