@@ -197,10 +197,8 @@ class MuonAdamW(torch.optim.Optimizer):
         )
         torch._foreach_copy_(kept, mean.unbind())
         even = updates / (mean.sqrt() + self.config.eps)[..., None]
-        lengths = [each.norm(dim=(1, 2), keepdim=True) for each in (updates, even)]
-        return even * (
-            lengths[0] / lengths[1].clamp(min=self.config.eps)
-        )  # all zero after a gradient that is not finite
+        before, after = (each.norm(dim=(1, 2), keepdim=True) for each in (updates, even))
+        return even * (before / after.clamp(min=self.config.eps))  # both are zero after a gradient that is not finite
 
     def _unless_bad(self, factor: float, like: Tensor, otherwise: float = 1.0) -> Tensor | float:
         """A factor, or another where a gradient is not finite."""
