@@ -66,7 +66,7 @@ class Scoring(pl.Callback):
             "share_of_matmul_rate_percent": round(100 * flops / rate, 1),
             "compile_and_first_batches_s": round(first, 1),
             "attention": pl_module.kernel.describe(),
-            "fused_mlp": pl_module.fused_mlp,
+            "fused": pl_module.fused.describe(),
             "batch_windows": evaluation.batch_windows,
         }
 

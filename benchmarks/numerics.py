@@ -17,6 +17,7 @@ from benchmarks.subject import load, report
 from trainer.evaluation.sliding import NllFn, score
 from trainer.lightning_module import LanguageModel
 from trainer.model.attention_kernel import SdpaKernel
+from trainer.model.fusion import Fused
 from trainer.optim.muon_adamw import MuonAdamW, parameter_groups
 from trainer.step import clip_gradients, train_step
 
@@ -42,9 +43,9 @@ class Comparison(pl.Callback):
 
         @contextmanager
         def kernel(eager: bool) -> Iterator[NllFn]:
-            model.set_kernels(SdpaKernel() if eager else pl_module.kernel, pl_module.fused_mlp and not eager)
+            model.set_kernels(SdpaKernel() if eager else pl_module.kernel, Fused() if eager else pl_module.fused)
             yield model.nll if eager else fast
-            model.set_kernels(pl_module.kernel, pl_module.fused_mlp)
+            model.set_kernels(pl_module.kernel, pl_module.fused)
 
         def gradients(eager: bool, full: bool) -> dict[str, Tensor]:
             rows = stream[0][: self.sequences].to(pl_module.device)

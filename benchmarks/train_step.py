@@ -113,7 +113,7 @@ def main() -> None:
             "first_loss": round(float(watch.losses[0]), 6),
             "last_loss": round(float(watch.losses[-1]), 6),
             "attention": module.kernel.describe(),
-            "fused_mlp": module.fused_mlp,
+            "fused": module.fused.describe(),
             "micro_batch_tokens": module.micro_batch_tokens,
             "precision": str(cli.trainer.precision),
         },

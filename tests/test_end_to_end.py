@@ -226,11 +226,18 @@ def test_two_processes_train_the_weights_of_one(tmp_path: Path, shard_folder: Pa
     runs = []
     for devices in (1, 2):
         words = small(shard_folder, f"--trainer.devices={devices}", "--precision=64-true", "--run_name", f"d{devices}")
+        # Packed documents: the processes have unequal numbers of targets.
+        words += ["--data.order=documents", "--trainer.log_every_n_steps=1"]
         result = trainer(*words, "--trainer.accelerator=cpu", cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         run = tmp_path / f"runs/int5mlp_10l_parity/d{devices}"
-        runs.append((load_checkpoint(run / "checkpoints/last.ckpt"), json.loads((run / "summary.json").read_text())))
-    (one, summary_one), (two, summary_two) = runs
+        with (run / "metrics.csv").open() as file:
+            losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+        summary = json.loads((run / "summary.json").read_text())
+        runs.append((load_checkpoint(run / "checkpoints/last.ckpt"), summary, losses))
+    (one, summary_one, losses_one), (two, summary_two, losses_two) = runs
+    assert len(losses_one) == summary_one["steps"]
+    assert losses_two == pytest.approx(losses_one, abs=1e-5)
     for name, tensor in one["state_dict"].items():
         assert torch.allclose(tensor, two["state_dict"][name], atol=1e-5), name
     for key in ("val_tokens", "val_bytes"):

@@ -18,7 +18,7 @@ from trainer.evaluation.windows import WindowBatch
 from trainer.model.attention_choice import choose_kernel, let_graphs_be_stored
 from trainer.model.attention_kernel import AttentionKernel, SdpaKernel
 from trainer.model.banded_attention import with_window
-from trainer.model.fused_mlp import choose_fusion
+from trainer.model.fusion import Fused, choose_fused
 from trainer.model.transformer import Transformer, TransformerConfig
 from trainer.optim.muon_adamw import MuonAdamW, OptimizerConfig, parameter_groups
 from trainer.optim.schedule import ScheduleConfig, lr_multiplier, muon_momentum
@@ -61,7 +61,7 @@ class LanguageModel(pl.LightningModule):
         self.finished: list[tuple[int, Tensor]] = []  # steps the device has done meanwhile: loss and gradient norms
         self.updating = False  # between an update's begin and the end of all that belongs to its step
         self.kernel: AttentionKernel = SdpaKernel()
-        self.fused_mlp = False
+        self.fused = Fused()
         self.is_compiled = False
         self.nll: NllFn = self.model.nll
         self.metrics = torch.nn.ModuleList()
@@ -89,13 +89,7 @@ class LanguageModel(pl.LightningModule):
             if stage == "fit" and band < self.sequence_length:
                 raise UserError(f"eval.band {band} is shorter than a training sequence, {self.sequence_length} tokens")
             self.kernel = with_window(self.kernel, band)
-        self.fused_mlp = choose_fusion(
-            config.mlp.fused,
-            (config.model_dim, config.mlp.ratio * config.model_dim),
-            config.mlp.negative_slope,
-            device,
-            dtype,
-        )
+        self.fused = choose_fused(config, device, dtype)
         self.is_compiled = self.compile_choice == "on" or (self.compile_choice == "auto" and device.type == "cuda")
         if self.is_compiled:
             # DDP's graph splitting would make other graphs than the warm-up compiled.
@@ -105,7 +99,7 @@ class LanguageModel(pl.LightningModule):
 
     def nll_of(self, model: Transformer) -> NllFn:
         """A model's loss function, compiled if this run compiles; with this run's kernels."""
-        model.set_kernels(self.kernel, self.fused_mlp)
+        model.set_kernels(self.kernel, self.fused)
         return torch.compile(model.nll, fullgraph=True, dynamic=False) if self.is_compiled else model.nll
 
     def configure_optimizers(self) -> MuonAdamW:

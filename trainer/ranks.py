@@ -2,6 +2,16 @@
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """Mean of a number over the processes of the run, on the device: the host waits for nobody."""
+    if not dist.is_initialized():
+        return value
+    total = value.detach().clone()
+    dist.all_reduce(total)  # gloo knows no mean
+    return total / dist.get_world_size()
 
 
 class HostChannel:

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trainer.ranks import mean_over_ranks
+
 
 def train_step(
     loss_fn: Callable[[Tensor, Tensor, int], Tensor],
@@ -29,17 +31,18 @@ def train_step(
         update: Called once, when all gradients are there.
 
     Returns:
-        Mean loss, a detached scalar on the device.
+        Mean loss over the targets of all processes, a detached scalar on the device.
     """
     inputs, targets = tokens[:, :-1].clamp(min=0).chunk(micro_batches), tokens[:, 1:].chunk(micro_batches)
-    count = (tokens[:, 1:] >= 0).sum().clamp(min=1)
+    # A process's share of all targets: the mean of the processes' gradients is then that of the whole step.
+    count = mean_over_ranks((tokens[:, 1:] >= 0).sum()).clamp(min=1)
     total = torch.zeros((), device=tokens.device)
     for index, (x, y) in enumerate(zip(inputs, targets, strict=True)):
         loss = loss_fn(x, y, 0).sum() / count
         backward(loss, index == len(inputs) - 1)
         total = total + loss.detach()
     update()
-    return total
+    return mean_over_ranks(total)
 
 
 class GradientNorms(NamedTuple):

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.conftest import TINY
 from trainer.model.arithmetic import PEAK_FLOPS, forward_flops, peak_flops
 from trainer.model.attention_kernel import SdpaKernel
+from trainer.model.fusion import Fused
 from trainer.model.transformer import Transformer, TransformerConfig
 
 
@@ -24,7 +25,7 @@ def test_a_window_costs_the_keys_inside_it():
 def test_the_count_is_torchs_with_half_of_the_attention(config: TransformerConfig):
     """torch counts all pairs of positions; causal attention needs those up to its own, (T + 1) / 2 of T."""
     length, model = 64, Transformer(config)
-    model.set_kernels(SdpaKernel("math"), False)
+    model.set_kernels(SdpaKernel("math"), Fused())
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, length, dtype=torch.int32))
     heads, _, width = config.heads

@@ -4,12 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from trainer.errors import UserError
 from trainer.model import fused_mlp
-from trainer.model.fused_mlp import choose_fusion, squared_relu_mlp
+from trainer.model.fused_mlp import squared_relu_mlp
 from trainer.model.mlp import MLP, MLPConfig
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
+GPU = torch.device("cuda")
 
 
 def plain_product(a, b, squared, slope):
@@ -67,22 +66,3 @@ def test_kernel_equals_the_formula_also_for_sizes_that_no_tile_divides(slope, dt
     derivative = 2 * F.leaky_relu(product, slope) * torch.where(product < 0, slope, 1.0)
     expected = product * derivative
     assert (gradient.double() - expected).norm() / expected.norm() < 6e-3
-
-
-@pytest.mark.parametrize(
-    ("choice", "device", "dtype", "runs", "expected"),
-    [
-        ("auto", GPU, torch.bfloat16, True, True),
-        ("auto", GPU, torch.bfloat16, False, False),  # an older GPU, or no Triton
-        ("auto", CPU, torch.bfloat16, True, False),
-        ("off", GPU, torch.bfloat16, True, False),
-        ("on", GPU, torch.float16, True, True),
-    ],
-)
-def test_fusion_is_used_where_it_runs(choice, device, dtype, runs, expected):
-    assert choose_fusion(choice, (64, 192), 0.0, device, dtype, lambda *_: runs) is expected
-
-
-def test_fusion_that_is_asked_for_in_vain_is_refused():
-    with pytest.raises(UserError, match=r"model\.mlp\.fused 'on' does not run on cpu"):
-        choose_fusion("on", (64, 192), 0.0, CPU, torch.bfloat16)

@@ -308,6 +308,6 @@ def test_a_config_survives_the_round_trip_and_bad_ones_are_refused():
 def test_stored_config_is_the_model_and_not_the_machine():
     """A file trained with one card's kernels must load on a card without them."""
     attention = AttentionConfig(qk_gain_init=2.0, backend="cudnn")
-    config = TransformerConfig(attention=attention, mlp=MLPConfig(4, fused="on"))
+    config = TransformerConfig(attention=attention, mlp=MLPConfig(4), fused="on")
     expected = TransformerConfig(attention=AttentionConfig(qk_gain_init=2.0), mlp=MLPConfig(4))
     assert TransformerConfig.from_dict(config.to_dict()) == expected

@@ -36,7 +36,7 @@ class Progress(pl.Callback):
         limits = [f"{budget:,.0f} s"] if budget is not None else []
         limits += [f"{trainer.max_steps:,} steps"] if trainer.max_steps > 0 else []
         how = [f"attention: {pl_module.kernel.describe()}"]
-        how += ["fused MLP"] if pl_module.fused_mlp else []
+        how += [f"fused: {pl_module.fused.describe()}"] if any(pl_module.fused) else []
         how += ["compiled" if pl_module.is_compiled else "not compiled"]
         self._view = make_view(self.mode, self.every_seconds)
         self._view.note(

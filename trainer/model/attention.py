@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.model import fused_heads
 from trainer.model.attention_kernel import AttentionKernel, BackendName, SdpaKernel
 from trainer.model.layers import Linear, rms_norm
 
@@ -111,6 +112,7 @@ class Attention(nn.Module):
         self.q_gain = nn.Parameter(torch.full((config.num_heads,), config.qk_gain_init))
         self.gate = nn.Parameter(torch.zeros(config.num_heads, config.gate_dims)) if config.gate_dims else None
         self.kernel: AttentionKernel = SdpaKernel()
+        self.is_fused = False
         self.has_hooks = False  # multiply with each matrix by itself, so that hooks on them see their products
 
     def forward(
@@ -128,25 +130,32 @@ class Attention(nn.Module):
         Returns:
             (B, T - first, D).
         """
-        heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
-        # The three matrices as one product; they stay apart because Muon orthogonalises each.
-        if first == 0:
-            qkv = self._heads(x, self.q, self.k, self.v)
-            q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=2)  # (B, T, H, d), (B, T, K, d) twice
-        else:
-            q = self._heads(x[:, first:], self.q)
-            k, v = self._heads(x, self.k, self.v).split((kv_heads, kv_heads), dim=2)
+        is_fused = self.is_fused and first == 0
+        q, k, v = self._turned_heads(x, rotary, first, is_fused)
         if self.value_gain is not None and token_values is not None:
             v = v + self.value_gain.to(v.dtype)[:, None] * token_values
-        q = rotate(rms_norm(q), rotary[:, first:]) * self.q_gain.to(q.dtype)[:, None]
-        k = rotate(rms_norm(k), rotary)
         y = self.kernel(q, k, v)  # (B, S, H, d)
         if self.config.exclusive:
-            y = without_own_value(y, v[:, first:])
+            y = fused_heads.without_own_value(y, v) if is_fused else without_own_value(y, v[:, first:])
         if self.gate is not None:
             gate = F.linear(x[:, first:, : self.config.gate_dims], self.gate.to(x.dtype))
             y = y * (2 * gate.sigmoid())[..., None]  # one at the start
         return self.out(y.flatten(2), scale)
+
+    def _turned_heads(self, x: Tensor, rotary: Tensor, first: int, is_fused: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries from position `first` on, (B, S, H, d), keys and values of all, (B, T, K, d)."""
+        heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
+        # The three matrices as one product; they stay apart because Muon orthogonalises each.
+        if first == 0:
+            qkv = self._heads(x, self.q, self.k, self.v)
+            if is_fused:
+                return fused_heads.turned_heads(qkv, rotary, self.q_gain, kv_heads)
+            q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=2)
+        else:
+            q = self._heads(x[:, first:], self.q)
+            k, v = self._heads(x, self.k, self.v).split((kv_heads, kv_heads), dim=2)
+        q = rotate(rms_norm(q), rotary[:, first:]) * self.q_gain.to(q.dtype)[:, None]
+        return q, rotate(rms_norm(k), rotary), v
 
     def _heads(self, x: Tensor, *matrices: Linear) -> Tensor:
         if self.has_hooks:

@@ -6,49 +6,12 @@ derivative, 2 relu(h) = 2 sqrt(y): the squared output y is all that is kept. For
 bit of y. Needs Triton and a Hopper GPU or newer.
 """
 
-from collections.abc import Callable
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from trainer.errors import UserError
-
-Fusion = Literal["auto", "on", "off"]
-
-
-def choose_fusion(
-    choice: Fusion,
-    widths: tuple[int, int],
-    slope: float,
-    device: torch.device,
-    dtype: torch.dtype,
-    attempt: "Attempt | None" = None,
-) -> bool:
-    """Whether the operator is used on this device.
-
-    Args:
-        choice: auto uses it where it runs.
-        widths: Of the model and of the MLP's hidden layer.
-        slope: Of the unit below zero.
-        device: Where the model runs.
-        dtype: Type of the activations.
-        attempt: Says whether the operator runs there; for tests.
-
-    Raises:
-        UserError: If it is asked for where it does not run.
-    """
-    if choice == "off":
-        return False
-    runs = device.type == "cuda" and (attempt or runs_on)(widths, slope, device, dtype)
-    if choice == "on" and not runs:
-        raise UserError(f"model.mlp.fused 'on' does not run on {device.type} in {dtype}; use auto or off")
-    return runs
-
-
-Attempt = Callable[[tuple[int, int], float, torch.device, torch.dtype], bool]
 
 
 def runs_on(widths: tuple[int, int], slope: float, device: torch.device, dtype: torch.dtype) -> bool:

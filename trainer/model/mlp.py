@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.model.fused_mlp import Fusion, squared_relu_mlp
+from trainer.model.fused_mlp import squared_relu_mlp
 from trainer.model.layers import Linear
 
 
@@ -17,13 +17,10 @@ class MLPConfig:
         ratio: Hidden width over model width.
         negative_slope: Slope of the unit below zero: LeakyReLU^2 instead of ReLU^2 where it is not 0
             (openai/parameter-golf #434).
-        fused: Square inside the matrix products (Triton, Hopper GPUs or newer, 16-bit precision); auto does it where
-            it runs.
     """
 
     ratio: int = 3
     negative_slope: float = 0.0
-    fused: Fusion = "auto"
 
     def __post_init__(self) -> None:
         if not 0 <= self.negative_slope <= 1:

@@ -15,6 +15,8 @@ from trainer.model.attention import Attention, AttentionConfig, rotary_tables
 from trainer.model.attention_kernel import AttentionKernel, SdpaKernel
 from trainer.model.banded_attention import with_window
 from trainer.model.embedding import BigramConfig, BigramHash, SmearGate
+from trainer.model.fused_loss import softcapped_nll
+from trainer.model.fusion import Fused, Fusion
 from trainer.model.layers import Linear, activation_dtype, rms_norm
 from trainer.model.mlp import MLP, MLPConfig
 
@@ -60,6 +62,8 @@ class TransformerConfig:
         tied_embeddings: Use the token embedding as the output head too.
         embedding_init_std: Standard deviation of the token embedding at the start.
         logit_softcap: Logits become softcap * tanh(logits / softcap).
+        fused: Compute the MLP, what happens to heads, and the loss by operators of their own (Triton, 16-bit
+            precision; the MLP's needs a Hopper GPU or newer); auto uses each where it runs.
     """
 
     vocab_size: int = 1024
@@ -76,6 +80,7 @@ class TransformerConfig:
     tied_embeddings: bool = True
     embedding_init_std: float = 0.005
     logit_softcap: float = 30.0
+    fused: Fusion = "auto"
 
     def __post_init__(self) -> None:
         heads, kv_heads = self.attention.num_heads, self.attention.num_kv_heads
@@ -129,7 +134,7 @@ class TransformerConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain builtins, for a checkpoint or an artifact; without the choice of kernels, which is the machine's."""
         values = asdict(self)
-        del values["attention"]["backend"], values["mlp"]["fused"]
+        del values["attention"]["backend"], values["fused"]
         return values
 
     @classmethod
@@ -201,7 +206,7 @@ class Transformer(nn.Module):
         self.skip_weights = nn.Parameter(torch.ones(len(config.order()) // 2, dim))
         self.is_looped = True
         self.head = None if config.tied_embeddings else Linear(dim, config.vocab_size)
-        self.set_kernels(SdpaKernel(), False)
+        self.set_kernels(SdpaKernel(), Fused())
         self._initialise()
 
     def _initialise(self) -> None:
@@ -220,13 +225,15 @@ class Transformer(nn.Module):
         if self.head is not None:
             nn.init.zeros_(self.head.weight)
 
-    def set_kernels(self, attention: AttentionKernel, fused_mlp: bool) -> None:
-        """Use one way of computing attention, with each block's window, and one of computing the MLP."""
+    def set_kernels(self, attention: AttentionKernel, fused: Fused) -> None:
+        """Use one way of computing attention, with each block's window, and these operators for the rest."""
+        self.has_fused_loss = fused.loss
         for index, block in enumerate(self.blocks):
             assert isinstance(block, Block)
             window = self.config.attention.window_of(index)
             block.attention.kernel = with_window(attention, window) if window else attention
-            block.mlp.is_fused = fused_mlp
+            block.attention.is_fused = fused.heads
+            block.mlp.is_fused = fused.mlp
 
     def hidden(self, ids: Tensor, first: int = 0) -> Tensor:
         """Final normalised states.
@@ -288,8 +295,11 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Softcapped logits of final states, (..., D) to (..., V), at least float32."""
+        return self.softcap(self._uncapped(hidden))
+
+    def _uncapped(self, hidden: Tensor) -> Tensor:
         weight = self.token_embedding.weight if self.head is None else self.head.weight
-        return self.softcap(F.linear(hidden, weight.to(hidden.dtype)))
+        return F.linear(hidden, weight.to(hidden.dtype))
 
     def softcap(self, logits: Tensor) -> Tensor:
         """Bound logits, in at least float32."""
@@ -311,8 +321,10 @@ class Transformer(nn.Module):
         Returns:
             (B, T - first), at least float32.
         """
-        logits = self.logits(self.hidden(ids, first))
+        hidden = self.hidden(ids, first).flatten(0, 1)
         targets = targets[:, first:].long()
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none").view_as(
-            targets
-        )
+        if self.has_fused_loss:
+            nll = softcapped_nll(self._uncapped(hidden), targets.flatten(), self.config.logit_softcap)[0]
+        else:
+            nll = F.cross_entropy(self.logits(hidden), targets.flatten(), ignore_index=-1, reduction="none")
+        return nll.view_as(targets)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.model.attention_kernel import SdpaKernel
+from trainer.model.fusion import Fused
 from trainer.model.layers import Linear
 from trainer.model.transformer import Block, Transformer
 
@@ -68,7 +69,7 @@ def calibrate(model: Transformer, batches: Iterable[Tensor]) -> dict[str, Moment
         Moments by name of the weight, of all matrices in the blocks, the bigram projection, an untied head, and the
         tables of tokens and values.
     """
-    model.set_kernels(SdpaKernel(), False)
+    model.set_kernels(SdpaKernel(), Fused())
     sums: dict[str, _Sums] = {}
     handles = []
     for name, module in model.named_modules():

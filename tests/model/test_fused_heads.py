@@ -1,0 +1,122 @@
+"""The operators around the attention kernel, against the formulas of the attention module and torch's derivatives."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from trainer.model import fused_heads
+from trainer.model.attention import Attention, AttentionConfig, rotary_tables, rotate, without_own_value
+from trainer.model.layers import EPS
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def turn(qkv: Tensor, tables: Tensor, gain: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What the kernel computes, as formulas."""
+    q, k, v = qkv.split((qkv.size(2) - 2 * kv_heads, kv_heads, kv_heads), dim=2)
+    q, k = (rotate(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS), tables) for x in (q, k))
+    return q * gain[:, None], k, v.clone()
+
+
+def turn_backward(q_grad, k_grad, v_grad, qkv, tables, gain):
+    """Its derivative as the kernel takes it: turned back, without the part along the vector."""
+    kv_heads = k_grad.size(2)
+    back = torch.stack((tables[0], -tables[1]))
+    grads, gains = [], None
+    for x, g in zip(qkv.split((q_grad.size(2), kv_heads, kv_heads), dim=2), (q_grad, k_grad, v_grad), strict=True):
+        if g is v_grad:
+            grads.append(g)
+            continue
+        g = rotate(g, back)
+        inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
+        along = (g * x).sum(-1, keepdim=True) * inverse
+        grad = inverse * (g - x * along * inverse / x.size(-1))
+        if g.shape == q_grad.shape and gains is None:
+            gains, grad = along.sum((0, 1, 3)), grad * gain[:, None]
+        grads.append(grad)
+    return torch.cat(grads, dim=2), gains
+
+
+def exclude_backward(grad, y, v):
+    """The derivative of `without_own_value` as the kernel takes it."""
+    group = y.size(2) // v.size(2)
+    own = v.repeat_interleave(group, dim=2)
+    inverse = 1 / own.square().sum(-1, keepdim=True)
+    share, g_share = ((each * own).sum(-1, keepdim=True) * inverse for each in (y, grad))
+    v_grad = -share * grad - g_share * (y - 2 * share * own)
+    return grad - g_share * own, v_grad.unflatten(2, (-1, group)).sum(3)
+
+
+@pytest.fixture
+def formulas(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = SimpleNamespace(
+        turn=turn, turn_backward=turn_backward, exclude=without_own_value, exclude_backward=exclude_backward
+    )
+    monkeypatch.setitem(sys.modules, fused_heads.KERNEL, kernel)
+
+
+@pytest.mark.usefixtures("formulas")
+def test_operators_pass_on_the_right_derivatives():
+    torch.manual_seed(0)
+    tables = rotary_tables(5, 6, 100.0, CPU, 4).double()
+    qkv = torch.randn(2, 5, 8, 6, dtype=torch.float64, requires_grad=True)  # four query heads, two key heads
+    gain = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, g: fused_heads.turned_heads(x, tables, g, 2), (qkv, gain))
+    y, v = (torch.randn(2, 5, heads, 6, dtype=torch.float64, requires_grad=True) for heads in (4, 2))
+    assert torch.autograd.gradcheck(fused_heads.without_own_value, (y, v))
+
+
+@pytest.mark.usefixtures("formulas")
+@pytest.mark.parametrize("first", [0, 3])
+def test_attention_is_the_same_with_them_and_so_are_all_gradients(first: int):
+    torch.manual_seed(0)
+    attention = Attention(AttentionConfig(4, 2, rope_dims=4, exclusive=True), 32, has_token_values=True).double()
+    tables = rotary_tables(7, 8, 100.0, CPU, 4).double()
+    x = torch.randn(2, 7, 32, dtype=torch.float64, requires_grad=True)
+    values = torch.randn(2, 7, 2, 8, dtype=torch.float64, requires_grad=True)
+    scale = torch.randn(32, dtype=torch.float64, requires_grad=True)
+    found = []
+    for attention.is_fused in (False, True):
+        out = attention(x, tables, scale, first, values)
+        found.append((out, *torch.autograd.grad(out.sin().sum(), (x, values, scale, *attention.parameters()))))
+    for plain, fused in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels need a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "kv_heads", "width", "turning"), [(8, 4, 64, None), (4, 2, 128, 32), (6, 1, 16, 4)])
+def test_kernels_equal_the_formulas_also_for_lengths_that_no_block_divides(dtype, heads, kv_heads, width, turning):
+    if not fused_heads.runs_on((heads, kv_heads, width), GPU, dtype):
+        pytest.skip("the kernels need Triton")
+    torch.manual_seed(0)
+    tables = rotary_tables(37, width, 10000.0, GPU, turning)
+    qkv = torch.randn(3, 37, heads + 2 * kv_heads, width, device=GPU, dtype=dtype)
+    gain = torch.randn(heads, device=GPU)
+    q, k, v = fused_heads.turned_heads(qkv, tables, gain, kv_heads)
+    for found, expected in zip((q, k, v), turn(qkv.double(), tables.double(), gain.double(), kv_heads), strict=True):
+        assert close(found, expected)
+    grads = [torch.randn_like(each) for each in (q, k, v)]
+    kernel = sys.modules[fused_heads.KERNEL]
+    found = kernel.turn_backward(*grads, qkv, tables, gain)
+    doubles = [each.double() for each in (*grads, qkv, tables, gain)]
+    for each, expected in zip(found, turn_backward(*doubles), strict=True):
+        assert close(each, expected)
+    y, grad = (torch.randn(3, 37, heads, width, device=GPU, dtype=dtype) for _ in range(2))
+    assert close(fused_heads.without_own_value(y, v), without_own_value(y.double(), v.double()))
+    expected_grads = exclude_backward(grad.double(), y.double(), v.double())
+    for each, expected in zip(kernel.exclude_backward(grad, y, v), expected_grads, strict=True):
+        assert close(each, expected)
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    """Within what rounding to 8 bits of mantissa does."""
+    return bool((found.double() - expected).norm() < 6e-3 * expected.norm())
+
+
+def test_widths_that_are_no_power_of_two_and_other_types_follow_the_formulas():
+    assert not fused_heads.runs_on((4, 2, 96), CPU, torch.bfloat16)
+    assert not fused_heads.runs_on((4, 2, 64), CPU, torch.float32)
