@@ -22,6 +22,7 @@ from trainer.files import atomic_write, sha256_of
 TRAIN_PATTERN = "*_train_*.bin"
 VAL_PATTERN = "*_val_*.bin"
 SAMPLE_BYTES = 50_000_000  # of training text, for a tokenizer
+MOST_READERS = 4  # processes: each imports the main module anew, which on many cores takes longer than the reading
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,7 @@ class PythonDocumentation(Source):
             files += sorted(inside, key=partial(_path_hash, root=root))
         seen: set[str] = set()
         total = 0
-        workers = os.cpu_count() or 1
+        workers = min(os.cpu_count() or 1, MOST_READERS)
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             for batch in _batches(files, 128 * workers):
                 for docstrings in pool.map(docstrings_of, batch, chunksize=32):
