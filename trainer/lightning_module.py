@@ -10,12 +10,13 @@ from torch import Tensor
 
 from trainer.checkpoint import OWN_KEY
 from trainer.clock import TrainingClock
+from trainer.compiler import configure_compiler
 from trainer.errors import UserError
 from trainer.evaluation.adaptation import Adapter
 from trainer.evaluation.metric import BitsPerByte, Score
 from trainer.evaluation.sliding import NllFn, WindowScorer
 from trainer.evaluation.windows import WindowBatch
-from trainer.model.attention_choice import choose_kernel, let_graphs_be_stored
+from trainer.model.attention_choice import choose_kernel
 from trainer.model.attention_kernel import AttentionKernel, SdpaKernel
 from trainer.model.banded_attention import with_window
 from trainer.model.fusion import Fused, choose_fused
@@ -92,9 +93,7 @@ class LanguageModel(pl.LightningModule):
         self.fused = choose_fused(config, device, dtype)
         self.is_compiled = self.compile_choice == "on" or (self.compile_choice == "auto" and device.type == "cuda")
         if self.is_compiled:
-            # DDP's graph splitting would make other graphs than the warm-up compiled.
-            torch._dynamo.config.optimize_ddp = False
-            let_graphs_be_stored()
+            configure_compiler()
         self.nll = self.nll_of(self.model)
 
     def nll_of(self, model: Transformer) -> NllFn:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from trainer.compiler import configure_compiler
 from trainer.errors import UserError
 from trainer.model import attention_choice
-from trainer.model.attention_choice import choose_kernel, let_graphs_be_stored
+from trainer.model.attention_choice import choose_kernel
 from trainer.model.attention_kernel import AttentionKernel, FlashAttention4, SdpaKernel
 
 CARD = ((8, 4, 64), 128, torch.device("cuda"), torch.float16)
@@ -103,7 +104,7 @@ def test_a_cpu_lets_torch_choose():
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
 def test_a_compiled_kernel_is_stored_once_per_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    let_graphs_be_stored()
+    configure_compiler()
     q = torch.randn(1, 8, 2, 16)
 
     def seen(backend: str) -> dict[str, int]:

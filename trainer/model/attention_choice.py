@@ -78,18 +78,6 @@ def choose_kernel(
     return min(seconds, key=lambda kernel: seconds[kernel])
 
 
-def let_graphs_be_stored() -> None:
-    """Let torch's compile cache keep graphs that choose a kernel.
-
-    It refuses two functions of `sdpa_kernel`, although their arguments are part of the graph and so of its key. Without
-    this, every start traces and partitions the graphs anew: 10 s of the reference model's warm-up.
-    """
-    from torch._inductor import config  # noqa: PLC0415 - takes a second, which only a run that compiles has to spend
-
-    names = ("torch.nn.attention._backend_from_string", "torch.nn.attention._sdpa_kernel")
-    config.unsafe_marked_cacheable_functions |= dict.fromkeys(names, torch.__version__)
-
-
 Measure = Callable[[AttentionKernel, tuple[int, int, int], int, torch.device, torch.dtype], float | None]
 
 

@@ -4,19 +4,31 @@ The package `flash-attn-4` is optional; it runs on Hopper and newer. torch has a
 (`torch.nn.attention.activate_flash_attention_impl`), but that of torch 2.11 cannot call the package's current version.
 """
 
+import os
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 INTERFACE = "flash_attn.cute.interface"  # imported on first use: it takes seconds and needs a GPU's driver
+SETTING = "FLASH_ATTENTION_CUTE_DSL_CACHE"
 
 
 def is_installed() -> bool:
     """Whether the package is there; it may still not run on this GPU."""
     return find_spec("flash_attn") is not None and find_spec("flash_attn.cute") is not None
+
+
+def interface() -> ModuleType:
+    """The package, told to keep what it compiles in the user's cache folder: 5 s a kind of head and window."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault(f"{SETTING}_ENABLED", "1")
+    os.environ.setdefault(f"{SETTING}_DIR", str(caches / "golf-trainer" / "flash-attn-4"))
+    return import_module(INTERFACE)
 
 
 @torch.library.custom_op("golf_trainer::flash_attention", mutates_args=())
@@ -32,7 +44,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> tuple[T
     Returns:
         (B, S, H, d) of the same type, and the float32 log-sum-exp of the scores, (B, H, S).
     """
-    out, lse, *_ = import_module(INTERFACE)._flash_attn_fwd(q, k, v, return_lse=True, **_seen(window))
+    out, lse, *_ = interface()._flash_attn_fwd(q, k, v, return_lse=True, **_seen(window))
     return out, lse
 
 
@@ -46,7 +58,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> tuple[Tensor, Tensor]
 def _backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = import_module(INTERFACE)._flash_attn_bwd(q, k, v, out, grad, lse, **_seen(window))
+    dq, dk, dv = interface()._flash_attn_bwd(q, k, v, out, grad, lse, **_seen(window))
     return dq, dk, dv
 
 

@@ -35,6 +35,20 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=EPS)
 
 
+@torch.library.custom_op("golf_trainer::kept", mutates_args=())
+def kept(x: Tensor) -> Tensor:
+    """A copy that a compiled backward pass reads, instead of computing it again in every kernel that needs it."""
+    return x.clone()
+
+
+@kept.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+kept.register_autograd(lambda ctx, grad: grad)
+
+
 def activation_dtype(weight: Tensor) -> torch.dtype:
     """The type activations are kept in: autocast's where it is on, else the weights' own."""
     kind = weight.device.type
