@@ -15,6 +15,7 @@ from pathlib import Path
 import brotli
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.subject import report
@@ -98,6 +99,13 @@ def codecs(tensors: dict[str, StoredTensor]) -> list[dict[str, object]]:
     return rows
 
 
+def divergence(original: Tensor, other: Tensor) -> float:
+    """Mean Kullback-Leibler divergence in nats, from logits (..., V) to others: a cost that no target's luck hides."""
+    return float(
+        F.kl_div(other.log_softmax(-1), original.log_softmax(-1), reduction="none", log_target=True).sum(-1).mean()
+    )
+
+
 def main() -> None:
     """Compare, or say in a line why not."""
     try:
@@ -135,17 +143,29 @@ def compare() -> None:
         return found.loss, found.bpb
 
     base = loss_of(state)
+    original = Transformer(config).to(device)
+    original.load_state_dict(state)
+    windows = data.val_tokens[: options.targets // options.length * options.length].view(-1, options.length).to(device)
+
+    def divergence_of(tensors: dict[str, Tensor]) -> float:
+        model = Transformer(config).to(device)
+        model.load_state_dict(tensors)
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            return sum(divergence(original(ids), model(ids)) for ids in windows.split(1)) / max(len(windows), 1)
+
     rows: list[dict[str, object]] = []
 
     def row(name: str, kinds: dict[str, str], rounded: dict[str, StoredTensor], codec: str) -> int:
         size = write_artifact(path, config, state, kinds, "0" * 64, rounded, codec)  # type: ignore[arg-type]
-        loss, bpb = loss_of({key: value.to(device) for key, value in read_artifact(path).state.items()})
+        stored = {key: value.to(device) for key, value in read_artifact(path).state.items()}
+        loss, bpb = loss_of(stored)
         rows.append(
             {
                 "method": name,
                 "codec": codec,
                 "bytes": size,
                 "bits": round(8 * size / parameters, 3),
+                "divergence": round(divergence_of(stored), 6),
                 "loss_rise": round(loss - base[0], 5),
                 "bpb_rise": round(bpb - base[1], 5),
             }

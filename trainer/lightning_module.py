@@ -83,9 +83,8 @@ class LanguageModel(pl.LightningModule):
             str(self.trainer.precision), torch.float32
         )
         windows = [config.attention.window_of(block) for block in range(config.num_layers)]
-        self.kernel = choose_kernel(
-            config.attention.backend, config.heads, self.sequence_length, device, dtype, windows
-        )
+        kernel = choose_kernel(config.attention.backend, config.heads, self.sequence_length, device, dtype, windows)
+        self.kernel = self.trainer.strategy.broadcast(kernel)  # processes may have found different ones as fast
         if band := int(self.trainer.datamodule.evaluation.band):  # type: ignore[attr-defined]
             if stage == "fit" and band < self.sequence_length:
                 raise UserError(f"eval.band {band} is shorter than a training sequence, {self.sequence_length} tokens")

