@@ -19,8 +19,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.profile import PROFILED, SETTLE, Interval, Profile, kernels_of
 from benchmarks.subject import load, report, synchronize
 from trainer.callbacks.export import PostTrainExport
 from trainer.callbacks.progress import Progress
@@ -29,34 +29,6 @@ from trainer.lightning_module import LanguageModel
 from trainer.optim import muon_adamw
 from trainer.optim.muon_adamw import parameter_groups
 from trainer.optim.newton_schulz import newton_schulz, orthogonalisation_dtype, orthogonalise
-
-SETTLE, PROFILED = 5, 4  # steps before the timed ones, and after them
-
-Interval = tuple[float, float]
-
-
-class Steps(pl.Callback):
-    """Times Lightning's steps, then profiles a few."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-        self.seconds = 0.0
-        self.started = 0.0
-        self.profile = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Start after some steps, stop after the last."""
-        done = trainer.global_step
-        if done not in (SETTLE, SETTLE + self.steps, SETTLE + self.steps + PROFILED):
-            return
-        synchronize(pl_module.device)
-        if done == SETTLE:
-            self.started = time.perf_counter()
-        elif done == SETTLE + self.steps:
-            self.seconds = (time.perf_counter() - self.started) / self.steps
-            self.profile.start()
-        else:
-            self.profile.stop()
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
@@ -123,7 +95,7 @@ def work(recipe: str, steps: int, muon: str, words: list[str], out: Path) -> Non
     """One process of several: train, and let rank 0 write what it saw."""
     if muon == "replicated":
         muon_adamw.orthogonalise = replicated  # type: ignore[attr-defined]
-    watch = Steps(steps)
+    watch = Profile(steps)
     total = SETTLE + steps + PROFILED
     # With checkpoints: that callback is what processes hear of signals by.
     without = (PostTrainExport, Progress, Report)
@@ -150,11 +122,7 @@ def work(recipe: str, steps: int, muon: str, words: list[str], out: Path) -> Non
     cli.trainer.fit(cli.model, cli.datamodule)
     if not cli.trainer.is_global_zero:
         return
-    kernels = [
-        (event.name, (event.time_range.start, event.time_range.end))
-        for event in watch.profile.events() or []
-        if str(event.device_type) == "DeviceType.CUDA" and not event.is_user_annotation
-    ]
+    kernels = kernels_of(watch.profile)
     tokens = cli.datamodule.batch_tokens
     device = cli.trainer.strategy.root_device
     row = {

@@ -1,7 +1,8 @@
-"""What `benchmarks.scaling` makes of a profile."""
+"""What `benchmarks.scaling` and `benchmarks.profile` make of a profile."""
 
 import pytest
 
+from benchmarks.profile import by_time
 from benchmarks.scaling import device_times, table, union
 
 
@@ -25,3 +26,8 @@ def test_overlapping_stretches_are_one():
 def test_table_compares_with_the_first_row():
     rows = [{"devices": 1, "tokens_per_second": 100}, {"devices": 2, "tokens_per_second": 190}]
     assert table(rows).splitlines()[-1] == "| 2 | 190 | 0.950 |"
+
+
+def test_kernels_are_added_up_by_name():
+    kernels = [("norm", (0.0, 3.0)), ("gemm", (3.0, 8.0)), ("norm", (9.0, 13.0))]
+    assert by_time(kernels) == [("norm", 2, 7.0), ("gemm", 1, 5.0)]

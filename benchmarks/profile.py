@@ -1,0 +1,100 @@
+"""Where a training step's time goes on a GPU: its kernels by their time.
+
+`python -m benchmarks.profile --recipe frontier` times steps under Lightning, then profiles a few of the next. Further
+options are those of `trainer fit`.
+"""
+
+import argparse
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.subject import load, matmul_rate, report, synchronize
+
+SETTLE, PROFILED = 5, 4  # steps before the timed ones, and after them
+
+Interval = tuple[float, float]
+
+
+class Profile(pl.Callback):
+    """Times Lightning's steps, then profiles a few."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.seconds = 0.0
+        self.started = 0.0
+        self.profile = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Start after some steps, stop after the last."""
+        done = trainer.global_step
+        if done not in (SETTLE, SETTLE + self.steps, SETTLE + self.steps + PROFILED):
+            return
+        synchronize(pl_module.device)
+        if done == SETTLE:
+            self.started = time.perf_counter()
+        elif done == SETTLE + self.steps:
+            self.seconds = (time.perf_counter() - self.started) / self.steps
+            self.profile.start()
+        else:
+            self.profile.stop()
+
+
+def kernels_of(recorded: profile) -> list[tuple[str, Interval]]:
+    """What a GPU did: names, starts and ends in microseconds."""
+    return [
+        (event.name, (event.time_range.start, event.time_range.end))
+        for event in recorded.events() or []
+        if str(event.device_type) == "DeviceType.CUDA" and not event.is_user_annotation
+    ]
+
+
+def by_time(kernels: Iterable[tuple[str, Interval]]) -> list[tuple[str, int, float]]:
+    """Each kernel's calls and the sum of its times, the longest first."""
+    sums: dict[str, tuple[int, float]] = {}
+    for name, (start, end) in kernels:
+        calls, total = sums.get(name, (0, 0.0))
+        sums[name] = calls + 1, total + end - start
+    return sorted(((name, *found) for name, found in sums.items()), key=lambda row: -row[2])
+
+
+def main() -> None:
+    """Run, and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recipe", default="int5mlp_10l", help="name or path, as for --config")
+    parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
+    parser.add_argument("--kernels", type=int, default=60, help="lines of the table")
+    options, words = parser.parse_known_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("error: there is no GPU to profile")
+    watch = Profile(options.steps)
+    steps = SETTLE + options.steps + PROFILED
+    cli = load(options.recipe, [f"--trainer.max_steps={steps}", "--trainer.val_check_interval=1000000", *words])
+    cli.trainer.callbacks.append(watch)  # type: ignore[attr-defined]
+    cli.trainer.fit(cli.model, cli.datamodule)
+    device = cli.trainer.strategy.root_device
+    kernels = kernels_of(watch.profile)
+    print("\n ms a step   calls   us a call  kernel")
+    for name, calls, taken in by_time(kernels)[: options.kernels]:
+        print(f"{taken / 1000 / PROFILED:10.3f} {calls / PROFILED:7.1f} {taken / calls:11.1f}  {name[:120]}")
+    report(
+        f"profile {options.recipe} {' '.join(words)}".strip(),
+        {
+            "step_ms": round(1000 * watch.seconds, 2),
+            "kernels_ms": round(sum(end - start for _, (start, end) in kernels) / 1000 / PROFILED, 2),
+            "kernels": round(len(kernels) / PROFILED),
+            "matmul_tflops": round(matmul_rate(device) / 1e12, 2),
+            "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+            "attention": cli.model.kernel.describe(),
+            "fused": cli.model.fused.describe(),
+        },
+        device,
+    )
+
+
+if __name__ == "__main__":
+    main()
