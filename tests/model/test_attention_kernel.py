@@ -55,6 +55,11 @@ def test_the_fastest_kernel_that_runs_is_taken():
     assert choose_kernel("efficient", *CARD, measure=table(cudnn=0.003, efficient=0.2)).describe() == "efficient"
 
 
+def test_the_unfused_kernel_is_tried_only_where_no_other_runs():
+    assert choose_kernel("auto", *CARD, measure=table(cudnn=0.2, math=0.1)).describe() == "cudnn"
+    assert choose_kernel("auto", *CARD, measure=table(math=0.1)).describe() == "math"
+
+
 def test_keys_are_expanded_before_a_slower_kernel_is_taken():
     """An older card: no cuDNN, and flash has no grouped queries."""
     chosen = choose_kernel("auto", *CARD, measure=table(flash_expanded=0.005, efficient_expanded=0.007, math=0.1))

@@ -28,8 +28,8 @@ class AttentionConfig:
         window: Tokens that a position looks back at, itself included (Beltagy et al. 2020); null: all. Saves time where
             the kernel is fa4.
         full_every: Blocks n, 2n, 3n and so on, counted from 1, have no window.
-        backend: Kernel; auto takes the fastest of fa4 (optional package flash-attn-4), cudnn, flash, efficient and
-            math that runs on this device.
+        backend: Kernel; auto takes the fastest of fa4 (optional package flash-attn-4), cudnn, flash and efficient that
+            runs on this device, or math if none does.
     """
 
     num_heads: int = 8

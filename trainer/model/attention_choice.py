@@ -60,6 +60,8 @@ def choose_kernel(
     seconds: dict[AttentionKernel, float] = {}
     shape = heads, length, device, dtype
     for variants in candidates(name):
+        if seconds and variants[0] == SdpaKernel("math"):
+            break  # it writes out all scores: seconds and tens of GiB to find out that any other is faster
         for kernel in variants:
             taken = [
                 (count, (measure or time_kernel)(with_window(kernel, window) if window else kernel, *shape))
