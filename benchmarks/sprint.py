@@ -1,8 +1,9 @@
 """One recipe under the yardstick: train for 300 s, export, score the artifact, and add a row to a table.
 
 `python -m benchmarks.sprint --config frontier --data data/sp8192 --seeds 3 --set model.mlp.ratio=3` runs `trainer fit`
-on prepared shards (`trainer prepare`). Rows compare only if they saw the same text and the same time; a table with
-other ones is refused before anything is trained.
+on prepared shards (`trainer prepare`). For screening, `--half` trains for 150 s, and `--screen` for 60 s without an
+artifact: its score is that of the averaged weights. Rows compare only if they saw the same text and the same time and
+scored the same; a table with other ones is refused before anything is trained.
 """
 
 import argparse
@@ -18,20 +19,21 @@ from trainer.data.manifest import NAME, Manifest
 from trainer.errors import UserError
 from trainer.recipes import find_recipe
 
-FULL, HALF = 300.0, 150.0  # seconds of training
+FULL, HALF, SCREEN = 300.0, 150.0, 60.0  # seconds of training
 STAGES = ("live_plain", "averaged_plain", "artifact_plain", "artifact_sliding")
 
 
-def read_table(path: Path, fingerprint: str, seconds: float) -> list[dict[str, Any]]:
+def read_table(path: Path, fingerprint: str, seconds: float, has_artifact: bool = True) -> list[dict[str, Any]]:
     """The rows of a table that has no others.
 
     Args:
         path: JSON lines; need not exist.
         fingerprint: Of the text that is compared on.
         seconds: Training time that is compared at.
+        has_artifact: Whether artifacts are compared, or weights.
 
     Raises:
-        UserError: If a row saw another text or another time, or the file is no table.
+        UserError: If a row saw another text or another time or scored something else, or the file is no table.
     """
     lines = path.read_text().splitlines() if path.is_file() else []
     try:
@@ -48,6 +50,11 @@ def read_table(path: Path, fingerprint: str, seconds: float) -> list[dict[str, A
             raise UserError(
                 f"{path}: row {number} trained for {row['seconds']:g} s, this run would for {seconds:g} s; "
                 "they do not compare: use another --table"
+            )
+        if ("bytes_total" in row) != has_artifact:
+            raise UserError(
+                f"{path}: row {number} has the score of {'weights' if has_artifact else 'an artifact'}, this run would "
+                f"have that of {'an artifact' if has_artifact else 'weights'}; they do not compare: use another --table"
             )
     return rows
 
@@ -84,7 +91,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         groups.setdefault(" ".join([row["config"], *row["settings"]]), []).append(row)
     lines = [
-        "| recipe | seeds | steps | M tok/s | live | averaged | artifact | **sliding** | change | bytes |",
+        "| recipe | seeds | steps | M tok/s | live | averaged | artifact | **score** | change | bytes |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     first = None
@@ -96,10 +103,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         spread = f" ± {statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
         rate = statistics.mean(row["train_tokens"] / row["train_seconds"] for row in group) / 1e6
         steps = statistics.mean(row["steps"] for row in group)
-        size = max(row["bytes_total"] for row in group)
+        sizes = [row["bytes_total"] for row in group if "bytes_total" in row]  # none where nothing was stored
+        size = f"{max(sizes):,}" if sizes else ""
         lines.append(
             f"| {name} | {len(group)} | {steps:,.0f} | {rate:.3f} | {stages[0]} | {stages[1]} | {stages[2]} | "
-            f"**{mean:.4f}**{spread} | {mean - first:+.4f} | {size:,} |"
+            f"**{mean:.4f}**{spread} | {mean - first:+.4f} | {size} |"
         )
     return "\n".join(lines)
 
@@ -116,18 +124,23 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of prepared shards with its manifest")
     parser.add_argument("--seeds", type=int, default=1, help="how many runs, with the seeds 1, 2, ...")
     parser.add_argument("--set", dest="settings", nargs="*", default=[], metavar="KEY=VALUE", help="options of fit")
-    parser.add_argument("--half", action="store_true", help="150 s for screening, in a table of its own")
+    short = parser.add_mutually_exclusive_group()
+    short.add_argument("--half", action="store_true", help="150 s for screening, in a table of its own")
+    short.add_argument("--screen", action="store_true", help="60 s and no artifact, in a table of its own")
     parser.add_argument("--seconds", type=float, help="another training time")
-    parser.add_argument("--table", type=Path, help="default: sprints.jsonl, or sprints-half.jsonl")
+    parser.add_argument("--table", type=Path, help="default: sprints.jsonl, sprints-half.jsonl or sprints-screen.jsonl")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders go")
     options = parser.parse_args()
-    seconds = options.seconds or (HALF if options.half else FULL)
-    path = options.table or Path("sprints-half.jsonl" if options.half else "sprints.jsonl")
+    kind, usual = ("-half", HALF) if options.half else ("-screen", SCREEN) if options.screen else ("", FULL)
+    seconds = options.seconds or usual
+    path = options.table or Path(f"sprints{kind}.jsonl")
+    if options.screen:
+        options.settings = ["export.enabled=false", "wallclock.reserve=0", *options.settings]
     try:
         manifest = Manifest.read(options.data)
         if manifest is None:
             raise UserError(f"{options.data}: holds no {NAME}; make it with trainer prepare")
-        read_table(path, manifest.text_fingerprint, seconds)
+        read_table(path, manifest.text_fingerprint, seconds, not options.screen)
         for seed in range(1, options.seeds + 1):
             summary = fit(options.config, options.data, seconds, seed, options.settings, options.runs)
             row = {
@@ -140,7 +153,7 @@ def main() -> None:
             }
             with path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-        print(table(read_table(path, manifest.text_fingerprint, seconds)))
+        print(table(read_table(path, manifest.text_fingerprint, seconds, not options.screen)))
     except UserError as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:

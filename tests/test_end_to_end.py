@@ -222,6 +222,20 @@ def test_a_resumed_run_ends_with_the_same_weights_bit_by_bit(finished, tmp_path:
     assert clocks[0] > first["callbacks"]["WallclockCutoff"]["elapsed"] > 0
 
 
+def test_a_run_that_stores_no_artifact_has_the_score_of_its_weights(tmp_path: Path, shard_folder: Path):
+    result = trainer(*small(shard_folder, "--export.enabled=false"), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "runs/int5mlp_10l_parity/1"
+    summary = json.loads((run / "summary.json").read_text())
+    assert list(summary["stages"]) == ["live_plain", "averaged_plain"]
+    assert summary["val_bpb"] == summary["stages"]["averaged_plain"]["bpb"]
+    assert "bytes_total" not in summary
+    assert not (run / "artifact.zst").exists()
+    assert "bits per byte of the averaged weights" in (run / "report.html").read_text()
+    later = trainer("export", "--ckpt", str(run / "checkpoints/last.ckpt"), cwd=tmp_path)
+    assert later.returncode == 0, later.stderr
+
+
 def test_two_processes_train_the_weights_of_one(tmp_path: Path, shard_folder: Path):
     runs = []
     for devices in (1, 2):

@@ -40,6 +40,8 @@ def test_rows_of_another_text_or_another_time_are_refused(tmp_path: Path):
         read_table(path, "b" * 16, 300.0)
     with pytest.raises(UserError, match="row 1 trained for 300 s"):
         read_table(path, "a" * 16, 150.0)
+    with pytest.raises(UserError, match="row 1 has the score of an artifact, this run would have that of weights"):
+        read_table(path, "a" * 16, 300.0, has_artifact=False)
     path.write_text(path.read_text()[:40])
     with pytest.raises(UserError, match="is no table of sprints"):
         read_table(path, "a" * 16, 300.0)
@@ -51,6 +53,16 @@ def test_the_table_has_means_deviations_and_changes():
     assert first.startswith("| r | 2 | 100 | 1.000 | 1.3400 |  | 1.3200 | **1.3100** ± 0.0141 | +0.0000 | 15,900,002 |")
     assert second.startswith("| r model.mlp.ratio=4 | 1 |")
     assert "| -0.0600 |" in second
+
+
+def test_rows_without_an_artifact_have_no_size():
+    weights = {"live_plain": 1.31, "averaged_plain": 1.30}
+    rows = [row("r", seed, 1.30, stages=weights) for seed in (1, 2)]
+    for each in rows:
+        del each["bytes_total"]
+    assert (
+        table(rows).splitlines()[2] == "| r | 2 | 100 | 1.000 | 1.3100 | 1.3000 |  | **1.3000** ± 0.0000 | +0.0000 |  |"
+    )
 
 
 def test_the_fingerprint_is_that_of_the_text_under_any_tokenizer():

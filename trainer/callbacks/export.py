@@ -30,7 +30,7 @@ from trainer.lightning_module import LanguageModel
 from trainer.model.transformer import Transformer
 from trainer.quantize.artifact import read_artifact
 from trainer.quantize.calibration import calibrate
-from trainer.quantize.export import CAP, export
+from trainer.quantize.export import CAP, ExportedSize, export
 from trainer.quantize.policy import QuantizationConfig
 from trainer.quantize.sensitive import SensitiveRounding
 
@@ -43,6 +43,7 @@ class PostTrainExport(pl.Callback):
         quantization: QuantizationConfig = QuantizationConfig(),
         cap: int = CAP,
         fit: bool = False,
+        enabled: bool = True,
     ) -> None:
         """Export when training ends.
 
@@ -50,10 +51,13 @@ class PostTrainExport(pl.Callback):
             quantization: What is stored how.
             cap: Largest size of code and model together, in bytes.
             fit: If they are larger, prune more and store fewer bits until they fit, instead of failing.
+            enabled: false scores the weights and stores no artifact, to compare ideas quickly; `trainer export` makes
+                it later.
         """
         self.quantization = quantization
         self.cap = cap
         self.fit = fit
+        self.enabled = enabled
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -66,7 +70,7 @@ class PostTrainExport(pl.Callback):
         own["batch_tokens"], own["sequence_length"] = data.batch_tokens, data.sequence_length
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Export on rank 0, score on all ranks. Lightning does not call this for an interrupted run."""
+        """Score on all ranks, export on rank 0. Lightning does not call this for an interrupted run."""
         assert isinstance(pl_module, LanguageModel)
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, TokenData)
@@ -91,24 +95,79 @@ class PostTrainExport(pl.Callback):
         final_model.load_state_dict(state)
         if averaged:
             score_stage("averaged_plain", final_model, plain)
-        size, rounding = None, None
+        if trainer.is_global_zero:
+            shutil.copyfile(data.text.tokenizer, folder / "tokenizer.model")
+        stored = self._store(trainer, pl_module, final_model, state, progress, score_stage) if self.enabled else {}
+        if progress:
+            progress.close()
+        if not trainer.is_global_zero:
+            return
+        final = list(stages.values())[-1]
+        cutoff = next((callback for callback in trainer.callbacks if isinstance(callback, WallclockCutoff)), None)  # type: ignore[attr-defined]
+        clock = cutoff.clock if cutoff else pl_module.clock
+        measuring = stored.get("calibration_seconds", 0.0)
+        if cutoff and clock.budget is not None and measuring > cutoff.reserve:
+            print(
+                f"measuring for the export took {measuring:.1f} s of training time, but wallclock.reserve "
+                f"holds {cutoff.reserve:g} s for it; under the challenge's rules the run was too long"
+            )
+        steps = int(trainer.global_step)
+        manifest = Manifest.read(data.text.train[0].parent)
+        summary: dict[str, Any] = {
+            "val_bpb": final.bpb,
+            "val_loss": final.loss,
+            "val_tokens": final.tokens,
+            "val_bytes": final.bytes,
+            **stored,
+            "steps": steps,
+            "train_tokens": steps * data.batch_tokens,
+            "epochs": steps * data.batch_tokens / len(TokenFiles(data.text.train)),
+            "text_fingerprint": manifest.text_fingerprint if manifest else None,
+            "train_seconds": clock.elapsed,
+            "averaged_steps": sum(callback.count for callback in averages),
+            "weights": "averaged" if averaged else "live",
+            "parameters": sum(parameter.numel() for parameter in pl_module.model.parameters()),
+            "stages": {name: value._asdict() for name, value in stages.items()},
+            "versions": versions(pl_module.device),
+        }
+        with atomic_write(folder / "summary.json") as file:
+            file.write(json.dumps(summary, indent=2).encode())
+        for logger in trainer.loggers:
+            if stored:
+                logger.log_metrics({"artifact/bpb": final.bpb, "artifact/bytes": stored["bytes_total"]}, steps)
+            logger.save()
+        print_summary(summary, folder)
+
+    def _store(
+        self,
+        trainer: pl.Trainer,
+        module: LanguageModel,
+        model: Transformer,
+        state: dict[str, Tensor],
+        progress: Progress | None,
+        score_stage: Callable[[str, Transformer, EvaluationConfig], None],
+    ) -> dict[str, Any]:
+        """Write the artifact of a model's weights, load it back and score it; rank 0 gets sizes and times."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        folder = Path(str(trainer.log_dir))
+        rounding = None
         calibration_seconds, started = 0.0, time.monotonic()
         if trainer.is_global_zero and self.quantization.rounding == "sensitive":
             with trainer.precision_plugin.forward_context():
-                batches = data.calibration_batches(self.quantization.calibration_sequences, pl_module.device)
-                moments = calibrate(final_model, batches)
+                batches = data.calibration_batches(self.quantization.calibration_sequences, module.device)
+                moments = calibrate(model, batches)
             calibration_seconds = time.monotonic() - started
             rounding = SensitiveRounding(state, moments)
-        export_seconds = time.monotonic()
+        started = time.monotonic()
         if progress:
             progress.part("exporting", 0, 1)
+        size: ExportedSize | None = None
         error: UserError | None = None
         if trainer.is_global_zero:
             try:
-                shutil.copyfile(data.text.tokenizer, folder / "tokenizer.model")
                 size = export(
                     state,
-                    pl_module.model.config,
+                    model.config,
                     self.quantization,
                     data.tokenizer_sha256,
                     folder,
@@ -124,60 +183,27 @@ class PostTrainExport(pl.Callback):
             raise error
         if failed:
             raise SystemExit(1)  # rank 0 says why
-        export_seconds = time.monotonic() - export_seconds
+        export_seconds = time.monotonic() - started
         if progress:
             progress.part("exporting", 1, 1)
-        like = pl_module.model.skip_weights
-        model = read_artifact(folder / "artifact.zst").build().to(device=like.device, dtype=like.dtype)
+        like = model.skip_weights
+        stored = read_artifact(folder / "artifact.zst").build().to(device=like.device, dtype=like.dtype)
         started = time.monotonic()
-        score_stage("artifact_plain", model, plain)
+        score_stage("artifact_plain", stored, data.evaluation.plain)
         if not data.evaluation.is_plain:
-            score_stage("artifact_sliding", model, data.evaluation)
-        seconds = time.monotonic() - started
-        if progress:
-            progress.close()
+            score_stage("artifact_sliding", stored, data.evaluation)
         if size is None:
-            return
-        final = list(stages.values())[-1]
-        cutoff = next((callback for callback in trainer.callbacks if isinstance(callback, WallclockCutoff)), None)  # type: ignore[attr-defined]
-        clock = cutoff.clock if cutoff else pl_module.clock
-        if cutoff and clock.budget is not None and calibration_seconds > cutoff.reserve:
-            print(
-                f"measuring for the export took {calibration_seconds:.1f} s of training time, but wallclock.reserve "
-                f"holds {cutoff.reserve:g} s for it; under the challenge's rules the run was too long"
-            )
-        steps = int(trainer.global_step)
-        manifest = Manifest.read(data.text.train[0].parent)
-        summary: dict[str, Any] = {
-            "val_bpb": final.bpb,
-            "val_loss": final.loss,
-            "val_tokens": final.tokens,
-            "val_bytes": final.bytes,
+            return {}
+        return {
             "bytes_total": size.total,
             "bytes_model": size.model,
             "bytes_code": size.code,
             "bytes_cap": self.cap,
             "quantization": asdict(size.quantization),
-            "steps": steps,
-            "train_tokens": steps * data.batch_tokens,
-            "epochs": steps * data.batch_tokens / len(TokenFiles(data.text.train)),
-            "text_fingerprint": manifest.text_fingerprint if manifest else None,
-            "train_seconds": clock.elapsed,
             "calibration_seconds": calibration_seconds,
             "export_seconds": export_seconds,
-            "eval_seconds": seconds,
-            "averaged_steps": sum(callback.count for callback in averages),
-            "weights": "averaged" if averaged else "live",
-            "parameters": sum(parameter.numel() for parameter in pl_module.model.parameters()),
-            "stages": {name: value._asdict() for name, value in stages.items()},
-            "versions": versions(pl_module.device),
+            "eval_seconds": time.monotonic() - started,
         }
-        with atomic_write(folder / "summary.json") as file:
-            file.write(json.dumps(summary, indent=2).encode())
-        for logger in trainer.loggers:
-            logger.log_metrics({"artifact/bpb": final.bpb, "artifact/bytes": size.total}, steps)
-            logger.save()
-        print_summary(summary, folder)
 
 
 def _score(
@@ -206,13 +232,14 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
     )
     for name, stage in stages.items():
         print(f"  {name:<17} {stage['bpb']:.4f} bpb  ({stage['tokens']:,} tokens, {stage['bytes']:,} bytes)")
-    print(
-        f"  size        {summary['bytes_model']:,} model + {summary['bytes_code']:,} code = "
-        f"{summary['bytes_total']:,} of {summary['bytes_cap']:,} bytes"
-    )
-    print(
-        f"  files       {folder / 'artifact.zst'}, "
-        "tokenizer.model, train_gpt.py, summary.json, report.html, metrics.csv, config.yaml"
-    )
+    if "bytes_total" in summary:
+        print(
+            f"  size        {summary['bytes_model']:,} model + {summary['bytes_code']:,} code = "
+            f"{summary['bytes_total']:,} of {summary['bytes_cap']:,} bytes"
+        )
+        print(
+            f"  files       {folder / 'artifact.zst'}, "
+            "tokenizer.model, train_gpt.py, summary.json, report.html, metrics.csv, config.yaml"
+        )
     final = Score(summary["val_bpb"], summary["val_loss"], summary["val_tokens"], summary["val_bytes"])
     print(final.line())

@@ -1,6 +1,7 @@
 """The report: one HTML file that needs nothing else, light and dark, on a phone and on paper."""
 
 from html import escape
+from typing import Any
 
 from trainer.report.byte_use import ByteUse
 from trainer.report.charts import line_chart
@@ -101,16 +102,11 @@ def _subtitle(run: RunData) -> str:
 
 def _cards(run: RunData) -> str:
     facts = run.summary
-    share = 100 * facts["bytes_total"] / facts["bytes_cap"]
-    over = "over the cap by" if share > 100 else "left"
     seconds = max(facts["train_seconds"], 1e-9)
+    what = "artifact" if "bytes_total" in facts else f"{facts['weights']} weights"
     cards = [
-        (f"{facts['val_bpb']:.4f}", f"bits per byte of the artifact, {facts['val_tokens']:,} tokens", ""),
-        (
-            f"{facts['bytes_total']:,}",
-            f"of {facts['bytes_cap']:,} bytes; {abs(facts['bytes_cap'] - facts['bytes_total']):,} {over}",
-            f'<div class="meter"><i style="width:{min(share, 100):.1f}%"></i></div>',
-        ),
+        (f"{facts['val_bpb']:.4f}", f"bits per byte of the {what}, {facts['val_tokens']:,} tokens", ""),
+        *_size(facts),
         (_count(facts["train_tokens"]), "tokens learned", ""),
         (_time(seconds), f"of training, {facts['train_tokens'] / seconds:,.0f} tokens a second", ""),
     ]
@@ -118,6 +114,16 @@ def _cards(run: RunData) -> str:
         f'<div class="card"><b>{big}</b><span class="soft">{small}</span>{more}</div>' for big, small, more in cards
     )
     return f'<div class="cards">{inside}</div>'
+
+
+def _size(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The card of the bytes, if an artifact was stored."""
+    if "bytes_total" not in facts:
+        return []
+    total, cap = facts["bytes_total"], facts["bytes_cap"]
+    left = f"{abs(cap - total):,} {'over the cap by' if total > cap else 'left'}"
+    meter = f'<div class="meter"><i style="width:{min(100 * total / cap, 100):.1f}%"></i></div>'
+    return [(f"{total:,}", f"of {cap:,} bytes; {left}", meter)]
 
 
 def _legend(runs: list[RunData]) -> str:
@@ -135,6 +141,8 @@ def _differences(runs: list[RunData]) -> str:
         ("steps", "steps", "{:,}"),
         ("training seconds", "train_seconds", "{:,.0f}"),
     ):
+        if not all(key in fact for fact in facts):  # a run without an artifact has no size
+            continue
         signed = form.replace("{:", "{:+")
         changes = [f"{form.format(fact[key])} ({signed.format(fact[key] - facts[0][key])})" for fact in facts[1:]]
         rows.append([name, form.format(facts[0][key]), *changes])
