@@ -83,13 +83,15 @@ class LanguageModel(pl.LightningModule):
             str(self.trainer.precision), torch.float32
         )
         windows = [config.attention.window_of(block) for block in range(config.num_layers)]
-        kernel = choose_kernel(config.attention.backend, config.heads, self.sequence_length, device, dtype, windows)
+        self.fused = choose_fused(config, device, dtype)
+        kernel = choose_kernel(
+            config.attention, config.model_dim, self.sequence_length, device, dtype, windows, self.fused.heads
+        )
         self.kernel = self.trainer.strategy.broadcast(kernel)  # processes may have found different ones as fast
         if band := int(self.trainer.datamodule.evaluation.band):  # type: ignore[attr-defined]
             if stage == "fit" and band < self.sequence_length:
                 raise UserError(f"eval.band {band} is shorter than a training sequence, {self.sequence_length} tokens")
             self.kernel = with_window(self.kernel, band)
-        self.fused = choose_fused(config, device, dtype)
         self.is_compiled = self.compile_choice == "on" or (self.compile_choice == "auto" and device.type == "cuda")
         if self.is_compiled:
             configure_compiler()

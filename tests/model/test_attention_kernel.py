@@ -11,10 +11,16 @@ from torch._dynamo.utils import counters
 from trainer.compiler import configure_compiler
 from trainer.errors import UserError
 from trainer.model import attention_choice
+from trainer.model.attention import AttentionConfig
 from trainer.model.attention_choice import choose_kernel
-from trainer.model.attention_kernel import AttentionKernel, FlashAttention4, SdpaKernel
+from trainer.model.attention_kernel import AttentionKernel, BackendName, FlashAttention4, SdpaKernel
+from trainer.model.banded_attention import with_window
 
-CARD = ((8, 4, 64), 128, torch.device("cuda"), torch.float16)
+CARD = (512, 128, torch.device("cuda"), torch.float16)
+
+
+def choose(name: BackendName, *rest, **more) -> AttentionKernel:
+    return choose_kernel(AttentionConfig(8, 4, backend=name), *rest, **more)
 
 
 def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -50,35 +56,42 @@ def table(**seconds: float):
 
 
 def test_the_fastest_kernel_that_runs_is_taken():
-    assert choose_kernel("auto", *CARD, measure=table(cudnn=0.003, flash=0.005, math=0.1)).describe() == "cudnn"
-    assert choose_kernel("auto", *CARD, measure=table(cudnn=0.005, flash=0.003, math=0.1)).describe() == "flash"
-    assert choose_kernel("efficient", *CARD, measure=table(cudnn=0.003, efficient=0.2)).describe() == "efficient"
+    assert choose("auto", *CARD, measure=table(cudnn=0.003, flash=0.005, math=0.1)).describe() == "cudnn"
+    assert choose("auto", *CARD, measure=table(cudnn=0.005, flash=0.003, math=0.1)).describe() == "flash"
+    assert choose("efficient", *CARD, measure=table(cudnn=0.003, efficient=0.2)).describe() == "efficient"
 
 
 def test_the_unfused_kernel_is_tried_only_where_no_other_runs():
-    assert choose_kernel("auto", *CARD, measure=table(cudnn=0.2, math=0.1)).describe() == "cudnn"
-    assert choose_kernel("auto", *CARD, measure=table(math=0.1)).describe() == "math"
+    assert choose("auto", *CARD, measure=table(cudnn=0.2, math=0.1)).describe() == "cudnn"
+    assert choose("auto", *CARD, measure=table(math=0.1)).describe() == "math"
 
 
 def test_keys_are_expanded_before_a_slower_kernel_is_taken():
     """An older card: no cuDNN, and flash has no grouped queries."""
-    chosen = choose_kernel("auto", *CARD, measure=table(flash_expanded=0.005, efficient_expanded=0.007, math=0.1))
+    chosen = choose("auto", *CARD, measure=table(flash_expanded=0.005, efficient_expanded=0.007, math=0.1))
     assert chosen.describe() == "flash, keys and values expanded"
+
+
+def test_the_optional_package_is_tried_with_and_without_copies_of_keys(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(attention_choice, "is_installed", lambda: True)
+    assert choose("auto", *CARD, measure=table(fa4=0.003, fa4_expanded=0.002)) == FlashAttention4(expand_kv=True)
+    assert choose("auto", *CARD, measure=table(fa4=0.002, fa4_expanded=0.003)) == FlashAttention4()
+    assert with_window(FlashAttention4(expand_kv=True), 64) == FlashAttention4(64, expand_kv=True)
 
 
 def test_an_optional_package_that_is_installed_in_vain_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(attention_choice, "is_installed", lambda: True)
     with pytest.warns(UserWarning, match="flash-attn-4 is installed but does not run"):
-        assert choose_kernel("auto", *CARD, measure=table(cudnn=2.0)).describe() == "cudnn"
+        assert choose("auto", *CARD, measure=table(cudnn=2.0)).describe() == "cudnn"
 
 
 def test_the_optional_package_is_tried_only_where_it_is_installed(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(attention_choice, "is_installed", lambda: True)
-    assert choose_kernel("auto", *CARD, measure=table(fa4=0.002, cudnn=0.003)).describe() == "fa4"
+    assert choose("auto", *CARD, measure=table(fa4=0.002, cudnn=0.003)).describe() == "fa4"
     monkeypatch.setattr(attention_choice, "is_installed", lambda: False)
-    assert choose_kernel("auto", *CARD, measure=table(fa4=0.002, cudnn=0.003)).describe() == "cudnn"
+    assert choose("auto", *CARD, measure=table(fa4=0.002, cudnn=0.003)).describe() == "cudnn"
     with pytest.raises(UserError, match="flash-attn-4"):
-        choose_kernel("fa4", *CARD, measure=table(fa4=0.002))
+        choose("fa4", *CARD, measure=table(fa4=0.002))
 
 
 def test_windows_count_as_often_as_blocks_have_them(monkeypatch: pytest.MonkeyPatch):
@@ -90,20 +103,20 @@ def test_windows_count_as_often_as_blocks_have_them(monkeypatch: pytest.MonkeyPa
             return 0.001 if kernel.window else 0.003
         return {"cudnn": 0.002 if isinstance(kernel, SdpaKernel) else 0.005}.get(kernel.describe())
 
-    assert choose_kernel("auto", *CARD, [None, None, None], measure).describe() == "cudnn"
-    assert choose_kernel("auto", *CARD, [64, 64, None], measure).describe() == "fa4"
-    assert choose_kernel("auto", *CARD, [64, None, None, None, None, None], measure).describe() == "cudnn"
+    assert choose("auto", *CARD, [None, None, None], measure=measure).describe() == "cudnn"
+    assert choose("auto", *CARD, [64, 64, None], measure=measure).describe() == "fa4"
+    assert choose("auto", *CARD, [64, None, None, None, None, None], measure=measure).describe() == "cudnn"
 
 
 def test_a_named_kernel_that_does_not_run_is_refused_by_name():
     with pytest.raises(UserError, match="'cudnn' does not run"):
-        choose_kernel("cudnn", *CARD, measure=table(flash=0.005))
+        choose("cudnn", *CARD, measure=table(flash=0.005))
     with pytest.raises(UserError, match="needs a CUDA device"):
-        choose_kernel("flash", (8, 4, 64), 128, torch.device("cpu"), torch.float32)
+        choose("flash", 512, 128, torch.device("cpu"), torch.float32)
 
 
 def test_a_cpu_lets_torch_choose():
-    assert choose_kernel("auto", (8, 4, 64), 128, torch.device("cpu"), torch.float32) == SdpaKernel()
+    assert choose("auto", 512, 128, torch.device("cpu"), torch.float32) == SdpaKernel()
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")

@@ -1,6 +1,7 @@
 """The operators around the attention kernel, against the formulas of the attention module and torch's derivatives."""
 
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -9,21 +10,23 @@ from torch import Tensor
 
 from trainer.model import fused_heads
 from trainer.model.attention import Attention, AttentionConfig, rotary_tables, rotate, without_own_value
+from trainer.model.attention_kernel import SdpaKernel
 from trainer.model.layers import EPS
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
-def turn(qkv: Tensor, tables: Tensor, gain: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def turn(qkv: Tensor, tables: Tensor, gain: Tensor, kv_heads: int, copies: int) -> tuple[Tensor, Tensor, Tensor]:
     """What the kernel computes, as formulas."""
     q, k, v = qkv.split((qkv.size(2) - 2 * kv_heads, kv_heads, kv_heads), dim=2)
     q, k = (rotate(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS), tables) for x in (q, k))
-    return q * gain[:, None], k, v.clone()
+    return q * gain[:, None], k.repeat_interleave(copies, dim=2), v.repeat_interleave(copies, dim=2)
 
 
 def turn_backward(q_grad, k_grad, v_grad, qkv, tables, gain):
     """Its derivative as the kernel takes it: turned back, without the part along the vector."""
-    kv_heads = k_grad.size(2)
+    kv_heads = (qkv.size(2) - q_grad.size(2)) // 2
+    k_grad, v_grad = (each.unflatten(2, (kv_heads, -1)).sum(3) for each in (k_grad, v_grad))
     back = torch.stack((tables[0], -tables[1]))
     grads, gains = [], None
     for x, g in zip(qkv.split((q_grad.size(2), kv_heads, kv_heads), dim=2), (q_grad, k_grad, v_grad), strict=True):
@@ -64,16 +67,20 @@ def test_operators_pass_on_the_right_derivatives():
     tables = rotary_tables(5, 6, 100.0, CPU, 4).double()
     qkv = torch.randn(2, 5, 8, 6, dtype=torch.float64, requires_grad=True)  # four query heads, two key heads
     gain = torch.randn(4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, g: fused_heads.turned_heads(x, tables, g, 2), (qkv, gain))
+    for copies in (1, 2):
+        operator = partial(fused_heads.turned_heads, kv_heads=2, copies=copies)
+        assert torch.autograd.gradcheck(lambda x, g, run=operator: run(x, tables, g), (qkv, gain))
     y, v = (torch.randn(2, 5, heads, 6, dtype=torch.float64, requires_grad=True) for heads in (4, 2))
     assert torch.autograd.gradcheck(fused_heads.without_own_value, (y, v))
 
 
 @pytest.mark.usefixtures("formulas")
 @pytest.mark.parametrize("first", [0, 3])
-def test_attention_is_the_same_with_them_and_so_are_all_gradients(first: int):
+@pytest.mark.parametrize(("has_token_values", "expand_kv"), [(True, True), (False, True), (False, False)])
+def test_attention_is_the_same_with_them_and_so_are_all_gradients(first: int, has_token_values: bool, expand_kv: bool):
     torch.manual_seed(0)
-    attention = Attention(AttentionConfig(4, 2, rope_dims=4, exclusive=True), 32, has_token_values=True).double()
+    attention = Attention(AttentionConfig(4, 2, rope_dims=4, exclusive=True), 32, has_token_values).double()
+    attention.kernel = SdpaKernel("math", expand_kv)
     tables = rotary_tables(7, 8, 100.0, CPU, 4).double()
     x = torch.randn(2, 7, 32, dtype=torch.float64, requires_grad=True)
     values = torch.randn(2, 7, 2, 8, dtype=torch.float64, requires_grad=True)
@@ -81,23 +88,28 @@ def test_attention_is_the_same_with_them_and_so_are_all_gradients(first: int):
     found = []
     for attention.is_fused in (False, True):
         out = attention(x, tables, scale, first, values)
-        found.append((out, *torch.autograd.grad(out.sin().sum(), (x, values, scale, *attention.parameters()))))
+        inputs = (x, scale, *attention.parameters(), *([values] if has_token_values else []))
+        found.append((out, *torch.autograd.grad(out.sin().sum(), inputs)))
     for plain, fused in zip(*found, strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels need a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("copies", [1, 2])
 @pytest.mark.parametrize(("heads", "kv_heads", "width", "turning"), [(8, 4, 64, None), (4, 2, 128, 32), (6, 1, 16, 4)])
-def test_kernels_equal_the_formulas_also_for_lengths_that_no_block_divides(dtype, heads, kv_heads, width, turning):
+def test_kernels_equal_the_formulas_also_for_lengths_that_no_block_divides(
+    dtype, heads, kv_heads, width, turning, copies
+):
     if not fused_heads.runs_on((heads, kv_heads, width), GPU, dtype):
         pytest.skip("the kernels need Triton")
     torch.manual_seed(0)
     tables = rotary_tables(37, width, 10000.0, GPU, turning)
     qkv = torch.randn(3, 37, heads + 2 * kv_heads, width, device=GPU, dtype=dtype)
     gain = torch.randn(heads, device=GPU)
-    q, k, v = fused_heads.turned_heads(qkv, tables, gain, kv_heads)
-    for found, expected in zip((q, k, v), turn(qkv.double(), tables.double(), gain.double(), kv_heads), strict=True):
+    q, k, v = fused_heads.turned_heads(qkv, tables, gain, kv_heads, copies)
+    exact = turn(qkv.double(), tables.double(), gain.double(), kv_heads, copies)
+    for found, expected in zip((q, k, v), exact, strict=True):
         assert close(found, expected)
     grads = [torch.randn_like(each) for each in (q, k, v)]
     kernel = sys.modules[fused_heads.KERNEL]
@@ -105,6 +117,7 @@ def test_kernels_equal_the_formulas_also_for_lengths_that_no_block_divides(dtype
     doubles = [each.double() for each in (*grads, qkv, tables, gain)]
     for each, expected in zip(found, turn_backward(*doubles), strict=True):
         assert close(each, expected)
+    v = v[:, :, ::copies].contiguous()
     y, grad = (torch.randn(3, 37, heads, width, device=GPU, dtype=dtype) for _ in range(2))
     assert close(fused_heads.without_own_value(y, v), without_own_value(y.double(), v.double()))
     expected_grads = exclude_backward(grad.double(), y.double(), v.double())

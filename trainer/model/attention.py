@@ -143,13 +143,16 @@ class Attention(nn.Module):
         return self.out(y.flatten(2), scale)
 
     def _turned_heads(self, x: Tensor, rotary: Tensor, first: int, is_fused: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries from position `first` on, (B, S, H, d), keys and values of all, (B, T, K, d)."""
+        """Queries from position `first` on, (B, S, H, d), keys and values of all, (B, T, K, d) or (B, T, H, d)."""
         heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
         # The three matrices as one product; they stay apart because Muon orthogonalises each.
         if first == 0:
             qkv = self._heads(x, self.q, self.k, self.v)
             if is_fused:
-                return fused_heads.turned_heads(qkv, rotary, self.q_gain, kv_heads)
+                may_copy = self.kernel.expand_kv and self.value_gain is None
+                return fused_heads.turned_heads(
+                    qkv, rotary, self.q_gain, kv_heads, heads // kv_heads if may_copy else 1
+                )
             q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=2)
         else:
             q = self._heads(x[:, first:], self.q)

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from trainer.errors import UserError
-from trainer.model.attention_kernel import BACKENDS, AttentionKernel, BackendName, FlashAttention4, SdpaKernel
+from trainer.model.attention import Attention, AttentionConfig, rotary_tables
+from trainer.model.attention_kernel import BACKENDS, AttentionKernel, FlashAttention4, SdpaKernel
 from trainer.model.banded_attention import with_window
 from trainer.model.flash_attention import is_installed
 
@@ -23,34 +24,38 @@ def candidates(name: str) -> Iterator[list[AttentionKernel]]:
     """
     if name in ("auto", "fa4") and is_installed():
         yield [FlashAttention4()]
+        yield [FlashAttention4(expand_kv=True)]  # which is faster depends on the heads
     for backend in BACKENDS:
         if name in ("auto", backend):
             yield [SdpaKernel(backend), SdpaKernel(backend, expand_kv=True)]
 
 
 def choose_kernel(
-    name: BackendName,
-    heads: tuple[int, int, int],
+    config: AttentionConfig,
+    dim: int,
     length: int,
     device: torch.device,
     dtype: torch.dtype,
     windows: Sequence[int | None] = (None,),
+    fused_heads: bool = False,
     measure: "Measure | None" = None,
 ) -> AttentionKernel:
-    """Run every kernel forward and backward at these shapes and take the one that is fastest for all blocks together.
+    """Run attention forward and backward with every kernel and take the one that is fastest for all blocks together.
 
     Args:
-        name: A backend, or auto.
-        heads: Query heads, key heads, width of a head.
+        config: Of the attention; its `backend` is the choice.
+        dim: Width of the model.
         length: Tokens of a sequence.
         device: Where it will run.
         dtype: Type of the activations.
         windows: Of each block; None: it looks at all tokens.
+        fused_heads: Whether heads are made by operators of their own.
         measure: Seconds of a kernel, or None if it does not run; for tests.
 
     Raises:
         UserError: If the backend that is named does not run here.
     """
+    name = config.backend
     if device.type != "cuda":
         if name not in ("auto", "math"):
             raise UserError(f"model.attention.backend {name!r} needs a CUDA device, not {device.type}; use auto")
@@ -58,7 +63,7 @@ def choose_kernel(
     if name == "fa4" and not is_installed():
         raise UserError("model.attention.backend 'fa4' needs the package flash-attn-4; install it or use auto")
     seconds: dict[AttentionKernel, float] = {}
-    shape = heads, length, device, dtype
+    shape = config, dim, length, device, dtype, fused_heads
     for variants in candidates(name):
         if seconds and variants[0] == SdpaKernel("math"):
             break  # it writes out all scores: seconds and tens of GiB to find out that any other is faster
@@ -70,7 +75,7 @@ def choose_kernel(
             if all(each is not None for _, each in taken):
                 seconds[kernel] = sum(count * each for count, each in taken if each is not None)
                 break
-    if name == "auto" and is_installed() and FlashAttention4() not in seconds:
+    if name == "auto" and is_installed() and not any(isinstance(kernel, FlashAttention4) for kernel in seconds):
         warnings.warn(
             "flash-attn-4 is installed but does not run here with these heads; import flash_attn.cute may say why",
             stacklevel=2,
@@ -80,20 +85,27 @@ def choose_kernel(
     return min(seconds, key=lambda kernel: seconds[kernel])
 
 
-Measure = Callable[[AttentionKernel, tuple[int, int, int], int, torch.device, torch.dtype], float | None]
+Measure = Callable[
+    [AttentionKernel, AttentionConfig, int, int, torch.device, torch.dtype, bool],
+    float | None,
+]
 
 
 def time_kernel(
-    kernel: AttentionKernel, heads: tuple[int, int, int], length: int, device: torch.device, dtype: torch.dtype
+    kernel: AttentionKernel,
+    config: AttentionConfig,
+    dim: int,
+    length: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    fused_heads: bool = False,
 ) -> float | None:
-    """Seconds of one forward and backward, or None if the kernel does not run; see `choose_kernel`."""
-    queries, keys, width = heads
-    batch = max(1, PROBE_TOKENS // length)
-    q, k, v = (
-        torch.randn(batch, length, count, width, device=device, dtype=dtype).requires_grad_()
-        for count in (queries, keys, keys)
-    )
-    grad = torch.randn_like(q)
+    """Seconds of one forward and backward of a block's attention, or None if it does not run; see `choose_kernel`."""
+    attention = Attention(config, dim).to(device)
+    attention.kernel, attention.is_fused = kernel, fused_heads
+    x = torch.randn(max(1, PROBE_TOKENS // length), length, dim, device=device, dtype=dtype).requires_grad_()
+    rotary = rotary_tables(length, attention.head_dim, config.rope_base, device, config.rope_dims)
+    scale, grad = torch.ones(dim, device=device), torch.randn_like(x)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # SDPA says why it refuses: an answer to the probe, not to the user
@@ -102,8 +114,8 @@ def time_kernel(
                 torch.cuda.synchronize(device)
                 started = time.perf_counter()
                 for _ in range(steps):
-                    out = kernel(q, k, v)
-                    torch.autograd.grad(out, (q, k, v), grad)
+                    out = attention(x, rotary, scale)
+                    torch.autograd.grad(out, x, grad)
                 torch.cuda.synchronize(device)
                 taken.append((time.perf_counter() - started) / steps)
             seconds = min(taken)  # the first compiles, and others may use this GPU for a moment

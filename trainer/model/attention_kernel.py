@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trainer.model.flash_attention import flash_attention
 
+EXPANDED = ", keys and values expanded"  # in the description of a kernel
 BackendName = Literal["auto", "fa4", "cudnn", "flash", "efficient", "math"]
 BACKENDS: dict[str, SDPBackend] = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -21,6 +22,11 @@ BACKENDS: dict[str, SDPBackend] = {
 
 class AttentionKernel(Protocol):
     """Causal attention."""
+
+    @property
+    def expand_kv(self) -> bool:
+        """Whether it copies keys and values for every query head; who makes them may hand over copies."""
+        ...
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend.
@@ -56,10 +62,9 @@ class SdpaKernel:
         """See AttentionKernel."""
         if q.size(1) < k.size(1):
             return _last_positions(q, k, v)
+        if self.expand_kv:
+            k, v = _expanded(q, k, v)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, d)
-        groups = q.size(1) // k.size(1)
-        if self.expand_kv and groups > 1:
-            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         gqa = k.size(1) != q.size(1)
         if self.backend is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa).transpose(1, 2)
@@ -68,7 +73,13 @@ class SdpaKernel:
 
     def describe(self) -> str:
         """See AttentionKernel."""
-        return f"{self.backend or 'torch chooses'}{', keys and values expanded' if self.expand_kv else ''}"
+        return f"{self.backend or 'torch chooses'}{EXPANDED if self.expand_kv else ''}"
+
+
+def _expanded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, T, K, d) as (B, T, H, d), unless they are that already."""
+    groups = q.size(2) // k.size(2)
+    return (k, v) if groups == 1 else (k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2))
 
 
 def _last_positions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -91,15 +102,20 @@ class FlashAttention4:
 
     Attributes:
         window: Tokens that a position looks back at, itself included; None: all.
+        expand_kv: Repeat keys and values per query head first: with grouped queries, the backward pass adds up their
+            gradients in float32 in the GPU's memory.
     """
 
     window: int | None = None
+    expand_kv: bool = False
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See AttentionKernel."""
+        if self.expand_kv:
+            k, v = _expanded(q, k, v)
         window = self.window if self.window and self.window < k.size(1) else 0  # one that covers all is none
         return flash_attention(q, k, v, window)[0]
 
     def describe(self) -> str:
         """See AttentionKernel."""
-        return "fa4"
+        return f"fa4{EXPANDED if self.expand_kv else ''}"

@@ -4,7 +4,8 @@ flash-attn-4 does it itself and is faster for it. Around any other kernel, each 
 to the block before, with a mask: no faster than looking at everything, unless the text is long.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ class BandedAttention:
 
     inner: AttentionKernel
     band: int
+    expand_kv: ClassVar[bool] = False  # it does so itself, block by block
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See AttentionKernel."""
@@ -58,7 +60,7 @@ class BandedAttention:
 def with_window(kernel: AttentionKernel, window: int) -> AttentionKernel:
     """The same kernel, looking back at so many tokens at most, the position itself included."""
     if isinstance(kernel, FlashAttention4):
-        return FlashAttention4(min(window, kernel.window or window))
+        return replace(kernel, window=min(window, kernel.window or window))
     if isinstance(kernel, BandedAttention):
         return BandedAttention(kernel.inner, min(window, kernel.band))
     return BandedAttention(kernel, window)

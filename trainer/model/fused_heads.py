@@ -31,7 +31,9 @@ def runs_on(heads: tuple[int, int, int], device: torch.device, dtype: torch.dtyp
 
 
 @torch.library.custom_op("golf_trainer::turned_heads", mutates_args=())
-def turned_heads(qkv: Tensor, tables: Tensor, gain: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def turned_heads(
+    qkv: Tensor, tables: Tensor, gain: Tensor, kv_heads: int, copies: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
     """Split heads; normalise queries and keys, turn them by their positions, and scale the queries.
 
     Args:
@@ -39,17 +41,18 @@ def turned_heads(qkv: Tensor, tables: Tensor, gain: Tensor, kv_heads: int) -> tu
         tables: (2, T, d) of `rotary_tables`.
         gain: (H,) factor of each query head.
         kv_heads: K.
+        copies: Of every key and value head, one after the other.
 
     Returns:
-        Queries (B, T, H, d), keys and values (B, T, K, d).
+        Queries (B, T, H, d), keys and values (B, T, K copies, d).
     """
-    return import_module(KERNEL).turn(qkv.contiguous(), tables.contiguous(), gain, kv_heads)
+    return import_module(KERNEL).turn(qkv.contiguous(), tables.contiguous(), gain, kv_heads, copies)
 
 
 @turned_heads.register_fake
-def _(qkv: Tensor, tables: Tensor, gain: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(qkv: Tensor, tables: Tensor, gain: Tensor, kv_heads: int, copies: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, every, width = qkv.shape
-    heads = every - 2 * kv_heads, kv_heads, kv_heads
+    heads = every - 2 * kv_heads, kv_heads * copies, kv_heads * copies
     q, k, v = (qkv.new_empty(batch, length, count, width) for count in heads)
     return q, k, v
 
@@ -68,15 +71,19 @@ def _(
     return qkv.new_empty(qkv.shape), gain.new_empty(gain.shape)
 
 
-def _save_heads(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save_heads(
+    ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int, int], output: tuple[Tensor, Tensor, Tensor]
+) -> None:
     ctx.save_for_backward(*inputs[:3])
 
 
-def _differentiate_heads(ctx: Any, q_grad: Tensor, k_grad: Tensor, v_grad: Tensor) -> tuple[Tensor, None, Tensor, None]:
+def _differentiate_heads(
+    ctx: Any, q_grad: Tensor, k_grad: Tensor, v_grad: Tensor
+) -> tuple[Tensor, None, Tensor, None, None]:
     qkv, tables, gain = ctx.saved_tensors
     grads = q_grad.contiguous(), k_grad.contiguous(), v_grad.contiguous()
     qkv_grad, gain_grad = _turned_heads_backward(*grads, qkv.contiguous(), tables.contiguous(), gain)
-    return qkv_grad, None, gain_grad, None
+    return qkv_grad, None, gain_grad, None, None
 
 
 turned_heads.register_autograd(_differentiate_heads, setup_context=_save_heads)

@@ -29,6 +29,7 @@ def _turn(
     length,
     heads: tl.constexpr,
     kv_heads: tl.constexpr,
+    copies: tl.constexpr,
     half: tl.constexpr,
     rows: tl.constexpr,
     eps: tl.constexpr,
@@ -50,14 +51,17 @@ def _turn(
             if head < heads:
                 scale *= tl.load(gain + head)
             a, b = (a * cos + b * sin) * scale, (b * cos - a * sin) * scale
+        a, b = a.to(q.dtype.element_ty), b.to(q.dtype.element_ty)
         if head < heads:
             out = q + (row * heads + head) * width + column
-        elif head < heads + kv_heads:
-            out = k + (row * kv_heads + head - heads) * width + column
+            tl.store(out, a, inside)
+            tl.store(out + half, b, inside)
         else:
-            out = v + (row * kv_heads + head - heads - kv_heads) * width + column
-        tl.store(out, a.to(q.dtype.element_ty), inside)
-        tl.store(out + half, b.to(q.dtype.element_ty), inside)
+            place = (row * kv_heads + (head - heads) % kv_heads) * copies * width + column
+            for copy in tl.static_range(copies):
+                out = (k if head < heads + kv_heads else v) + place + copy * width
+                tl.store(out, a, inside)
+                tl.store(out + half, b, inside)
 
 
 @triton.jit
@@ -74,6 +78,7 @@ def _turn_backward(
     length,
     heads: tl.constexpr,
     kv_heads: tl.constexpr,
+    copies: tl.constexpr,
     half: tl.constexpr,
     rows: tl.constexpr,
     eps: tl.constexpr,
@@ -88,15 +93,18 @@ def _turn_backward(
     for head in tl.static_range(heads + 2 * kv_heads):
         if head < heads:
             grad = q_grad + (row * heads + head) * width + column
-        elif head < heads + kv_heads:
-            grad = k_grad + (row * kv_heads + head - heads) * width + column
+            da = tl.load(grad, inside, 0.0).to(tl.float32)
+            db = tl.load(grad + half, inside, 0.0).to(tl.float32)
         else:
-            grad = v_grad + (row * kv_heads + head - heads - kv_heads) * width + column
-        da = tl.load(grad, inside, 0.0)
-        db = tl.load(grad + half, inside, 0.0)
+            grad = (k_grad if head < heads + kv_heads else v_grad) + column
+            grad += (row * kv_heads + (head - heads) % kv_heads) * copies * width
+            da = tl.load(grad, inside, 0.0).to(tl.float32)
+            db = tl.load(grad + half, inside, 0.0).to(tl.float32)
+            for copy in tl.static_range(1, copies):
+                da += tl.load(grad + copy * width, inside, 0.0).to(tl.float32)
+                db += tl.load(grad + copy * width + half, inside, 0.0).to(tl.float32)
         place = (row * (heads + 2 * kv_heads) + head) * width + column
         if head < heads + kv_heads:
-            da, db = da.to(tl.float32), db.to(tl.float32)
             da, db = da * cos - db * sin, da * sin + db * cos  # turned back
             a = tl.load(qkv + place, inside, 0.0).to(tl.float32)
             b = tl.load(qkv + place + half, inside, 0.0).to(tl.float32)
@@ -171,14 +179,14 @@ def _exclude_backward(
         tl.store(v_grad + value, total.to(v_grad.dtype.element_ty), inside)
 
 
-def turn(qkv: Tensor, tables: Tensor, gain: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def turn(qkv: Tensor, tables: Tensor, gain: Tensor, kv_heads: int, copies: int) -> tuple[Tensor, Tensor, Tensor]:
     """See `fused_heads.turned_heads`; all tensors contiguous."""
     batch, length, every, width = qkv.shape
     heads = every - 2 * kv_heads
     q = qkv.new_empty(batch, length, heads, width)
-    k, v = (qkv.new_empty(batch, length, kv_heads, width) for _ in range(2))
+    k, v = (qkv.new_empty(batch, length, kv_heads * copies, width) for _ in range(2))
     programs = triton.cdiv(batch * length, ROWS)
-    sizes = {"heads": heads, "kv_heads": kv_heads, "half": width // 2, "rows": ROWS, "eps": EPS}
+    sizes = {"heads": heads, "kv_heads": kv_heads, "copies": copies, "half": width // 2, "rows": ROWS, "eps": EPS}
     _turn[programs,](qkv, tables, gain, q, k, v, batch * length, length, **sizes, num_warps=WARPS)
     return q, k, v
 
@@ -191,7 +199,9 @@ def turn_backward(
     programs = triton.cdiv(batch * length, ROWS)
     qkv_grad = torch.empty_like(qkv)
     gain_grads = gain.new_empty(programs, heads, dtype=torch.float32)
-    sizes = {"heads": heads, "kv_heads": k_grad.size(2), "half": width // 2, "rows": ROWS, "eps": EPS}
+    kv_heads = (qkv.size(2) - heads) // 2
+    copies = k_grad.size(2) // kv_heads
+    sizes = {"heads": heads, "kv_heads": kv_heads, "copies": copies, "half": width // 2, "rows": ROWS, "eps": EPS}
     _turn_backward[programs,](
         *(q_grad, k_grad, v_grad, qkv, tables, gain, qkv_grad, gain_grads, batch * length, length),
         **sizes,
