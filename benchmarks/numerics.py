@@ -93,6 +93,11 @@ class Comparison(pl.Callback):
             self.row[f"{prefix}gradient_error"] = error.pop("all")
             self.row[f"{prefix}worst_gradient_error"] = f"{error[worst]:.2e} ({worst})" if worst in error else ""
         self.row["float32_score_difference_bpb"] = scores[1] - scores[0]
+        mixed = []
+        for eager in (True, False):  # as a run scores: its own kernels, in its own precision
+            with kernel(eager) as nll, torch.no_grad(), trainer.precision_plugin.forward_context():
+                mixed.append(score(nll, tokens, data.table, data.evaluation).bpb)
+        self.row["score_difference_bpb"] = mixed[1] - mixed[0]
         if self.steps:
             fast_curve, eager_curve = curve(eager=False), curve(eager=True)
             difference = (fast_curve - eager_curve).abs()
@@ -104,6 +109,7 @@ class Comparison(pl.Callback):
                 "eager_loss_of_last_20_steps": float(eager_curve[-20:].mean()),
             }
         self.row["attention"] = pl_module.kernel.describe()
+        self.row["fused"] = pl_module.fused.describe()
         trainer.should_stop = True
 
 

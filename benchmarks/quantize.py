@@ -124,6 +124,8 @@ def compare() -> None:
     parser.add_argument("--sequences", type=int, default=64, help="training sequences that are measured on")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
     options = parser.parse_args()
+    if options.targets < options.length:
+        raise UserError(f"--targets {options.targets} does not fill one sequence of --length {options.length}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     weights = stored_weights(options.ckpt, "best")
     config, state = weights.model, {name: tensor.to(device) for name, tensor in weights.state.items()}
@@ -134,30 +136,30 @@ def compare() -> None:
     folder = tempfile.TemporaryDirectory()
     path = Path(folder.name) / "artifact.zst"
 
-    def loss_of(tensors: dict[str, Tensor]) -> tuple[float, float]:
+    def loaded(tensors: dict[str, Tensor]) -> Transformer:
         model = Transformer(config).to(device)
         model.load_state_dict(tensors)
+        return model
+
+    def loss_of(model: Transformer) -> tuple[float, float]:
         assert data.table is not None
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             found = score(model.nll, data.val_tokens.to(device), data.table, plain)
         return found.loss, found.bpb
 
-    base = loss_of(state)
-    original = Transformer(config).to(device)
-    original.load_state_dict(state)
+    original = loaded(state)
+    base = loss_of(original)
     windows = data.val_tokens[: options.targets // options.length * options.length].view(-1, options.length).to(device)
 
-    def divergence_of(tensors: dict[str, Tensor]) -> float:
-        model = Transformer(config).to(device)
-        model.load_state_dict(tensors)
+    def divergence_of(model: Transformer) -> float:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            return sum(divergence(original(ids), model(ids)) for ids in windows.split(1)) / max(len(windows), 1)
+            return sum(divergence(original(ids), model(ids)) for ids in windows.split(1)) / len(windows)
 
     rows: list[dict[str, object]] = []
 
     def row(name: str, kinds: dict[str, str], rounded: dict[str, StoredTensor], codec: str) -> int:
         size = write_artifact(path, config, state, kinds, "0" * 64, rounded, codec)  # type: ignore[arg-type]
-        stored = {key: value.to(device) for key, value in read_artifact(path).state.items()}
+        stored = loaded({key: value.to(device) for key, value in read_artifact(path).state.items()})
         loss, bpb = loss_of(stored)
         rows.append(
             {
@@ -176,11 +178,9 @@ def compare() -> None:
     reference = QuantizationConfig()
     kinds = {name: kind_of(name, tensor, config, reference) for name, tensor in state.items()}
     row("reference: int5 MLP, int6 attention, float16 embedding", kinds, {}, "zstd-22")
-    model = Transformer(config).to(device)
-    model.load_state_dict(state)
     started = time.perf_counter()
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        moments = calibrate(model, data.calibration_batches(options.sequences, device))
+        moments = calibrate(loaded(state), data.calibration_batches(options.sequences, device))
     measured = time.perf_counter() - started
     methods: dict[str, tuple[Round, float]] = {
         "GPTQ, steps by row deviation": (row_deviations(state, moments, 1.0), 0.4),

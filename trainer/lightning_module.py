@@ -19,10 +19,12 @@ from trainer.evaluation.windows import WindowBatch
 from trainer.model.attention_choice import choose_kernel
 from trainer.model.attention_kernel import AttentionKernel, SdpaKernel
 from trainer.model.banded_attention import with_window
-from trainer.model.fusion import Fused, choose_fused
+from trainer.model.fusion import Fused
+from trainer.model.fusion_choice import choose_fused
 from trainer.model.transformer import Transformer, TransformerConfig
 from trainer.optim.muon_adamw import MuonAdamW, OptimizerConfig, parameter_groups
 from trainer.optim.schedule import ScheduleConfig, lr_multiplier, muon_momentum
+from trainer.ranks import mean_over_ranks
 from trainer.step import GradientNorms, StepFence, clip_gradients, train_step
 
 
@@ -82,12 +84,10 @@ class LanguageModel(pl.LightningModule):
         dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "64-true": torch.float64}.get(
             str(self.trainer.precision), torch.float32
         )
-        windows = [config.attention.window_of(block) for block in range(config.num_layers)]
-        self.fused = choose_fused(config, device, dtype)
-        kernel = choose_kernel(
-            config.attention, config.model_dim, self.sequence_length, device, dtype, windows, self.fused.heads
-        )
-        self.kernel = self.trainer.strategy.broadcast(kernel)  # processes may have found different ones as fast
+        fused = choose_fused(config, device, dtype)
+        kernel = choose_kernel(config, self.sequence_length, device, dtype, fused.heads)
+        # Processes measure and try for themselves, with luck of their own.
+        self.kernel, self.fused = self.trainer.strategy.broadcast((kernel, fused))
         if band := int(self.trainer.datamodule.evaluation.band):  # type: ignore[attr-defined]
             if stage == "fit" and band < self.sequence_length:
                 raise UserError(f"eval.band {band} is shorter than a training sequence, {self.sequence_length} tokens")
@@ -134,7 +134,8 @@ class LanguageModel(pl.LightningModule):
                 with self._no_sync():
                     self.manual_backward(loss)
 
-        loss = train_step(self.nll, batch, self.micro_batches(len(batch)), backward, optimizer.step)
+        slices = self.micro_batches(len(batch))
+        loss = train_step(self.nll, batch, slices, backward, optimizer.step, mean_over_ranks)
         values = torch.cat([torch.stack([loss, self.gradient_norms.total]), self.gradient_norms.each])
         self.finished = self.fence.record(self.steps_done, values)
         # Tensors of the device only: to log a Python number, Lightning copies it there and waits for all queued work.

@@ -10,8 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.ranks import mean_over_ranks
-
 
 def train_step(
     loss_fn: Callable[[Tensor, Tensor, int], Tensor],
@@ -19,6 +17,7 @@ def train_step(
     micro_batches: int,
     backward: Callable[[Tensor, bool], None],
     update: Callable[[], object],
+    mean: Callable[[Tensor], Tensor] = lambda value: value,
 ) -> Tensor:
     """Learn from the tokens of one step.
 
@@ -29,20 +28,22 @@ def train_step(
         micro_batches: Number of slices the n sequences are learned in, to bound memory.
         backward: Called with the loss of each slice and whether it is the last.
         update: Called once, when all gradients are there.
+        mean: Of a number over all processes that learn the step together.
 
     Returns:
-        Mean loss over the targets of all processes, a detached scalar on the device.
+        Mean loss over the targets of all of them, a detached scalar on the device.
     """
     inputs, targets = tokens[:, :-1].clamp(min=0).chunk(micro_batches), tokens[:, 1:].chunk(micro_batches)
     # A process's share of all targets: the mean of the processes' gradients is then that of the whole step.
-    count = mean_over_ranks((tokens[:, 1:] >= 0).sum()).clamp(min=1)
+    count = mean((tokens[:, 1:] >= 0).sum())
+    count = torch.where(count > 0, count, 1)
     total = torch.zeros((), device=tokens.device)
     for index, (x, y) in enumerate(zip(inputs, targets, strict=True)):
         loss = loss_fn(x, y, 0).sum() / count
         backward(loss, index == len(inputs) - 1)
         total = total + loss.detach()
     update()
-    return mean_over_ranks(total)
+    return mean(total)
 
 
 class GradientNorms(NamedTuple):

@@ -21,11 +21,12 @@ from torch._dynamo.utils import counters
 from trainer.__main__ import main
 from trainer.callbacks.late_swa import LateSWA
 from trainer.lightning_module import LanguageModel
+rank = int(os.environ.get("LOCAL_RANK", 0))
 whole = LanguageModel.nll_of
 def nll_of(self, model):
     nll = whole(self, model)
     def limited(ids, targets, first):
-        if torch.is_grad_enabled() and len(ids) > int(os.environ["SEQUENCES_THAT_FIT"]):
+        if rank == 0 and torch.is_grad_enabled() and len(ids) > int(os.environ["SEQUENCES_THAT_FIT"]):
             raise torch.cuda.OutOfMemoryError("planted")
         return nll(ids, targets, first)
     return limited
@@ -38,7 +39,7 @@ def spy(self, trainer, module, *rest):
     old(self, trainer, module, *rest)
     graphs.append(count())
     sha = hashlib.sha256(b"".join(t.numpy().tobytes() for t in module.model.state_dict().values())).hexdigest()
-    with open("seen.json", "w") as file:
+    with open(f"seen{rank}.json", "w") as file:
         json.dump({"graphs": graphs, "weights": sha, "step": trainer.global_step}, file)
 LateSWA.on_train_batch_end = spy
 raise SystemExit(main(sys.argv[1:]))
@@ -64,9 +65,9 @@ def start(folder: Path, shards: Path, *words: str, fit: int = 1000) -> subproces
     )
 
 
-def seen(result: subprocess.CompletedProcess[str], folder: Path) -> dict:
+def seen(result: subprocess.CompletedProcess[str], folder: Path, rank: int = 0) -> dict:
     assert result.returncode == 0, result.stderr
-    return json.loads((folder / "seen.json").read_text())
+    return json.loads((folder / f"seen{rank}.json").read_text())
 
 
 def test_compiling_and_warming_up_changes_no_weight_and_nothing_is_compiled_later(run, tmp_path: Path):
@@ -102,3 +103,11 @@ def test_a_sequence_that_does_not_fit_is_said_in_one_line(run):
     assert result.returncode == 1
     assert "not even one sequence of 32 tokens fits" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_processes_agree_on_a_micro_batch_where_only_one_has_little_memory(run, tmp_path: Path):
+    """Each has 4 sequences of a step; rank 0 has room for one of them, rank 1 for all."""
+    result = run("--model.compile=on", "--trainer.devices=2", "--trainer.accelerator=cpu", fit=1)
+    one, two = (seen(result, tmp_path, rank) for rank in range(2))
+    assert "4 micro-batches of 32 tokens" in result.stderr
+    assert one["weights"] == two["weights"]

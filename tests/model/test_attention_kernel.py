@@ -15,12 +15,14 @@ from trainer.model.attention import AttentionConfig
 from trainer.model.attention_choice import choose_kernel
 from trainer.model.attention_kernel import AttentionKernel, BackendName, FlashAttention4, SdpaKernel
 from trainer.model.banded_attention import with_window
+from trainer.model.flash_attention import cache_folder
+from trainer.model.transformer import TransformerConfig
 
-CARD = (512, 128, torch.device("cuda"), torch.float16)
+CARD = (128, torch.device("cuda"), torch.float16)
 
 
 def choose(name: BackendName, *rest, **more) -> AttentionKernel:
-    return choose_kernel(AttentionConfig(8, 4, backend=name), *rest, **more)
+    return choose_kernel(TransformerConfig(attention=AttentionConfig(backend=name)), *rest, **more)
 
 
 def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -103,20 +105,36 @@ def test_windows_count_as_often_as_blocks_have_them(monkeypatch: pytest.MonkeyPa
             return 0.001 if kernel.window else 0.003
         return {"cudnn": 0.002 if isinstance(kernel, SdpaKernel) else 0.005}.get(kernel.describe())
 
-    assert choose("auto", *CARD, [None, None, None], measure=measure).describe() == "cudnn"
-    assert choose("auto", *CARD, [64, 64, None], measure=measure).describe() == "fa4"
-    assert choose("auto", *CARD, [64, None, None, None, None, None], measure=measure).describe() == "cudnn"
+    def chosen(window: int | None, full_every: int) -> str:
+        attention = AttentionConfig(window=window, full_every=full_every)
+        return choose_kernel(TransformerConfig(num_layers=6, attention=attention), *CARD, measure=measure).describe()
+
+    assert chosen(None, 3) == "cudnn"
+    assert chosen(64, 3) == "fa4"
+    assert chosen(64, 1) == "cudnn"
+
+
+def test_blocks_with_token_values_are_timed_with_them():
+    timed = []
+
+    def measure(kernel: AttentionKernel, has_token_values: bool) -> float | None:
+        timed.append((kernel.describe(), has_token_values))
+        return {"cudnn": 0.002 + 0.01 * has_token_values, "flash": 0.003}.get(kernel.describe())
+
+    assert choose_kernel(TransformerConfig(num_layers=9), *CARD, measure=measure).describe() == "cudnn"
+    assert choose_kernel(TransformerConfig(num_layers=9, value_blocks=2), *CARD, measure=measure).describe() == "flash"
+    assert ("cudnn", True) in timed
 
 
 def test_a_named_kernel_that_does_not_run_is_refused_by_name():
     with pytest.raises(UserError, match="'cudnn' does not run"):
         choose("cudnn", *CARD, measure=table(flash=0.005))
     with pytest.raises(UserError, match="needs a CUDA device"):
-        choose("flash", 512, 128, torch.device("cpu"), torch.float32)
+        choose("flash", 128, torch.device("cpu"), torch.float32)
 
 
 def test_a_cpu_lets_torch_choose():
-    assert choose("auto", 512, 128, torch.device("cpu"), torch.float32) == SdpaKernel()
+    assert choose("auto", 128, torch.device("cpu"), torch.float32) == SdpaKernel()
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
@@ -136,3 +154,13 @@ def test_a_compiled_kernel_is_stored_once_per_backend(tmp_path: Path, monkeypatc
         {"autograd_cache_miss": 1, "autograd_cache_saved": 1},
         {"autograd_cache_hit": 1},
     ]
+
+
+def test_what_flash_attention_compiles_is_kept_where_that_can_be_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    folder = cache_folder()
+    assert folder == tmp_path / "caches/golf-trainer/flash-attn-4"
+    assert folder.is_dir()
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert cache_folder() is None

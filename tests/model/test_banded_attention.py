@@ -10,6 +10,7 @@ from trainer.model.attention import AttentionConfig
 from trainer.model.attention_choice import time_kernel
 from trainer.model.attention_kernel import FlashAttention4, SdpaKernel
 from trainer.model.banded_attention import BandedAttention, with_window
+from trainer.model.transformer import TransformerConfig
 
 
 @settings(max_examples=60, deadline=None)
@@ -43,7 +44,8 @@ def test_the_smaller_of_two_windows_counts():
 @pytest.mark.parametrize("scored", [300, 64])
 def test_flash_attention_with_a_window_equals_the_band(scored: int):
     device = torch.device("cuda")
-    if time_kernel(FlashAttention4(100), AttentionConfig(4, 2), 256, 256, device, torch.bfloat16) is None:
+    config = TransformerConfig(model_dim=256, attention=AttentionConfig(4, 2))
+    if time_kernel(FlashAttention4(100), False, config, 256, device, torch.bfloat16, False) is None:
         pytest.skip("needs flash-attn-4 and a GPU that it runs on")
     torch.manual_seed(0)
     q = torch.randn(2, scored, 4, 64, device=device, dtype=torch.bfloat16, requires_grad=True)

@@ -7,7 +7,10 @@ import torch
 
 from tests.conftest import TINY
 from trainer.errors import UserError
-from trainer.model.fusion import Fused, choose_fused
+from trainer.model.attention_kernel import SdpaKernel
+from trainer.model.fusion import Fused
+from trainer.model.fusion_choice import choose_fused
+from trainer.model.transformer import Block, Transformer
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 ALL = {"mlp": True, "heads": True, "loss": True}
@@ -29,11 +32,19 @@ def test_operators_are_used_where_they_run(choice, device, runs, expected):
 
 
 def test_operators_that_are_asked_for_in_vain_are_refused():
-    said = r"model\.fused 'on': mlp does not run on cuda in torch.bfloat16; use auto or off"
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=r"model\.fused 'on': not on cuda in torch.bfloat16 with this model: mlp; what"):
         choose_fused(replace(TINY, fused="on"), GPU, torch.bfloat16, NO_MLP)
-    with pytest.raises(UserError, match=r"model\.fused 'on': mlp, heads, loss does not run on cpu"):
+    with pytest.raises(UserError, match=r"model\.fused 'on': not on cpu in .*: mlp, heads, loss; what"):
         choose_fused(replace(TINY, fused="on"), CPU, torch.bfloat16)
+
+
+@pytest.mark.parametrize("fused", [Fused(mlp=True), Fused(heads=True), Fused(loss=True)])
+def test_each_operator_is_switched_by_itself(fused: Fused):
+    model = Transformer(TINY)
+    model.set_kernels(SdpaKernel(), fused)
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        assert Fused(block.mlp.is_fused, block.attention.is_fused, model.has_fused_loss) == fused
 
 
 def test_the_log_names_what_is_used():

@@ -3,15 +3,17 @@
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
 from trainer.errors import UserError
-from trainer.model.attention import Attention, AttentionConfig, rotary_tables
+from trainer.model.attention import Attention, rotary_tables
 from trainer.model.attention_kernel import BACKENDS, AttentionKernel, FlashAttention4, SdpaKernel
 from trainer.model.banded_attention import with_window
 from trainer.model.flash_attention import is_installed
+from trainer.model.transformer import TransformerConfig
 
 PROBE_TOKENS = 131_072
 
@@ -31,46 +33,45 @@ def candidates(name: str) -> Iterator[list[AttentionKernel]]:
 
 
 def choose_kernel(
-    config: AttentionConfig,
-    dim: int,
+    config: TransformerConfig,
     length: int,
     device: torch.device,
     dtype: torch.dtype,
-    windows: Sequence[int | None] = (None,),
     fused_heads: bool = False,
     measure: "Measure | None" = None,
 ) -> AttentionKernel:
     """Run attention forward and backward with every kernel and take the one that is fastest for all blocks together.
 
     Args:
-        config: Of the attention; its `backend` is the choice.
-        dim: Width of the model.
+        config: Of the model; the backend of its attention is the choice.
         length: Tokens of a sequence.
         device: Where it will run.
         dtype: Type of the activations.
-        windows: Of each block; None: it looks at all tokens.
         fused_heads: Whether heads are made by operators of their own.
         measure: Seconds of a kernel, or None if it does not run; for tests.
 
     Raises:
         UserError: If the backend that is named does not run here.
     """
-    name = config.backend
+    name = config.attention.backend
     if device.type != "cuda":
         if name not in ("auto", "math"):
             raise UserError(f"model.attention.backend {name!r} needs a CUDA device, not {device.type}; use auto")
         return SdpaKernel("math" if name == "math" else None)
     if name == "fa4" and not is_installed():
         raise UserError("model.attention.backend 'fa4' needs the package flash-attn-4; install it or use auto")
+    measure = measure or partial(
+        time_kernel, config=config, length=length, device=device, dtype=dtype, fused_heads=fused_heads
+    )
+    kinds = Counter((config.attention.window_of(block), config.has_token_values(block)) for block in config.order())
     seconds: dict[AttentionKernel, float] = {}
-    shape = config, dim, length, device, dtype, fused_heads
     for variants in candidates(name):
         if seconds and variants[0] == SdpaKernel("math"):
             break  # it writes out all scores: seconds and tens of GiB to find out that any other is faster
         for kernel in variants:
             taken = [
-                (count, (measure or time_kernel)(with_window(kernel, window) if window else kernel, *shape))
-                for window, count in Counter(windows).items()
+                (count, measure(with_window(kernel, window) if window else kernel, has_token_values))
+                for (window, has_token_values), count in kinds.items()
             ]
             if all(each is not None for _, each in taken):
                 seconds[kernel] = sum(count * each for count, each in taken if each is not None)
@@ -85,27 +86,27 @@ def choose_kernel(
     return min(seconds, key=lambda kernel: seconds[kernel])
 
 
-Measure = Callable[
-    [AttentionKernel, AttentionConfig, int, int, torch.device, torch.dtype, bool],
-    float | None,
-]
+Measure = Callable[[AttentionKernel, bool], float | None]
 
 
 def time_kernel(
     kernel: AttentionKernel,
-    config: AttentionConfig,
-    dim: int,
+    has_token_values: bool,
+    config: TransformerConfig,
     length: int,
     device: torch.device,
     dtype: torch.dtype,
-    fused_heads: bool = False,
+    fused_heads: bool,
 ) -> float | None:
     """Seconds of one forward and backward of a block's attention, or None if it does not run; see `choose_kernel`."""
-    attention = Attention(config, dim).to(device)
+    _, kv_heads, width = config.heads
+    attention = Attention(config.attention, config.model_dim, has_token_values).to(device)
     attention.kernel, attention.is_fused = kernel, fused_heads
-    x = torch.randn(max(1, PROBE_TOKENS // length), length, dim, device=device, dtype=dtype).requires_grad_()
-    rotary = rotary_tables(length, attention.head_dim, config.rope_base, device, config.rope_dims)
-    scale, grad = torch.ones(dim, device=device), torch.randn_like(x)
+    batch = max(1, PROBE_TOKENS // length)
+    x = torch.randn(batch, length, config.model_dim, device=device, dtype=dtype).requires_grad_()
+    values = torch.randn(batch, length, kv_heads, width, device=device, dtype=dtype) if has_token_values else None
+    rotary = rotary_tables(length, width, config.attention.rope_base, device, config.attention.rope_dims)
+    scale, grad = torch.ones(config.model_dim, device=device), torch.randn_like(x)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # SDPA says why it refuses: an answer to the probe, not to the user
@@ -114,7 +115,7 @@ def time_kernel(
                 torch.cuda.synchronize(device)
                 started = time.perf_counter()
                 for _ in range(steps):
-                    out = attention(x, rotary, scale)
+                    out = attention(x, rotary, scale, token_values=values)
                     torch.autograd.grad(out, x, grad)
                 torch.cuda.synchronize(device)
                 taken.append((time.perf_counter() - started) / steps)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.data.tokenizer import BOS
-from trainer.model.layers import Linear, kept
+from trainer.model.layers import Linear
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,7 @@ class SmearGate(nn.Module):
         before = torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), dim=1)
         if self.scale is None:
             g = self.gate.sigmoid().to(x.dtype)
-            mixed = (1 - g) * x + g * before
-            return kept(mixed) if torch.compiler.is_compiling() else mixed  # every block reads it
+            return (1 - g) * x + g * before
         g = (x[..., : self.dims] * self.gate.to(x.dtype)).sum(-1, keepdim=True).sigmoid()
         g = torch.where((ids == BOS)[..., None], 0.0, self.scale * g)
         return x + g.to(x.dtype) * before  # autocast sums in float32

@@ -4,7 +4,9 @@ The package `flash-attn-4` is optional; it runs on Hopper and newer. torch has a
 (`torch.nn.attention.activate_flash_attention_impl`), but that of torch 2.11 cannot call the package's current version.
 """
 
+import fcntl
 import os
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,11 +25,23 @@ def is_installed() -> bool:
     return find_spec("flash_attn") is not None and find_spec("flash_attn.cute") is not None
 
 
+def cache_folder() -> Path | None:
+    """Where the package may keep what it compiles: the user's cache folder, if files can be made and locked there."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "golf-trainer" / "flash-attn-4"
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home
+        return None
+    return folder
+
+
+@cache
 def interface() -> ModuleType:
-    """The package, told to keep what it compiles in the user's cache folder: 5 s a kind of head and window."""
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault(f"{SETTING}_ENABLED", "1")
-    os.environ.setdefault(f"{SETTING}_DIR", str(caches / "golf-trainer" / "flash-attn-4"))
+    """The package, told to keep what it compiles, 5 s a kind of head and window; unless the user set that already."""
+    if not any(name.startswith(SETTING) for name in os.environ) and (folder := cache_folder()):
+        os.environ[f"{SETTING}_ENABLED"], os.environ[f"{SETTING}_DIR"] = "1", str(folder)
     return import_module(INTERFACE)
 
 

@@ -38,7 +38,7 @@ def rms_norm(x: Tensor) -> Tensor:
 @torch.library.custom_op("golf_trainer::kept", mutates_args=())
 def kept(x: Tensor) -> Tensor:
     """A copy that a compiled backward pass reads, instead of computing it again in every kernel that needs it."""
-    return x.clone()
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 @kept.register_fake

@@ -17,7 +17,7 @@ from trainer.model.banded_attention import with_window
 from trainer.model.embedding import BigramConfig, BigramHash, SmearGate
 from trainer.model.fused_loss import softcapped_nll
 from trainer.model.fusion import Fused, Fusion
-from trainer.model.layers import Linear, activation_dtype, rms_norm
+from trainer.model.layers import Linear, activation_dtype, kept, rms_norm
 from trainer.model.mlp import MLP, MLPConfig
 
 MOST_REPEATS = 16  # a file must not ask for endless work
@@ -62,8 +62,9 @@ class TransformerConfig:
         tied_embeddings: Use the token embedding as the output head too.
         embedding_init_std: Standard deviation of the token embedding at the start.
         logit_softcap: Logits become softcap * tanh(logits / softcap).
-        fused: Compute the MLP, what happens to heads, and the loss by operators of their own (Triton, 16-bit
-            precision; the MLP's needs a Hopper GPU or newer); auto uses each where it runs.
+        fused: Compute three parts by operators of their own, in Triton and 16-bit precision: the MLP (on Hopper GPUs or
+            newer), what happens to heads (of a width that is a power of two), the loss (with a softcap of at most 40).
+            auto uses each where it runs, off none.
     """
 
     vocab_size: int = 1024
@@ -125,6 +126,10 @@ class TransformerConfig:
         again = list(range(loop.first, loop.last + 1)) * (loop.repeats if looped else 0)
         return [*range(loop.last + 1), *again, *range(loop.last + 1, self.num_layers)]
 
+    def has_token_values(self, block: int) -> bool:
+        """Whether a block, counted from 0, adds an embedding of the token to its values."""
+        return block >= self.num_layers - self.value_blocks
+
     @property
     def heads(self) -> tuple[int, int, int]:
         """Query heads, key heads, and the width of a head."""
@@ -165,7 +170,7 @@ class Block(nn.Module):
         dim = config.model_dim
         self.input_scale = 1 / math.sqrt(index + 1) if config.layer_norm_scale else None
         self.is_parallel = config.parallel_from is not None and index >= config.parallel_from
-        self.attention = Attention(config.attention, dim, index >= config.num_layers - config.value_blocks)
+        self.attention = Attention(config.attention, dim, config.has_token_values(index))
         self.mlp = MLP(config.mlp, dim)
         self.mix = nn.Parameter(torch.stack((torch.ones(dim), torch.zeros(dim))))
         self.attention_scale = nn.Parameter(torch.ones(dim))
@@ -259,7 +264,11 @@ class Transformer(nn.Module):
         x = self.token_embedding(ids).to(dtype)
         if self.bigram is not None:
             x = x + self.bigram(ids, dtype)
-        return self.smear(rms_norm(x), ids)
+        x = self.smear(rms_norm(x), ids)
+        # Every block reads it. From two tensors that are kept anyway, each compiled kernel of the backward pass would
+        # compute it again; a gate that looks at the token takes a sum, which is not repeated.
+        is_repeated = torch.compiler.is_compiling() and torch.is_grad_enabled() and not self.config.smear_dims
+        return kept(x) if is_repeated else x
 
     def token_values(self, ids: Tensor) -> Tensor | None:
         """What the tokens add to the values of the last blocks, (B, T) to (B, T, K, d)."""
