@@ -7,7 +7,7 @@ def configure_compiler() -> None:
     """Set what a compiled run needs; once a process, before anything is compiled.
 
     - DDP's splitting of graphs is off: it would make other graphs than the warm-up compiled.
-    - Sums over positions stay apart from sums over channels: inductor puts up to ten of them into one kernel, which
+    - Sums over positions stay apart from sums over channels: inductor puts many of them into one kernel, which
       once took 9 of a reference step's 89 ms on an H100.
     - The compile cache keeps graphs that choose an attention kernel. It refuses two functions of `sdpa_kernel`,
       although their arguments are part of the graph and so of its key. Without this, every start traces and partitions

@@ -1,8 +1,7 @@
 """What happens to heads around the attention kernel, each as one operator that reads and writes every number once.
 
-Compiled from the formulas of `attention`, a reference step takes 5 ms of an H100 for normalising, turning and scaling
-queries and keys, and `frontier` 6 ms more for taking out own values, both about twice what their bytes take.
-Needs Triton.
+Compiled from the formulas of `attention`, a `frontier` step takes 5.8 ms of an H100 for normalising, turning and
+scaling queries and keys, and as much for taking out own values; their bytes take 3.8 and 3.2. Needs Triton.
 """
 
 from importlib import import_module
