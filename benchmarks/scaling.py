@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from benchmarks.profile import PROFILED, SETTLE, Interval, Profile, kernels_of
+from benchmarks.profile import PROFILED, SETTLE, Interval, Profile, idle, kernels_of, length
 from benchmarks.subject import load, report, synchronize
 from trainer.callbacks.export import PostTrainExport
 from trainer.callbacks.progress import Progress
@@ -29,22 +29,6 @@ from trainer.lightning_module import LanguageModel
 from trainer.optim import muon_adamw
 from trainer.optim.muon_adamw import parameter_groups
 from trainer.optim.newton_schulz import newton_schulz, orthogonalisation_dtype, orthogonalise
-
-
-def union(intervals: Iterable[Interval]) -> list[Interval]:
-    """Stretches of time that at least one interval covers, in order."""
-    merged: list[Interval] = []
-    for start, end in sorted(intervals):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = merged[-1][0], max(end, merged[-1][1])
-        else:
-            merged.append((start, end))
-    return merged
-
-
-def length(intervals: Iterable[Interval]) -> float:
-    """Time that at least one interval covers."""
-    return sum(end - start for start, end in union(intervals))
 
 
 def device_times(kernels: list[tuple[str, Interval]], steps: int) -> dict[str, float]:
@@ -63,7 +47,6 @@ def device_times(kernels: list[tuple[str, Interval]], steps: int) -> dict[str, f
     everything = [interval for _, interval in kernels]
     if not everything:
         return {}
-    span = max(end for _, end in everything) - min(start for start, _ in everything)
     kinds = {"all_reduce_ms": "allreduce", "all_gather_ms": "allgather"}
     return {
         **{
@@ -71,7 +54,7 @@ def device_times(kernels: list[tuple[str, Interval]], steps: int) -> dict[str, f
             for key, kind in kinds.items()
         },
         "collectives_not_hidden_ms": round(milliseconds * (length(everything) - length(computing)), 2),
-        "gpu_idle_ms": round(milliseconds * (span - length(everything)), 2),
+        "gpu_idle_ms": round(milliseconds * idle(everything), 2),
     }
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from trainer.data.shards import write_shard
 from trainer.data.tokenizer import BOS, load_tokenizer, train_tokenizer
@@ -19,6 +20,9 @@ from trainer.model.mlp import MLPConfig
 from trainer.model.transformer import LoopConfig, TransformerConfig
 
 torch.set_num_threads(2)
+# A busy machine is no fault of a test: its first example may take seconds.
+settings.register_profile("golf", suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("golf")
 ROOT = Path(__file__).parents[1]
 
 TINY = TransformerConfig(

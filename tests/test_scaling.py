@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks.profile import by_time
-from benchmarks.scaling import device_times, table, union
+from benchmarks.profile import by_time, idle, union
+from benchmarks.scaling import device_times, table
 
 
 def test_collectives_count_as_exposed_only_where_nothing_is_computed():
@@ -21,6 +21,7 @@ def test_collectives_count_as_exposed_only_where_nothing_is_computed():
 
 def test_overlapping_stretches_are_one():
     assert union([(3.0, 4.0), (0.0, 1.0), (0.5, 2.0)]) == [(0.0, 2.0), (3.0, 4.0)]
+    assert idle([(3.0, 4.0), (0.0, 1.0), (0.5, 2.0)]) == 1.0
 
 
 def test_table_compares_with_the_first_row():
