@@ -249,6 +249,11 @@ FAULTS = {
         "cannot be written",
         False,
     ),
+    "the device fails": (
+        "import torch; module.model.state_dict = None; raise torch.AcceleratorError('CUDA error: it fell\\nmore')",
+        "the device failed, seen at step 10: CUDA error: it fell. What was saved stays",
+        False,
+    ),
 }
 
 
@@ -261,6 +266,8 @@ def test_a_fault_of_others_ends_the_run_in_one_line(fault: str, tmp_path: Path, 
     assert process.returncode == 1, errors
     assert errors.strip().count("\n") == 0, errors
     assert said in errors
+    if fault == "the device fails":
+        assert load_checkpoint(tmp_path / RUNS / "1/checkpoints/last.ckpt")["global_step"] == 7
     if is_saved:  # what was trained until the fault; batches that were read ahead may still be learned
         assert load_checkpoint(tmp_path / RUNS / "1/checkpoints/last.ckpt")["global_step"] >= 9
 

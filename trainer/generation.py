@@ -17,7 +17,7 @@ LOOK_BACK = 2  # tokens before its own that a position's embedding depends on
 class CachedAttention:
     """The attention of one block, which remembers keys and values."""
 
-    expand_kv = False
+    copies_kv = False
 
     def __init__(self, context: int, passes: int = 1, window: int | None = None) -> None:
         """Begin with nothing.

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 
 from trainer.compiler import configure_compiler
 from trainer.errors import UserError
-from trainer.model import attention_choice
+from trainer.model import attention_choice, attention_kernel
 from trainer.model.attention import AttentionConfig
 from trainer.model.attention_choice import choose_kernel
 from trainer.model.attention_kernel import AttentionKernel, BackendName, FlashAttention4, SdpaKernel
@@ -46,6 +46,25 @@ def test_kernels_equal_numpy(kernel: SdpaKernel, length: int):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, *shape, 8).double() for shape in ((length, 6), (9, 2), (9, 2)))
     assert np.allclose(kernel(q, k, v).numpy(), attend(q.numpy(), k.numpy(), v.numpy()))
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_flash_attention_4_copies_keys_for_gradients_only(is_compiled: bool, monkeypatch: pytest.MonkeyPatch):
+    """Its backward pass is why; scoring has none, and reads them as they are."""
+    seen = []
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int):
+        seen.append(k.shape[2])
+        return SdpaKernel()(q, k, v), None
+
+    monkeypatch.setattr(attention_kernel, "flash_attention", attention)
+    kernel = FlashAttention4(expand_kv=True)
+    call = torch.compile(kernel, backend="eager", fullgraph=True) if is_compiled else kernel
+    q, k, v = (torch.randn(2, 9, heads, 8) for heads in (6, 2, 2))
+    copied = call(q, k, v)
+    with torch.no_grad():
+        assert torch.allclose(call(q, k, v), copied, atol=1e-6)
+    assert seen == [6, 2]
 
 
 def table(**seconds: float):

@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -89,10 +90,12 @@ class Checkpoints(Checkpoint):
             self._save(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Save what was trained since the last time, unless an update was cut in the middle."""
+        """Save what was trained since the last time, unless an update was cut in the middle or the device is gone."""
         assert isinstance(pl_module, LanguageModel)
         if self.saved_step is None or trainer.global_step == self.saved_step:
             return
+        if isinstance(exception, torch.AcceleratorError):
+            return  # nothing can be read from the device any more
         if pl_module.updating:
             rank_zero_info(f"stopped in the middle of a step; step {self.saved_step:,} is the last one that is saved")
         else:

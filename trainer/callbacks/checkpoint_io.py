@@ -20,6 +20,8 @@ class AtomicCheckpointIO(CheckpointIO):
             with atomic_write(path) as file:
                 torch.save(checkpoint, file)
                 seal(file)
+        except torch.AcceleratorError:  # the weights could not be read
+            raise
         except RuntimeError as error:  # torch's own word for a failed write
             raise UserError(f"{path}: the checkpoint cannot be written ({error}); free some space") from error
 

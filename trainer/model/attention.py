@@ -149,7 +149,7 @@ class Attention(nn.Module):
         if first == 0:
             qkv = self._heads(x, self.q, self.k, self.v)
             if is_fused:
-                may_copy = self.kernel.expand_kv and self.value_gain is None
+                may_copy = self.kernel.copies_kv and self.value_gain is None
                 return fused_heads.turned_heads(
                     qkv, rotary, self.q_gain, kv_heads, heads // kv_heads if may_copy else 1
                 )

@@ -24,7 +24,7 @@ class AttentionKernel(Protocol):
     """Causal attention."""
 
     @property
-    def expand_kv(self) -> bool:
+    def copies_kv(self) -> bool:
         """Whether it copies keys and values for every query head; who makes them may hand over copies."""
         ...
 
@@ -58,11 +58,16 @@ class SdpaKernel:
     backend: str | None = None
     expand_kv: bool = False
 
+    @property
+    def copies_kv(self) -> bool:
+        """See AttentionKernel."""
+        return self.expand_kv
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See AttentionKernel."""
         if q.size(1) < k.size(1):
             return _last_positions(q, k, v)
-        if self.expand_kv:
+        if self.copies_kv:
             k, v = _expanded(q, k, v)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, d)
         gqa = k.size(1) != q.size(1)
@@ -102,16 +107,21 @@ class FlashAttention4:
 
     Attributes:
         window: Tokens that a position looks back at, itself included; None: all.
-        expand_kv: Repeat keys and values per query head first: with grouped queries, the backward pass adds up their
-            gradients in float32 in the GPU's memory.
+        expand_kv: Where gradients are wanted, repeat keys and values per query head first: with grouped queries, the
+            backward pass adds up their gradients in float32 in the GPU's memory.
     """
 
     window: int | None = None
     expand_kv: bool = False
 
+    @property
+    def copies_kv(self) -> bool:
+        """See AttentionKernel."""
+        return self.expand_kv and torch.is_grad_enabled()
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See AttentionKernel."""
-        if self.expand_kv:
+        if self.copies_kv:
             k, v = _expanded(q, k, v)
         window = self.window if self.window and self.window < k.size(1) else 0  # one that covers all is none
         return flash_attention(q, k, v, window)[0]

@@ -25,7 +25,7 @@ class BandedAttention:
 
     inner: AttentionKernel
     band: int
-    expand_kv: ClassVar[bool] = False  # it does so itself, block by block
+    copies_kv: ClassVar[bool] = False  # it does so itself, block by block
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See AttentionKernel."""
