@@ -330,7 +330,7 @@ def run(command: str, args: Sequence[str]) -> None:
         except torch.AcceleratorError as error:
             raise UserError(
                 f"the device failed, seen at step {cli.trainer.global_step + 1:,}: {str(error).splitlines()[0]}. "
-                "What was saved stays: go on with --ckpt last. If it fails again, CUDA_LAUNCH_BLOCKING=1 tells in which kernel"
+                "What was saved stays: go on with --ckpt last. If it fails again, CUDA_LAUNCH_BLOCKING=1 tells where"
             ) from error
         except RuntimeError as error:
             if cli.trainer.world_size == 1 or not lost_a_process(error):
