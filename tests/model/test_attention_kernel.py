@@ -1,6 +1,7 @@
 """Attention kernels agree, and the choice between them is right on cards that are not here."""
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,10 @@ from torch._dynamo.utils import counters
 
 from trainer.compiler import configure_compiler
 from trainer.errors import UserError
-from trainer.model import attention_choice, attention_kernel
+from trainer.model import attention_choice
 from trainer.model.attention import AttentionConfig
-from trainer.model.attention_choice import choose_kernel
-from trainer.model.attention_kernel import AttentionKernel, BackendName, FlashAttention4, SdpaKernel
+from trainer.model.attention_choice import Seconds, choose_kernel
+from trainer.model.attention_kernel import AttentionKernel, BackendName, ByGradient, FlashAttention4, SdpaKernel
 from trainer.model.banded_attention import with_window
 from trainer.model.flash_attention import cache_folder
 from trainer.model.transformer import TransformerConfig
@@ -48,30 +49,40 @@ def test_kernels_equal_numpy(kernel: SdpaKernel, length: int):
     assert np.allclose(kernel(q, k, v).numpy(), attend(q.numpy(), k.numpy(), v.numpy()))
 
 
+@dataclass(frozen=True)
+class Scaled:
+    """A kernel that tells itself by what it gives."""
+
+    factor: float
+    copies_kv: bool = False
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return self.factor * q
+
+    def describe(self) -> str:
+        return f"times {self.factor}"
+
+
 @pytest.mark.parametrize("is_compiled", [False, True])
-def test_flash_attention_4_copies_keys_for_gradients_only(is_compiled: bool, monkeypatch: pytest.MonkeyPatch):
-    """Its backward pass is why; scoring has none, and reads them as they are."""
-    seen = []
-
-    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int):
-        seen.append(k.shape[2])
-        return SdpaKernel()(q, k, v), None
-
-    monkeypatch.setattr(attention_kernel, "flash_attention", attention)
-    kernel = FlashAttention4(expand_kv=True)
+def test_training_and_scoring_each_use_their_kernel(is_compiled: bool):
+    kernel = ByGradient(Scaled(2.0, copies_kv=True), Scaled(3.0))
     call = torch.compile(kernel, backend="eager", fullgraph=True) if is_compiled else kernel
-    q, k, v = (torch.randn(2, 9, heads, 8) for heads in (6, 2, 2))
-    copied = call(q, k, v)
+    q = torch.ones(1, 4, 2, 8)
+    assert float(call(q, q, q)[0, 0, 0, 0]) == 2
+    assert kernel.copies_kv
     with torch.no_grad():
-        assert torch.allclose(call(q, k, v), copied, atol=1e-6)
-    assert seen == [6, 2]
+        assert float(call(q, q, q)[0, 0, 0, 0]) == 3
+        assert not kernel.copies_kv
+    assert float(call(q, q, q)[0, 0, 0, 0]) == 2
+    assert kernel.describe() == "times 2.0; to score times 3.0"
 
 
-def table(**seconds: float):
-    """A fake card that runs only these kernels, each in so many seconds."""
+def table(**seconds: float | tuple[float, float]):
+    """A fake card that runs only these kernels, each in so many seconds, to score in the second number of two."""
 
-    def measure(kernel: AttentionKernel, *_: object) -> float | None:
-        return seconds.get(kernel.describe().replace(", keys and values expanded", "_expanded"))
+    def measure(kernel: AttentionKernel, *_: object) -> Seconds | None:
+        taken = seconds.get(kernel.describe().replace(", keys and values expanded", "_expanded"))
+        return taken and (Seconds(*taken) if isinstance(taken, tuple) else Seconds(taken, taken))
 
     return measure
 
@@ -80,6 +91,13 @@ def test_the_fastest_kernel_that_runs_is_taken():
     assert choose("auto", *CARD, measure=table(cudnn=0.003, flash=0.005, math=0.1)).describe() == "cudnn"
     assert choose("auto", *CARD, measure=table(cudnn=0.005, flash=0.003, math=0.1)).describe() == "flash"
     assert choose("efficient", *CARD, measure=table(cudnn=0.003, efficient=0.2)).describe() == "efficient"
+
+
+def test_the_fastest_forward_is_taken_to_score():
+    chosen = choose("auto", *CARD, measure=table(cudnn=(0.003, 0.002), flash=(0.004, 0.001), math=(0.1, 0.1)))
+    assert chosen == ByGradient(SdpaKernel("cudnn"), SdpaKernel("flash"))
+    windows = with_window(chosen, 64)
+    assert windows == ByGradient(with_window(SdpaKernel("cudnn"), 64), with_window(SdpaKernel("flash"), 64))
 
 
 def test_the_unfused_kernel_is_tried_only_where_no_other_runs():
@@ -119,10 +137,12 @@ def test_windows_count_as_often_as_blocks_have_them(monkeypatch: pytest.MonkeyPa
     """cuDNN may win with all tokens and lose by what it costs to mask them."""
     monkeypatch.setattr(attention_choice, "is_installed", lambda: True)
 
-    def measure(kernel: AttentionKernel, *_: object) -> float | None:
+    def measure(kernel: AttentionKernel, *_: object) -> Seconds | None:
         if isinstance(kernel, FlashAttention4):
-            return 0.001 if kernel.window else 0.003
-        return {"cudnn": 0.002 if isinstance(kernel, SdpaKernel) else 0.005}.get(kernel.describe())
+            return Seconds(*2 * [0.001 if kernel.window else 0.003])
+        if kernel.describe() != "cudnn":
+            return None
+        return Seconds(*2 * [0.002 if isinstance(kernel, SdpaKernel) else 0.005])
 
     def chosen(window: int | None, full_every: int) -> str:
         attention = AttentionConfig(window=window, full_every=full_every)
@@ -136,9 +156,10 @@ def test_windows_count_as_often_as_blocks_have_them(monkeypatch: pytest.MonkeyPa
 def test_blocks_with_token_values_are_timed_with_them():
     timed = []
 
-    def measure(kernel: AttentionKernel, has_token_values: bool) -> float | None:
+    def measure(kernel: AttentionKernel, has_token_values: bool) -> Seconds | None:
         timed.append((kernel.describe(), has_token_values))
-        return {"cudnn": 0.002 + 0.01 * has_token_values, "flash": 0.003}.get(kernel.describe())
+        taken = {"cudnn": 0.002 + 0.01 * has_token_values, "flash": 0.003}.get(kernel.describe())
+        return taken and Seconds(taken, taken)
 
     assert choose_kernel(TransformerConfig(num_layers=9), *CARD, measure=measure).describe() == "cudnn"
     assert choose_kernel(TransformerConfig(num_layers=9, value_blocks=2), *CARD, measure=measure).describe() == "flash"

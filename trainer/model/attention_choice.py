@@ -5,17 +5,25 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from trainer.errors import UserError
 from trainer.model.attention import Attention, rotary_tables
-from trainer.model.attention_kernel import BACKENDS, AttentionKernel, FlashAttention4, SdpaKernel
+from trainer.model.attention_kernel import BACKENDS, AttentionKernel, ByGradient, FlashAttention4, SdpaKernel
 from trainer.model.banded_attention import with_window
 from trainer.model.flash_attention import is_installed
 from trainer.model.transformer import TransformerConfig
 
 PROBE_TOKENS = 131_072
+
+
+class Seconds(NamedTuple):
+    """What a kernel takes: forward and backward, and forward where no gradients are wanted."""
+
+    training: float
+    scoring: float
 
 
 def candidates(name: str) -> Iterator[list[AttentionKernel]]:
@@ -40,7 +48,7 @@ def choose_kernel(
     fused_heads: bool = False,
     measure: "Measure | None" = None,
 ) -> AttentionKernel:
-    """Run attention forward and backward with every kernel and take the one that is fastest for all blocks together.
+    """Run attention with every kernel and take the fastest for all blocks together, to train and to score.
 
     Args:
         config: Of the model; the backend of its attention is the choice.
@@ -64,7 +72,7 @@ def choose_kernel(
         time_kernel, config=config, length=length, device=device, dtype=dtype, fused_heads=fused_heads
     )
     kinds = Counter((config.attention.window_of(block), config.has_token_values(block)) for block in config.order())
-    seconds: dict[AttentionKernel, float] = {}
+    seconds: dict[AttentionKernel, Seconds] = {}
     for variants in candidates(name):
         if seconds and variants[0] == SdpaKernel("math"):
             break  # it writes out all scores: seconds and tens of GiB to find out that any other is faster
@@ -74,7 +82,11 @@ def choose_kernel(
                 for (window, has_token_values), count in kinds.items()
             ]
             if all(each is not None for _, each in taken):
-                seconds[kernel] = sum(count * each for count, each in taken if each is not None)
+                known = [(count, each) for count, each in taken if each is not None]
+                seconds[kernel] = Seconds(
+                    sum(count * each.training for count, each in known),
+                    sum(count * each.scoring for count, each in known),
+                )
                 break
     if name == "auto" and is_installed() and not any(isinstance(kernel, FlashAttention4) for kernel in seconds):
         warnings.warn(
@@ -83,10 +95,12 @@ def choose_kernel(
         )
     if not seconds:
         raise UserError(f"model.attention.backend {name!r} does not run on this device in {dtype}; use auto")
-    return min(seconds, key=lambda kernel: seconds[kernel])
+    training = min(seconds, key=lambda kernel: seconds[kernel].training)
+    scoring = min(seconds, key=lambda kernel: seconds[kernel].scoring)
+    return training if scoring == training else ByGradient(training, scoring)
 
 
-Measure = Callable[[AttentionKernel, bool], float | None]
+Measure = Callable[[AttentionKernel, bool], Seconds | None]
 
 
 def time_kernel(
@@ -97,8 +111,8 @@ def time_kernel(
     device: torch.device,
     dtype: torch.dtype,
     fused_heads: bool,
-) -> float | None:
-    """Seconds of one forward and backward of a block's attention, or None if it does not run; see `choose_kernel`."""
+) -> Seconds | None:
+    """Time a block's attention, None if it does not run; see `choose_kernel`."""
     _, kv_heads, width = config.heads
     attention = Attention(config.attention, config.model_dim, has_token_values).to(device)
     attention.kernel, attention.is_fused = kernel, fused_heads
@@ -107,19 +121,30 @@ def time_kernel(
     values = torch.randn(batch, length, kv_heads, width, device=device, dtype=dtype) if has_token_values else None
     rotary = rotary_tables(length, width, config.attention.rope_base, device, config.attention.rope_dims)
     scale, grad = torch.ones(config.model_dim, device=device), torch.randn_like(x)
+
+    def attend() -> torch.Tensor:
+        return attention(x, rotary, scale, token_values=values)
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # SDPA says why it refuses: an answer to the probe, not to the user
-            taken = []
-            for steps in (1, 5, 5, 5):  # enough at once to hide what the host does
-                torch.cuda.synchronize(device)
-                started = time.perf_counter()
-                for _ in range(steps):
-                    out = attention(x, rotary, scale, token_values=values)
-                    torch.autograd.grad(out, x, grad)
-                torch.cuda.synchronize(device)
-                taken.append((time.perf_counter() - started) / steps)
-            seconds = min(taken)  # the first compiles, and others may use this GPU for a moment
+            training = _fastest(lambda: torch.autograd.grad(attend(), x, grad), device)
+            with torch.no_grad():
+                scoring = _fastest(attend, device)
+                is_finite = bool(attend().isfinite().all())
     except Exception:  # out of memory, SDPA's refusal, an extra that does not import or compile: it cannot be used
         return None
-    return seconds if bool(out.isfinite().all()) else None
+    return Seconds(training, scoring) if is_finite else None
+
+
+def _fastest(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a call; the first compiles, and others may use this GPU for a moment."""
+    taken = []
+    for steps in (1, 5, 5, 5):  # enough at once to hide what the host does
+        torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        for _ in range(steps):
+            call()
+        torch.cuda.synchronize(device)
+        taken.append((time.perf_counter() - started) / steps)
+    return min(taken)

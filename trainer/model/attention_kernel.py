@@ -107,8 +107,8 @@ class FlashAttention4:
 
     Attributes:
         window: Tokens that a position looks back at, itself included; None: all.
-        expand_kv: Where gradients are wanted, repeat keys and values per query head first: with grouped queries, the
-            backward pass adds up their gradients in float32 in the GPU's memory.
+        expand_kv: Repeat keys and values per query head first: with grouped queries, the backward pass adds up their
+            gradients in float32 in the GPU's memory.
     """
 
     window: int | None = None
@@ -117,7 +117,7 @@ class FlashAttention4:
     @property
     def copies_kv(self) -> bool:
         """See AttentionKernel."""
-        return self.expand_kv and torch.is_grad_enabled()
+        return self.expand_kv
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See AttentionKernel."""
@@ -129,3 +129,34 @@ class FlashAttention4:
     def describe(self) -> str:
         """See AttentionKernel."""
         return f"fa4{EXPANDED if self.expand_kv else ''}"
+
+
+@dataclass(frozen=True)
+class ByGradient:
+    """One kernel where gradients are wanted and another where they are not: the fastest forward and backward is not
+    always the fastest forward.
+
+    Attributes:
+        training: For the first.
+        scoring: For the second.
+    """
+
+    training: AttentionKernel
+    scoring: AttentionKernel
+
+    @property
+    def copies_kv(self) -> bool:
+        """See AttentionKernel."""
+        return self._now.copies_kv
+
+    @property
+    def _now(self) -> AttentionKernel:
+        return self.training if torch.is_grad_enabled() else self.scoring
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See AttentionKernel."""
+        return self._now(q, k, v)
+
+    def describe(self) -> str:
+        """See AttentionKernel."""
+        return f"{self.training.describe()}; to score {self.scoring.describe()}"

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.model.attention_kernel import AttentionKernel, FlashAttention4
+from trainer.model.attention_kernel import AttentionKernel, ByGradient, FlashAttention4
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ class BandedAttention:
 
 def with_window(kernel: AttentionKernel, window: int) -> AttentionKernel:
     """The same kernel, looking back at so many tokens at most, the position itself included."""
+    if isinstance(kernel, ByGradient):
+        return ByGradient(with_window(kernel.training, window), with_window(kernel.scoring, window))
     if isinstance(kernel, FlashAttention4):
         return replace(kernel, window=min(window, kernel.window or window))
     if isinstance(kernel, BandedAttention):
