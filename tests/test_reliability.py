@@ -82,6 +82,24 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_weights(whole: Path, 
     assert digest(newest) == digest(whole / "last.ckpt")
 
 
+@pytest.mark.parametrize("limit", ["--trainer.max_steps=60", "--wallclock.seconds=0.001"])
+def test_a_run_that_died_in_its_export_is_gone_on_with_there(
+    limit: str, whole: Path, tmp_path: Path, shard_folder: Path
+):
+    """Nothing is left to train, by steps or by the clock."""
+    shutil.copytree(whole.parent, tmp_path / RUNS / "1")
+    expected = json.loads((tmp_path / RUNS / "1/summary.json").read_text())
+    (tmp_path / RUNS / "1/summary.json").unlink()
+    (tmp_path / RUNS / "1/artifact.zst").unlink()
+    words = [*long(shard_folder), "--trainer.max_steps=100", limit, "--ckpt=last"]
+    resumed = trainer(*words, cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    found = json.loads((tmp_path / RUNS / "2/summary.json").read_text())
+    assert found["steps"] == 60
+    assert found["stages"] == expected["stages"]
+    assert (tmp_path / RUNS / "2/artifact.zst").is_file()
+
+
 def test_ctrl_c_in_the_middle_of_an_update_waits_for_its_end(whole: Path, tmp_path: Path, shard_folder: Path):
     interrupt = (
         "import os, signal\n"

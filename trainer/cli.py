@@ -14,8 +14,10 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -182,9 +184,32 @@ class TrainerCLI(LightningCLI):
         else:
             kwargs["logger"] = False
             kwargs["enable_checkpointing"] = False
+            # The run's own config is read, and what it left out while training would be left out of the score.
+            kwargs |= {"limit_val_batches": 1.0, "overfit_batches": 0.0, "fast_dev_run": False}
             kept = [key for key in self.parser.callback_keys if key != "checkpoints"]
             self.parser.callback_keys = kept
-        return super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ModuleNotFoundError) as error:
+            if self.command == "fit" and folder.is_dir():
+                folder.rmdir()
+            raise UserError(first_line(error)) from error
+        trainer.fit_loop.__class__ = FitLoopWithAnEnd  # Lightning has no argument for its loop
+        return trainer
+
+
+class FitLoopWithAnEnd(_FitLoop):
+    """A run that was gone on with and has nothing left to train still ends: it exports, as it could not before."""
+
+    @property
+    def skip(self) -> bool:
+        """Whether `on_train_start` and `on_train_end` are left out too."""
+        return super().skip and not self.restarting
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return str(error).strip().split("\n")[0]
 
 
 def _tensorboard(root: Path, recipe: str, run: str) -> TensorBoardLogger:
@@ -327,9 +352,11 @@ def run(command: str, args: Sequence[str]) -> None:
                 cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt, weights_only=True)
         except SIGTERMException as error:
             raise SystemExit(143) from error
+        except MisconfigurationException as error:
+            raise UserError(first_line(error)) from error
         except torch.AcceleratorError as error:
             raise UserError(
-                f"the device failed, seen at step {cli.trainer.global_step + 1:,}: {str(error).splitlines()[0]}. "
+                f"the device failed, seen at step {cli.trainer.global_step + 1:,}: {first_line(error)}. "
                 "What was saved stays: go on with --ckpt last. If it fails again, CUDA_LAUNCH_BLOCKING=1 tells where"
             ) from error
         except RuntimeError as error:

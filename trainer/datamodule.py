@@ -104,6 +104,8 @@ class TokenData(pl.LightningDataModule):
         tokens = val.read(0, min(needed, len(val)))
         check_vocabulary(self.text.val[0], tokens, pieces)
         if stage == "fit":
+            if self.evaluation.adapt_rate:
+                raise UserError("eval.adapt_rate belongs to trainer validate; leave it out of fit")
             self._check_training_tokens(pieces)
         self.val_tokens = torch.from_numpy(tokens.astype(np.int32))
         self._plans()  # an unusable split shows itself now
@@ -168,6 +170,11 @@ class TokenData(pl.LightningDataModule):
         loaders = []
         for evaluation, targets in self._plans():
             plan = plan_windows(targets, evaluation.window, evaluation.stride)
+            if len(plan.starts) < trainer.world_size:
+                raise UserError(
+                    f"{targets:,} validation targets make {len(plan.starts)} windows of {plan.window:,}, fewer than "
+                    f"{trainer.world_size} processes; raise eval.fit_tokens or eval.max_tokens, or use fewer devices"
+                )
             batches = batch_plan(plan, evaluation.batch_windows, trainer.global_rank, trainer.world_size)
             loaders.append(DataLoader(WindowBatches(batches), batch_size=None))
         return loaders

@@ -6,6 +6,8 @@ something else to whoever runs a bare `trainer fit`. Source: openai/parameter-go
 
 from collections.abc import Mapping
 
+from trainer.errors import UserError
+
 # A variable, and the options that take its value as it is.
 PLAIN = {
     "DATA_PATH": ["data.source.folder"],
@@ -69,6 +71,9 @@ def alias_options(environment: Mapping[str, str], command: str) -> tuple[list[st
 
     Returns:
         Command-line words to place after the recipe, and a line to print for each variable that is set.
+
+    Raises:
+        UserError: If a number is none.
     """
     options: list[str] = []
     notes: list[str] = []
@@ -76,7 +81,10 @@ def alias_options(environment: Mapping[str, str], command: str) -> tuple[list[st
         value = environment.get(name)
         if not value:
             continue
-        words = [f"--{key}={value}" for key in PLAIN[name]] if name in PLAIN else _special(name, value, command)
+        try:
+            words = [f"--{key}={value}" for key in PLAIN[name]] if name in PLAIN else _special(name, value, command)
+        except ValueError as error:
+            raise UserError(f"environment: {name}={value} is no number; mend it or unset it") from error
         notes.append(f"{name}={value}: {' '.join(words) if words else _WITHOUT_EFFECT[name]}")
         options += words
     return options, notes

@@ -189,6 +189,8 @@ class LanguageModel(pl.LightningModule):
             return None
         if self.trainer.world_size > 1:
             raise UserError("eval.adapt_rate: what is learned would differ between processes; use one device")
+        if str(self.trainer.precision) == "16-mixed":
+            raise UserError("eval.adapt_rate: its gradients vanish in float16; give --precision 32-true")
         return Adapter(self.model.parameters(), self.nll, evaluation.adapt_rate, evaluation.band or evaluation.window)
 
     def validation_step(self, batch: WindowBatch, batch_idx: int, dataloader_idx: int = 0) -> None:

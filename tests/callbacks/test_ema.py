@@ -27,7 +27,7 @@ def run(ema: EMA, module: LanguageModel, steps: range) -> list[np.ndarray]:
 
 def test_the_average_weighs_every_step_as_the_formula_says_and_goes_on_after_a_restart():
     torch.manual_seed(0)
-    module, ema = LanguageModel(vocab_size=16, num_layers=1, model_dim=16), EMA(horizon=0.1)
+    module, ema = LanguageModel(vocab_size=16, num_layers=2, model_dim=16), EMA(horizon=0.1)
     taken = run(ema, module, range(1, 21))
     restarted = EMA(horizon=0.1)
     restarted.load_state_dict(ema.state_dict())
@@ -49,8 +49,12 @@ def test_the_average_weighs_every_step_as_the_formula_says_and_goes_on_after_a_r
 
 
 def test_it_is_off_by_default_and_refuses_a_second_average():
-    module, ema = LanguageModel(vocab_size=16, num_layers=1, model_dim=16), EMA()
+    module, ema = LanguageModel(vocab_size=16, num_layers=2, model_dim=16), EMA()
     run(ema, module, range(1, 4))
+    assert ema.averaged_state() is None
+    on = EMA(horizon=0.1)
+    run(on, module, range(1, 4))
+    ema.load_state_dict(on.state_dict())  # a run that goes on without it has no old average
     assert ema.averaged_state() is None
     trainer = SimpleNamespace(callbacks=[LateSWA(), EMA(0.1)])
     with pytest.raises(UserError, match=r"ema\.horizon and late_swa\.start_frac"):

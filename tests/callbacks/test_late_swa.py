@@ -35,7 +35,7 @@ def test_the_average_is_numpys_mean_of_the_late_snapshots():
 
 
 def test_half_precision_weights_are_summed_in_float32():
-    module = LanguageModel(vocab_size=16, num_layers=1, model_dim=16).bfloat16()
+    module = LanguageModel(vocab_size=16, num_layers=2, model_dim=16).bfloat16()
     swa = LateSWA(start_frac=1.0, every=1)
     module.lr_multiplier = 0.0
     for step in range(1, 301):  # 300 times the same: a bfloat16 sum would stop growing at 256
@@ -47,8 +47,20 @@ def test_half_precision_weights_are_summed_in_float32():
     assert torch.allclose(average["token_embedding.weight"], weight.float(), rtol=1e-5)
 
 
+def test_a_run_that_goes_on_without_averaging_has_no_old_average():
+    module = LanguageModel(vocab_size=16, num_layers=2, model_dim=16)
+    module.lr_multiplier = 0.0
+    swa, off, on = LateSWA(every=1), LateSWA(start_frac=0), LateSWA()
+    for step in (1, 2):
+        swa.on_train_batch_end(SimpleNamespace(global_step=step), module)
+    for after in (off, on):
+        after.load_state_dict(swa.state_dict())
+    assert off.averaged_state() is None
+    assert on.averaged_state() is not None
+
+
 def test_one_snapshot_is_no_average():
-    module = LanguageModel(vocab_size=16, num_layers=1, model_dim=16)
+    module = LanguageModel(vocab_size=16, num_layers=2, model_dim=16)
     module.lr_multiplier = 0.0
     swa = LateSWA(every=1)
     swa.on_train_batch_end(SimpleNamespace(global_step=1), module)

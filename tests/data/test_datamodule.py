@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +31,25 @@ def test_a_token_beyond_the_vocabulary_is_found_before_training(copied: Path, na
     write_shard(copied / name, np.array([1] + [7] * 5_000 + [300], dtype=np.uint16))
     with pytest.raises(UserError, match=rf"{name}: holds token 300, but the tokenizer has only 300 pieces"):
         data(copied).setup("fit")
+
+
+def test_learning_while_scoring_is_refused_while_training(shard_folder: Path):
+    module, same = data(shard_folder), data(shard_folder)
+    module.evaluation = same.evaluation = EvaluationConfig(32, 8, 16, adapt_rate=0.1)
+    module.setup("validate")
+    with pytest.raises(UserError, match=r"eval\.adapt_rate belongs to trainer validate"):
+        same.setup("fit")
+
+
+def test_fewer_windows_than_processes_are_refused(shard_folder: Path):
+    module = data(shard_folder)
+    module.evaluation = EvaluationConfig(32, 0, 16, fit_tokens=96)
+    module.setup("fit")
+    module.trainer = SimpleNamespace(world_size=3, global_rank=1, state=SimpleNamespace(fn="fit"))
+    assert len(module.val_dataloader()[0].dataset) == 1
+    module.trainer.world_size = 4
+    with pytest.raises(UserError, match="96 validation targets make 3 windows of 32, fewer than 4 processes"):
+        module.val_dataloader()
 
 
 def test_another_tokenizer_than_the_manifests_is_refused(copied: Path):

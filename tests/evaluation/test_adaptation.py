@@ -1,13 +1,18 @@
 """Test-time training never lets a target be learned before it is scored, and it learns."""
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 
 from tests.conftest import TINY
 from trainer.data.tokenizer import ByteTable, load_tokenizer
+from trainer.errors import UserError
 from trainer.evaluation.adaptation import Adapter
 from trainer.evaluation.metric import BitsPerByte
 from trainer.evaluation.sliding import WindowScorer
-from trainer.evaluation.windows import batch_plan, plan_windows
+from trainer.evaluation.windows import EvaluationConfig, batch_plan, plan_windows
+from trainer.lightning_module import LanguageModel
 from trainer.model.transformer import Transformer
 
 
@@ -45,6 +50,21 @@ def test_what_is_learned_was_scored_and_every_target_is_scored_once(shard_folder
     assert not adapted.isnan().any()
     assert torch.equal(adapted[: steps[0]], plain[: steps[0]])  # the first batch meets the model as it was
     assert (adapted[steps[0] :] != plain[steps[0] :]).all()
+
+
+def test_float16_is_refused(monkeypatch):
+    """Gradients of a mean over thousands of targets are below what it can hold."""
+    config = EvaluationConfig(adapt_rate=0.1)
+    for precision in ("32-true", "16-mixed"):
+        trainer = SimpleNamespace(world_size=1, precision=precision, datamodule=SimpleNamespace(evaluation=config))
+        monkeypatch.setattr(LanguageModel, "trainer", trainer)
+        module = LanguageModel(vocab_size=16, num_layers=2, model_dim=16)
+        module.nll = module.model.nll
+        if precision == "16-mixed":
+            with pytest.raises(UserError, match="vanish in float16"):
+                module._adapter()
+        else:
+            assert module._adapter() is not None
 
 
 def test_no_score_depends_on_a_later_token(shard_folder):

@@ -21,7 +21,7 @@ def test_a_window_costs_the_keys_inside_it():
     assert forward_flops(TINY, 16) - forward_flops(config, 16) == pytest.approx(saved)
 
 
-@pytest.mark.parametrize("config", [TINY, TransformerConfig(num_layers=1)])
+@pytest.mark.parametrize("config", [TINY, TransformerConfig(num_layers=2)])
 def test_the_count_is_torchs_with_half_of_the_attention(config: TransformerConfig):
     """torch counts all pairs of positions; causal attention needs those up to its own, (T + 1) / 2 of T."""
     length, model = 64, Transformer(config)

@@ -281,7 +281,7 @@ def test_a_config_survives_the_round_trip_and_bad_ones_are_refused():
     assert TransformerConfig.from_dict(TINY.to_dict()) == TINY
     for bad in (
         {"model_dim": 100},
-        {"num_layers": 0},
+        {"num_layers": 1},
         {"attention": AttentionConfig(8, 3)},
         {"attention": AttentionConfig(rope_dims=66)},
         {"attention": AttentionConfig(rope_dims=7)},
@@ -300,7 +300,7 @@ def test_a_config_survives_the_round_trip_and_bad_ones_are_refused():
         MLPConfig(negative_slope=-0.5)
     with pytest.raises(ValueError, match="not a model config"):
         TransformerConfig.from_dict({"depth": 3})
-    for bad in ({"value_blocks": 0.5}, {"attention": {"window": 2.5}}, {"num_layers": True}, {"mlp": {"ratio": 2.5}}):
+    for bad in ({"value_blocks": 0.5}, {"attention": {"window": 2.5}}, {"vocab_size": True}, {"mlp": {"ratio": 2.5}}):
         with pytest.raises(ValueError, match=r"not a model config: \w+ must be a whole number, not"):
             TransformerConfig.from_dict(bad)
 

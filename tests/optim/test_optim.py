@@ -113,6 +113,21 @@ def test_each_group_can_have_its_own_decay():
     assert [group["weight_decay"] for group in parameter_groups(Transformer(TINY), config)] == [0.1, 0.2, 0.0]
 
 
+def test_a_run_that_goes_on_with_other_rates_uses_them():
+    model = Transformer(TINY)
+
+    def optimizer(**rates: float) -> MuonAdamW:
+        config = OptimizerConfig(**rates)
+        return MuonAdamW(parameter_groups(model, config), config)
+
+    before, after = optimizer(), optimizer(matrix_lr=0.001, scalar_lr=0.002, weight_decay=0.5)
+    before.set_rates(0.5, 0.9)
+    after.load_state_dict(before.state_dict())
+    after.set_rates(0.25, 0.9)
+    assert [group["lr"] for group in after.param_groups] == [0.25 * rate for rate in (0.001, 0.03, 0.002)]
+    assert {group["weight_decay"] for group in after.param_groups} == {0.5}
+
+
 def test_an_untied_head_gets_adam_and_the_embeddings_their_own_rate():
     from dataclasses import replace
 

@@ -79,6 +79,7 @@ def written(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str, st
     state = {name: torch.randn_like(tensor) for name, tensor in Transformer(TINY).state_dict().items()}
     config = QuantizationConfig(small_tensor=63)  # so that a mix of 2 x 32 is a "larger control vector"
     kinds = {name: kind_of(name, tensor, TINY, config) for name, tensor in state.items()}
+    assert kind_of("bigram.scale", state["bigram.scale"], TINY, QuantizationConfig(small_tensor=0)) == "float16"
     size = write_artifact(tmp_path / "a.zst", TINY, state, kinds, "f" * 64)
     assert size == (tmp_path / "a.zst").stat().st_size
     return tmp_path / "a.zst", state, kinds

@@ -69,5 +69,7 @@ class EMA(pl.Callback):
         return {"mean": self.mean, "count": self.count}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from them."""
+        """Go on from them, unless averaging is off by now."""
+        if not self.horizon:
+            return
         self.mean, self.count = dict(state_dict["mean"]), int(state_dict["count"])

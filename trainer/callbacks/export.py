@@ -68,6 +68,7 @@ class PostTrainExport(pl.Callback):
         own["quantization"] = asdict(self.quantization)
         own["tokenizer_sha256"] = data.tokenizer_sha256
         own["batch_tokens"], own["sequence_length"] = data.batch_tokens, data.sequence_length
+        own["order"], own["seed"], own["precision"] = data.order, data.seed, str(trainer.precision)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Score on all ranks, export on rank 0. Lightning does not call this for an interrupted run."""
@@ -157,7 +158,7 @@ class PostTrainExport(pl.Callback):
                 batches = data.calibration_batches(self.quantization.calibration_sequences, module.device)
                 moments = calibrate(model, batches)
             calibration_seconds = time.monotonic() - started
-            rounding = SensitiveRounding(state, moments)
+            rounding = SensitiveRounding(model.state_dict(), moments)  # an average gone on with may lie on the host
         started = time.monotonic()
         if progress:
             progress.part("exporting", 0, 1)

@@ -54,5 +54,7 @@ class LateSWA(pl.Callback):
         return {"sum": self.sum, "count": self.count}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from them."""
+        """Go on from them, unless averaging is off by now."""
+        if not self.start_frac:
+            return
         self.sum, self.count = dict(state_dict["sum"]), int(state_dict["count"])

@@ -38,12 +38,16 @@ class WallclockCutoff(pl.Callback):
         self._channel = self._channel or HostChannel(trainer.world_size)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start counting; the warm-up callback comes before this one."""
+        """Start counting, unless the time was over before; the warm-up callback comes before this one."""
+        self._stop_if_over(trainer)
         self.clock.start()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Share rank 0's reading and stop all ranks at the same step."""
         self._read(trainer)
+        self._stop_if_over(trainer)
+
+    def _stop_if_over(self, trainer: pl.Trainer) -> None:
         if self.clock.budget is not None and self.clock.reading >= self.clock.budget:
             trainer.should_stop = True
 

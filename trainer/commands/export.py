@@ -72,13 +72,15 @@ def export_checkpoint(
             )
         if not Path(data).is_dir():
             raise UserError(f"--data {data}: there is no such folder; name the shard folder that the run trained on")
-        text = TokenData(Shards(data), own["batch_tokens"], own["sequence_length"], vocab_size=config.vocab_size)
+        sizes = own["batch_tokens"], own["sequence_length"], own["order"], own["seed"]
+        text = TokenData(Shards(data), *sizes, vocab_size=config.vocab_size)
         text.expected_tokenizer = own["tokenizer_sha256"]
         text.setup("fit")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = Transformer(config).to(device)
         model.load_state_dict(state)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(own["precision"])
+        with torch.autocast(device.type, dtype, enabled=dtype is not None and device.type == "cuda"):
             batches = text.calibration_batches(quantization.calibration_sequences, device)
             rounding = SensitiveRounding(model.state_dict(), calibrate(model, batches))
     return export(state, config, quantization, own["tokenizer_sha256"], folder, cap, fit, rounding)

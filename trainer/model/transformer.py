@@ -85,9 +85,13 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         heads, kv_heads = self.attention.num_heads, self.attention.num_kv_heads
-        for name, value in (("vocab_size", self.vocab_size), ("num_layers", self.num_layers), ("num_heads", heads)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+        for name, value, least in (
+            ("vocab_size", self.vocab_size, 1),
+            ("num_layers", self.num_layers, 2),
+            ("num_heads", heads, 1),
+        ):
+            if value < least:  # one block has no other to pass its output to
+                raise ValueError(f"{name} must be at least {least}, not {value}")
         if self.model_dim % (2 * heads):
             raise ValueError(f"model_dim {self.model_dim} does not give {heads} heads of an even width")
         if kv_heads < 1 or heads % kv_heads:

@@ -119,8 +119,14 @@ class MuonAdamW(torch.optim.Optimizer):
             group["momentum"] = momentum
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a stored state. torch leaves AdamW's step counts on the host; its fused kernel refuses them."""
+        """Go on from a stored state, with the rates and decays that this run asks for.
+
+        torch would take the stored ones, and leaves AdamW's step counts on the host, which its fused kernel refuses.
+        """
+        asked = [{key: group[key] for key in ("base_lr", "weight_decay")} for group in self.param_groups]
         super().load_state_dict(state_dict)
+        for group, settings in zip(self.param_groups, asked, strict=True):
+            group.update(settings)
         for parameter, state in self.state.items():
             if "step" in state and parameter.is_cuda:
                 state["step"] = state["step"].to(parameter.device)

@@ -79,7 +79,8 @@ def kind_of(name: str, tensor: Tensor, model: TransformerConfig, config: Quantiz
         config: The choices.
     """
     kept_keys = {f"blocks.{block % model.num_layers}.attention.k.weight" for block in config.fp16_key_blocks}
-    if tensor.numel() <= config.small_tensor or name == "token_embedding.weight" or name in kept_keys:
+    is_small = tensor.numel() <= config.small_tensor or tensor.ndim == 0  # a number has no row to round
+    if is_small or name == "token_embedding.weight" or name in kept_keys:
         return "float16"
     if name.endswith((".mix", "_scale", "skip_weights", ".gate", "_gain")):
         return "float32"
