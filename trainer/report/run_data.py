@@ -46,7 +46,9 @@ class RunData:
             config = yaml.safe_load((folder / "config.yaml").read_text())
             rows = _rows(folder / "metrics.csv")
         except (OSError, ValueError, yaml.YAMLError) as error:
-            raise UserError(f"{folder}: holds no finished run ({error}); give a folder with summary.json") from error
+            raise UserError(
+                f"{folder}: holds no finished run ({error}); give a folder with summary.json, metrics.csv and config.yaml"
+            ) from error
         curves: dict[str, Series] = {}
         for row in rows:
             for name, value in row.items():
