@@ -336,6 +336,12 @@ def test_every_recipe_opens_with_its_purpose():
         (["fit", "--wallclock.seconds", "-1"], 1, "wallclock.seconds must be positive"),
         (["fit", "--model.micro_batch_tokens", "0"], 1, "micro_batch_tokens must be at least 1 or auto"),
         (["fit", "--trainer.devices", "0"], 1, "is not a valid input"),
+        (["fit", "--trainer.max_steps", "0"], 1, "trainer.max_steps must not be 0"),
+        (["fit", "--trainer.fast_dev_run", "true"], 1, "makes no run folder"),
+        (["fit", "--run_name", "a/b"], 1, "--run_name a/b: is no name of a folder"),
+        (["fit", "--model.optimizer.eps", "0"], 1, "optimizer.eps must be positive"),
+        (["fit", "--model.optimizer.momentum", "95"], 1, "optimizer.momentum must lie in [0, 1)"),
+        (["prepare", "--config", "tests"], 1, "neither a file nor one of the recipes"),
         (["validate"], 1, "validate needs --ckpt"),
         (["validate", "--ckpt", "none.ckpt"], 1, "no such file"),
         (["validate", "--ckpt", "https://example.org/a.ckpt"], 1, "addresses are not opened"),
@@ -446,6 +452,8 @@ def test_every_alias_of_the_published_port_is_known():
     assert set(published) == {*PLAIN, *SPECIAL}
     with pytest.raises(UserError, match="MAX_WALLCLOCK_SECONDS=600s is no number"):
         alias_options({"MAX_WALLCLOCK_SECONDS": "600s"}, "fit")
+    with pytest.raises(UserError, match="TIE_EMBEDDINGS=true is no number"):  # it would untie them
+        alias_options({"TIE_EMBEDDINGS": "true"}, "fit")
     options, notes = alias_options({"SWA_ENABLED": "0", "LOAD_MODEL_PATH": "m.ckpt", "VAL_LOSS_EVERY": "0"}, "fit")
     assert options == ["--trainer.limit_val_batches=0", "--late_swa.start_frac=0"]
     assert any("no effect on fit" in note for note in notes)

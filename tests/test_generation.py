@@ -130,9 +130,12 @@ def test_the_command_writes_the_same_text_for_the_same_seed(artifact: Path, tmp_
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--temperature", "-1"], "must not be negative"),
+        (["--temperature", "-1"], "--temperature must be 0 or from 1e-6 on, not -1.0"),
+        (["--temperature", "nan"], "--temperature must be"),
+        (["--seed", "-1"], "--seed must lie"),
+        (["--prompt", "caf\udce9"], "--prompt: is no UTF-8 text"),
         (["--top_p", "0"], "--top_p lie in"),
-        (["--context", "1"], "--context must be at least 2"),
+        (["--context", "1"], "--context must lie between 2 and 1,048,576, not 1"),
         (["--device", "tpu9"], "--device tpu9"),
         (["--prompts", "nowhere"], "--prompts nowhere: cannot be read"),
         (["--artifact", "nowhere"], "nowhere: there is no such file"),

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from tests.conftest import ROOT  # noqa: F401 - one thread setting for all tests
-from tests.test_end_to_end import RUN, small, trainer
+from tests.test_end_to_end import RUN, small, trainer, trainer_here
 from trainer import progress_view
 from trainer.progress_view import Bar, Facts, JsonLines, Lines, Quiet, make_view
 from trainer.run_log import logged_to
@@ -71,6 +71,30 @@ def test_a_bar_shows_everything_and_the_log_gets_plain_lines(tmp_path: Path, mon
         assert part in shown
     log = (tmp_path / "train.log").read_text()
     assert log.splitlines() == ["training starts [here]", "  ".join(FACTS.words()), "summary"]
+
+
+@pytest.mark.parametrize(
+    ("width", "shown"), [(60, "38 s left  bpb 1.5000"), (80, "123,456 tokens/s"), (200, "3.2 GiB")]
+)
+def test_a_bar_in_a_narrow_terminal_shows_what_matters(width: int, shown: str):
+    terminal = io.StringIO()
+    bar = Bar(1.0, Console(file=terminal, force_terminal=True, width=width, color_system=None))
+    bar.show(FACTS)
+    bar._bar.refresh()
+    bar.close()
+    assert shown in terminal.getvalue()
+    assert "25 %" in terminal.getvalue()
+    assert "…" not in terminal.getvalue()
+
+
+def test_validate_shows_how_far_it_is(tmp_path: Path, shard_folder: Path):
+    assert trainer(*small(shard_folder, "--report.enabled=false"), cwd=tmp_path).returncode == 0
+    words = ["--progress.mode=json", "--progress.every_seconds=0", "--eval.batch_windows=4"]
+    shown = trainer_here("validate", "--ckpt", f"{RUN}/1/artifact.zst", *words, cwd=tmp_path).stdout
+    parts = [json.loads(line) for line in shown.splitlines() if line.startswith("{")]
+    for name in ("scoring plain", "scoring sliding"):
+        mine = [part for part in parts if part["part"] == name]
+        assert mine[-1]["done"] == mine[-1]["total"] > 1
 
 
 def test_a_quiet_run_prints_its_summary_only(tmp_path: Path, shard_folder: Path):

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import ROOT
-from tests.test_end_to_end import RUN, digest, small, trainer
+from tests.conftest import ROOT, make_documents
+from tests.test_end_to_end import RUN, digest, small, trainer, trainer_here
 from trainer.checkpoint import damage, load_checkpoint
 from trainer.clock import TrainingClock
+from trainer.data.tokenizer import train_tokenizer
 from trainer.errors import UserError
 
 KILLS = int(os.environ.get("GOLF_KILLS", "3"))  # more of them take 4 seconds each
@@ -290,6 +291,52 @@ def test_a_fault_of_others_ends_the_run_in_one_line(fault: str, tmp_path: Path, 
         assert load_checkpoint(tmp_path / RUNS / "1/checkpoints/last.ckpt")["global_step"] >= 9
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data.batch_tokens=512"], "had data.batch_tokens 256, this one 512, and would go on at another place"),
+        (["--data.order=shuffled"], "had data.order sequential"),
+        (["--model.num_layers=5"], "the checkpoint holds another model (num_layers: 4 there, 5 here"),
+    ],
+)
+def test_going_on_with_another_text_or_model_is_refused(
+    words: list[str], message: str, whole: Path, tmp_path: Path, shard_folder: Path
+):
+    result = trainer_here(*long(shard_folder, *words), f"--ckpt={whole / 'last.ckpt'}", cwd=tmp_path)
+    assert result.returncode == 1
+    assert message in result.stderr
+
+
+def test_going_on_with_text_in_other_pieces_is_refused(whole: Path, tmp_path: Path, shard_folder: Path):
+    shutil.copytree(shard_folder, tmp_path / "shards")
+    train_tokenizer(iter(make_documents(300, 7)), 300, tmp_path / "shards/tokenizer.model", 1)
+    result = trainer_here(*long(tmp_path / "shards"), f"--ckpt={whole / 'last.ckpt'}", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "another tokenizer's pieces" in result.stderr
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, shard_folder: Path):
+    """Finite gradients and an update that is not."""
+    spoil = at_step(9, "module.model.blocks[1].mlp.up.weight.data[0, 0] = float('inf')")
+    spoil += "\nfrom trainer.callbacks.watch import Watch\nWatch._look = lambda *words, **more: None"
+    with planted(spoil, *long(shard_folder), cwd=tmp_path) as process:
+        _, errors = process.communicate()
+    assert process.returncode == 1
+    assert "step 14: the weights are not finite; step 7 is the last one that is saved" in errors
+    assert load_checkpoint(tmp_path / RUNS / "1/checkpoints/last.ckpt")["global_step"] == 7
+
+
+def test_sigterm_ends_an_export(tmp_path: Path, shard_folder: Path):
+    kill = (
+        "import os, signal\nfrom trainer.callbacks import export as e\n"
+        "e.export = lambda *words: os.kill(os.getpid(), signal.SIGTERM)"
+    )
+    with planted(kill, *small(shard_folder), cwd=tmp_path) as process:
+        _, errors = process.communicate()
+    assert process.returncode == 143, errors
+    assert load_checkpoint(tmp_path / RUNS / "1/checkpoints/last.ckpt")["global_step"] == 8
+
+
 def test_the_budget_is_kept_to_one_step_and_validation_is_not_counted(tmp_path: Path, shard_folder: Path):
     slow = (
         "import time\n"
@@ -304,7 +351,7 @@ def test_the_budget_is_kept_to_one_step_and_validation_is_not_counted(tmp_path: 
         _, errors = process.communicate()
     assert process.returncode == 0, errors
     summary = json.loads((tmp_path / RUNS / "1/summary.json").read_text())
-    assert 1 <= summary["train_seconds"] < 1.3
+    assert 1 <= summary["train_seconds"] < 1.45
     assert 5 <= summary["steps"] <= 10
 
 

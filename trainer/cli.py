@@ -48,7 +48,8 @@ Precision = Literal["auto", "bf16-mixed", "16-mixed", "32-true", "64-true"]
 
 
 DESCRIPTIONS = {
-    "fit": "Train a recipe, export it, load it back and score it. "
+    "fit": "Train a recipe, export it, load it back and score it; without --config it is quickstart. A recipe's values "
+    "come before the defaults below (--print_config shows them). "
     "Example: trainer fit --config int5mlp_10l --wallclock.seconds 300 --model.num_layers 9",
     "validate": "Score a checkpoint or an artifact with the settings of its run. "
     "Example: trainer validate --ckpt runs/quickstart/1/artifact.zst --eval.stride 0",
@@ -166,6 +167,11 @@ class TrainerCLI(LightningCLI):
             kwargs["accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
             if kwargs["accelerator"] == "cpu" and options.devices == "auto":
                 kwargs["devices"] = 1
+        for limit in ("max_steps", "max_epochs", "limit_train_batches", "log_every_n_steps", "val_check_interval"):
+            if getattr(options, limit) == 0:
+                raise UserError(f"trainer.{limit} must not be 0; to train nothing, use trainer validate or export")
+        if self.command == "fit" and options.fast_dev_run:
+            raise UserError("trainer.fast_dev_run makes no run folder; use --trainer.max_steps 1")
         kind = kwargs.get("accelerator", options.accelerator)
         if options.precision is None:
             on_gpu = kind in ("cuda", "gpu")
@@ -190,7 +196,7 @@ class TrainerCLI(LightningCLI):
             self.parser.callback_keys = kept
         try:
             trainer = super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, ModuleNotFoundError) as error:
+        except (MisconfigurationException, ModuleNotFoundError, TypeError) as error:
             if self.command == "fit" and folder.is_dir():
                 folder.rmdir()
             raise UserError(first_line(error)) from error
@@ -234,6 +240,8 @@ def claim_run_folder(parent: Path, name: str | None) -> Path:
     Raises:
         UserError: If the name is taken or the folder cannot be made.
     """
+    if name and name != Path(name).name:
+        raise UserError(f"--run_name {name}: is no name of a folder in {parent}")
     if getattr(rank_zero_only, "rank", 0) != 0:
         return parent / (name or "0")
     try:
@@ -341,6 +349,7 @@ def run(command: str, args: Sequence[str]) -> None:
     except ValueError as error:  # a setting out of range, refused by the part it belongs to
         raise UserError(str(error)) from error
     if command == "fit":
+        ckpt = ckpt or cli.config.ckpt  # of a recipe
         if ckpt == "last":
             ckpt = newest_checkpoint(Path(cli.config.trainer.default_root_dir), recipe)
         if ckpt is not None:
@@ -394,7 +403,7 @@ def _without_source(path: Path) -> Path:
     """A copy of a recipe that leaves the text open; another class would inherit its folder, and make it anew."""
     try:
         values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError:
+    except (yaml.YAMLError, UnicodeDecodeError):
         return path  # the parser says what is wrong with it
     data = values.get("data") if isinstance(values, dict) else None
     if not isinstance(data, dict) or "source" not in data:

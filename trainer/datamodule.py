@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from trainer.data import published  # noqa: F401 - a choice for --data.source
 from trainer.data.manifest import NAME, Manifest, check_vocabulary
 from trainer.data.prefetch import Prefetcher
-from trainer.data.shards import MAX_VOCAB, TokenFiles, open_shard
+from trainer.data.shards import TokenFiles, check_size, open_shard
 from trainer.data.sources import PreparedText, Source
 from trainer.data.stream import Order, TrainStream
 from trainer.data.tokenizer import ByteTable, load_tokenizer
@@ -87,7 +87,8 @@ class TokenData(pl.LightningDataModule):
         self.text: PreparedText = self.source.prepared()
         tokenizer = load_tokenizer(self.text.tokenizer)
         pieces = tokenizer.get_piece_size()
-        if pieces != self.vocab_size or pieces > MAX_VOCAB:
+        check_size(self.text.tokenizer, pieces)
+        if pieces != self.vocab_size:
             raise UserError(
                 f"{self.text.tokenizer}: has {pieces:,} pieces but the model {self.vocab_size:,}; "
                 f"set --model.vocab_size {pieces} or use another tokenizer"
@@ -111,15 +112,11 @@ class TokenData(pl.LightningDataModule):
         self._plans()  # an unusable split shows itself now
 
     def _check_training_tokens(self, pieces: int) -> None:
-        """Refuse a token that the model has no row for now: on a GPU it would be an assertion in the middle of a run.
-
-        Shards made here need no second look: their manifest names the tokenizer. Others are read once, 200 MB each.
-        """
+        """Refuse a token that the model has no row for: on a GPU it would be an assertion in the middle of a run."""
+        for path in self.text.train:  # read once, 200 MB each
+            check_vocabulary(path, open_shard(path), pieces)
         manifest = Manifest.read(self.text.train[0].parent)
-        if manifest is None:
-            for path in self.text.train:
-                check_vocabulary(path, open_shard(path), pieces)
-        elif manifest.tokenizer_sha256 != self.tokenizer_sha256:
+        if manifest is not None and manifest.tokenizer_sha256 != self.tokenizer_sha256:
             raise UserError(
                 f"{self.text.tokenizer}: is not the tokenizer that made the shards in {self.text.train[0].parent} "
                 f"(sha256 {self.tokenizer_sha256[:12]}..., their {NAME} says {manifest.tokenizer_sha256[:12]}...)"

@@ -103,9 +103,9 @@ def _special(name: str, value: str, command: str) -> list[str]:
     if name == "VAL_LOSS_EVERY":
         return [f"--trainer.val_check_interval={value}"] if int(value) > 0 else ["--trainer.limit_val_batches=0"]
     if name == "TIE_EMBEDDINGS":
-        return [f"--model.tied_embeddings={'true' if value == '1' else 'false'}"]
+        return [f"--model.tied_embeddings={'true' if int(value) else 'false'}"]
     if name == "SWA_ENABLED":
-        return [] if value == "1" else ["--late_swa.start_frac=0"]
+        return [] if int(value) else ["--late_swa.start_frac=0"]
     if name == "LOAD_MODEL_PATH" and command == "validate":
         return [f"--ckpt={value}"]
     return []

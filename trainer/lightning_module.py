@@ -214,9 +214,24 @@ class LanguageModel(pl.LightningModule):
         checkpoint.setdefault(OWN_KEY, {})["model"] = self.model.config.to_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse another model before Lightning lists every tensor that differs."""
+        """Refuse another model, before Lightning lists every tensor that differs, and text in other pieces."""
         own = self.model.config.to_dict()
         stored = TransformerConfig.from_dict(checkpoint[OWN_KEY]["model"]).to_dict()  # options it does not know are off
         different = [f"{key}: {stored.get(key)} there, {own[key]} here" for key in own if stored.get(key) != own[key]]
         if different:
-            raise UserError(f"the checkpoint holds another model ({'; '.join(different)}); use the same recipe")
+            raise UserError(
+                f"the checkpoint holds another model ({'; '.join(different)}); give the options that its run had, or "
+                "the path of another one as --ckpt"
+            )
+        data, place = self.trainer.datamodule, checkpoint[OWN_KEY]  # type: ignore[attr-defined]
+        for name in ("batch_tokens", "sequence_length", "order", "seed"):
+            if (before := place.get(name, getattr(data, name))) != getattr(data, name):
+                raise UserError(
+                    f"the checkpoint's run had data.{name} {before}, this one {getattr(data, name)}, and would go on "
+                    "at another place of the text; give the same"
+                )
+        if place.get("tokenizer_sha256") not in (None, data.tokenizer_sha256):
+            raise UserError(
+                "the checkpoint was trained on text in another tokenizer's pieces; give the --data.source that its run "
+                "had, or the path of another one as --ckpt"
+            )

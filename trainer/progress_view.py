@@ -147,8 +147,10 @@ class Bar(Quiet):
         self.every_seconds = min(every_seconds, 0.5)
         self._log_every = every_seconds
         self._logged = 0.0
+        is_wide = console.width >= 120
+        self._room = console.width - (24 if is_wide else 10) - 9  # for words
         columns = (
-            BarColumn(24),
+            BarColumn(24 if is_wide else 10),
             TextColumn("{task.percentage:>3.0f} %"),
             TextColumn("{task.description}", markup=False),
         )
@@ -159,8 +161,21 @@ class Bar(Quiet):
 
     def show(self, facts: Facts) -> None:
         """See View."""
-        left = f"  {facts.left:,.0f} s left" if facts.left is not None else ""
-        text = "  ".join(facts.words()) + left
+        step, seconds, loss, bpb, rate, speed, *others = facts.words()
+        left = [f"{facts.left:,.0f} s left"] if facts.left is not None else []
+        words = [
+            step,
+            *left,
+            bpb,
+            speed,
+            loss,
+            seconds,
+            rate,
+            *others,
+        ]  # what matters most comes first: the rest may go
+        while len(words) > 1 and len("  ".join(words)) > self._room:
+            words.pop()
+        text = "  ".join(words)
         if self._task is None:
             self._task = self._bar.add_task(text, total=1.0)
         self._bar.update(self._task, completed=facts.share, description=text)

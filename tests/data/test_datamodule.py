@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from trainer.data.manifest import Manifest
+from trainer.data.manifest import Manifest, ShardRecord
 from trainer.data.shards import write_shard
 from trainer.data.sources import Shards
 from trainer.datamodule import TokenData
 from trainer.errors import UserError
 from trainer.evaluation.windows import EvaluationConfig
+from trainer.files import sha256_of
 
 
 def data(folder: Path) -> TokenData:
@@ -27,9 +28,25 @@ def copied(shard_folder: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["words_train_000001.bin", "words_val_000000.bin"])
 def test_a_token_beyond_the_vocabulary_is_found_before_training(copied: Path, name: str):
+    shards = [ShardRecord(path.name, "train", 1, 1, 1, 1, "") for path in copied.glob("*.bin")]
+    Manifest({}, sha256_of(copied / "tokenizer.model"), shards, {}).write(copied)  # of the shards as they were
     data(copied).setup("fit")
     write_shard(copied / name, np.array([1] + [7] * 5_000 + [300], dtype=np.uint16))
     with pytest.raises(UserError, match=rf"{name}: holds token 300, but the tokenizer has only 300 pieces"):
+        data(copied).setup("fit")
+
+
+@pytest.mark.parametrize("change", ["one more", "one less"])
+def test_shards_that_the_manifest_does_not_know_are_refused(change: str, copied: Path):
+    shards = [ShardRecord(path.name, "train", 1, 1, 1, 1, "") for path in copied.glob("*.bin")]
+    Manifest({}, sha256_of(copied / "tokenizer.model"), shards, {}).write(copied)
+    data(copied).setup("fit")
+    if change == "one more":
+        shutil.copyfile(copied / "words_train_000000.bin", copied / "other_train_000000.bin")
+    else:
+        (copied / "words_train_000001.bin").unlink()
+    said = {"one more": "other_train_000000.bin: the folder's", "one less": "words_train_000001.bin: is gone"}
+    with pytest.raises(UserError, match=said[change]):
         data(copied).setup("fit")
 
 
@@ -53,6 +70,7 @@ def test_fewer_windows_than_processes_are_refused(shard_folder: Path):
 
 
 def test_another_tokenizer_than_the_manifests_is_refused(copied: Path):
-    Manifest({}, "0" * 64, [], {}).write(copied)
+    shards = [ShardRecord(path.name, "train", 1, 1, 1, 1, "") for path in copied.glob("*.bin")]
+    Manifest({}, "0" * 64, shards, {}).write(copied)
     with pytest.raises(UserError, match="is not the tokenizer that made the shards"):
         data(copied).setup("fit")

@@ -6,6 +6,8 @@ Lightning's ModelCheckpoint is not used: on an error or Ctrl-C it would save in 
 import os
 import shutil
 import signal
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,6 +18,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from trainer.errors import UserError
 from trainer.lightning_module import LanguageModel
 from trainer.ranks import HostChannel
 
@@ -67,11 +70,12 @@ class Checkpoints(Checkpoint):
                 raise _ending(number)
             self._asked = number
 
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM) if several else (signal.SIGINT,):
-                self._handlers[number] = signal.signal(number, stop)
-        except ValueError:  # not the main thread: no signal comes here
-            pass
+        for number in (signal.SIGINT, signal.SIGTERM) if several else (signal.SIGINT,):
+            self._handle(number, stop)
+
+    def _handle(self, number: signal.Signals, handler: Callable[[int, FrameType | None], None]) -> None:
+        with suppress(ValueError):  # not the main thread: no signal comes here
+            self._handlers[number] = signal.signal(number, handler)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Save when it is time, and after the last step: before the export, which could fail.
@@ -83,11 +87,14 @@ class Checkpoints(Checkpoint):
         assert self._channel is not None
         if asked := int(self._channel.largest(self._asked)):
             self._save(trainer)
+            rank_zero_info(f"saved at step {trainer.global_step:,}; --ckpt last goes on from there")
             raise _ending(asked)
         step = trainer.global_step
         self._trained = trainer.should_stop or step == trainer.max_steps
         if self._trained or step % self.every == 0:
             self._save(trainer)
+        if self._trained and signal.SIGTERM not in self._handlers:  # Lightning only takes note of it, for a next step
+            self._handle(signal.SIGTERM, lambda number, frame: _end(number))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Save what was trained since the last time, unless an update was cut in the middle or the device is gone."""
@@ -112,6 +119,12 @@ class Checkpoints(Checkpoint):
         step = trainer.global_step
         if step == self.saved_step:
             return
+        if not _is_finite(trainer.lightning_module):
+            said = f"step {step:,}: the weights are not finite; step {self.saved_step:,} is the last one that is saved"
+            if not alone:
+                raise UserError(f"{said}. Lower the learning rate")
+            rank_zero_info(said)
+            return
         path = self.folder / f"step-{step:09d}.ckpt"
         if alone:
             if trainer.is_global_zero:  # what Trainer.save_checkpoint does before its barrier
@@ -124,6 +137,14 @@ class Checkpoints(Checkpoint):
             _name_again(path, self.folder / LAST)
             for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.keep]:
                 old.unlink()
+
+
+def _end(number: int) -> None:
+    raise _ending(number)
+
+
+def _is_finite(module: torch.nn.Module) -> bool:
+    return bool(torch.stack([parameter.isfinite().all() for parameter in module.parameters()]).all())
 
 
 def _ending(number: int) -> BaseException:

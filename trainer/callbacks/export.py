@@ -1,6 +1,7 @@
 """The end of a run: export, load back, score, and one summary."""
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -89,6 +90,8 @@ class PostTrainExport(pl.Callback):
         plain = data.evaluation.plain
         pl_module.model.is_looped = True
         score_stage("live_plain", pl_module.model, plain)
+        if not math.isfinite(stages["live_plain"].bpb):
+            raise UserError("the weights have no finite score, and nothing is exported; lower the learning rate")
         averages = [callback for callback in trainer.callbacks if isinstance(callback, LateSWA | EMA)]  # type: ignore[attr-defined]
         averaged = next((found for callback in averages if (found := callback.averaged_state())), None)
         state: dict[str, Tensor] = averaged or pl_module.model.state_dict()
@@ -233,6 +236,8 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
     )
     for name, stage in stages.items():
         print(f"  {name:<17} {stage['bpb']:.4f} bpb  ({stage['tokens']:,} tokens, {stage['bytes']:,} bytes)")
+    if "averaged_plain" in stages and stages["averaged_plain"]["bpb"] > stages["live_plain"]["bpb"]:
+        print("  the average is worse than the live weights; late_swa.start_frac 0 and ema.horizon 0 make none")
     if "bytes_total" in summary:
         print(
             f"  size        {summary['bytes_model']:,} model + {summary['bytes_code']:,} code = "

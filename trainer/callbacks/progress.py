@@ -39,6 +39,8 @@ class Progress(pl.Callback):
         how += [f"fused: {pl_module.fused.describe()}"] if any(pl_module.fused) else []
         how += ["compiled" if pl_module.is_compiled else "not compiled"]
         self._view = make_view(self.mode, self.every_seconds)
+        if trainer.should_stop or 0 < trainer.max_steps <= trainer.global_step:
+            self._view.note(f"step {trainer.global_step:,}: nothing is left to train within {' or '.join(limits)}")
         self._view.note(
             f"training {count:,} parameters on {pl_module.device}, {trainer.precision}, {', '.join(how)}; "
             f"ends after {' or '.join(limits) or 'never: set a limit'}"
@@ -81,12 +83,24 @@ class Progress(pl.Callback):
         self._last, self._step, self._seconds = now, step, seconds
 
     @rank_zero_only
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Outside of training the view begins here."""
+        if trainer.state.fn != "fit":
+            self._view = make_view(self.mode, self.every_seconds)
+
+    @rank_zero_only
     def on_validation_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Show how far the validation is."""
-        if trainer.state.fn == "fit":
-            self._view.part("validation", batch_idx + 1, int(sum(trainer.num_val_batches)))
+        name = "validation" if trainer.state.fn == "fit" else f"scoring {('plain', 'sliding')[dataloader_idx]}"
+        self._view.part(name, batch_idx + 1, int(trainer.num_val_batches[dataloader_idx]))
 
     @rank_zero_only
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -94,6 +108,8 @@ class Progress(pl.Callback):
         assert isinstance(pl_module, LanguageModel)
         if trainer.state.fn == "fit":
             self._view.note(f"step {trainer.global_step:>6,}  validation {pl_module.scores[-1].line()}")
+        else:
+            self._view.close()
 
     @rank_zero_only
     def part(self, name: str, done: int, total: int) -> None:

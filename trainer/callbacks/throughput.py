@@ -25,7 +25,9 @@ class Throughput(pl.Callback):
         assert isinstance(pl_module, LanguageModel)
         step, elapsed = pl_module.steps_done, pl_module.clock.elapsed
         every = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        if step % every:
+        budget = pl_module.clock.budget
+        is_last = budget is not None and elapsed >= budget  # Lightning logs it too
+        if step % every and not is_last:
             return
         tokens = (step - self._step) * trainer.datamodule.batch_tokens  # type: ignore[attr-defined]
         rate = tokens / max(elapsed - self._elapsed, 1e-9)

@@ -45,7 +45,7 @@ def run(args: list[str]) -> None:
         raise UserError(f"{out}: cannot be made ({error.strerror}); choose another --out") from error
     size = export_checkpoint(checkpoint, out, options.cap, options.fit, options.data)
     for name in ("tokenizer.model", "config.yaml"):
-        if (run_folder / name).is_file() and run_folder != out:
+        if (run_folder / name).is_file() and run_folder.resolve() != out.resolve():
             shutil.copyfile(run_folder / name, out / name)
     print(
         f"{out / 'artifact.zst'}: {size.model:,} model + {size.code:,} code = {size.total:,} of {options.cap:,} bytes"

@@ -12,6 +12,7 @@ from trainer.generation import Decoder, generate, sample, stream_text
 from trainer.loading import load_artifact
 from trainer.options import Parser
 
+MOST_CONTEXT = 2**20  # tokens; tables for their positions are made at once
 EXAMPLE = """generate --artifact runs/quickstart/1/artifact.zst --prompt "Return the" --tokens 100"""
 
 
@@ -41,10 +42,19 @@ def run(words: list[str]) -> None:
         UserError: If a file cannot be used or a number makes no sense.
     """
     options = make_parser().parse_args(words)
-    if options.temperature < 0 or not 0 < options.top_p <= 1 or min(options.top_k, options.tokens) < 0:
-        raise UserError("--temperature, --top_k and --tokens must not be negative, and --top_p lie in (0, 1]")
-    if options.context < 2:
-        raise UserError(f"--context must be at least 2, not {options.context}")
+    if not (options.temperature == 0 or 1e-6 <= options.temperature < float("inf")):
+        raise UserError(f"--temperature must be 0 or from 1e-6 on, not {options.temperature}")
+    if not 0 < options.top_p <= 1 or min(options.top_k, options.tokens) < 0:
+        raise UserError("--top_k and --tokens must not be negative, and --top_p lie in (0, 1]")
+    if not 2 <= options.context <= MOST_CONTEXT:
+        raise UserError(f"--context must lie between 2 and {MOST_CONTEXT:,}, not {options.context}")
+    if not 0 <= options.seed < 2**63:
+        raise UserError(f"--seed must lie between 0 and 2^63 - 1, not {options.seed}")
+    for prompt in options.prompt:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise UserError("--prompt: is no UTF-8 text") from error
     prompts = options.prompt + (_lines(Path(options.prompts)) if options.prompts else [])
     try:
         device = torch.device(options.device)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trainer.data.manifest import documents_of
+from trainer.data.manifest import check_vocabulary, documents_of
 from trainer.data.shards import open_shard
 from trainer.data.sources import list_shards
 from trainer.data.tokenizer import BOS, ByteTable, load_tokenizer
@@ -38,6 +38,7 @@ def run(words: list[str]) -> None:
     for split, paths in (("train", text.train), ("val", text.val)):
         for path in paths:
             tokens = open_shard(path)
+            check_vocabulary(path, tokens, tokenizer.get_piece_size())
             starts = np.flatnonzero(tokens == BOS)
             lengths.append(np.diff(starts, append=len(tokens)))
             sample = torch.from_numpy(tokens[:1_000_000].astype(np.int32))

@@ -46,7 +46,12 @@ def run(words: list[str]) -> None:
     named = parser_value(words, "--config")
     if named or parser_value(words, "--data.source") is None:  # another class would inherit settings of the recipe's
         recipe = find_recipe(named or "quickstart")
-        parser.set_defaults({"data.source": (yaml.safe_load(recipe.read_text()) or {}).get("data", {}).get("source")})
+        try:
+            values = yaml.safe_load(recipe.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{recipe}: is no recipe ({str(error).splitlines()[0]})") from error
+        data = values.get("data") if isinstance(values, dict) else None
+        parser.set_defaults({"data.source": data.get("source") if isinstance(data, dict) else None})
     config = parser.parse_args(words)
     try:
         source: Source = parser.instantiate(config).data.source

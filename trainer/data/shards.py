@@ -19,6 +19,7 @@ HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
 MAX_VOCAB = 2**16
 
+
 TokenArray = np.ndarray[tuple[int], np.dtype[np.uint16]]
 
 
@@ -127,3 +128,15 @@ class TokenFiles:
             raise UserError(
                 f"{path}: had {expected:,} bytes when the run began, but has {size:,} now; prepare it again"
             )
+
+
+def check_size(tokenizer: Path, pieces: int) -> None:
+    """Refuse a tokenizer whose pieces do not fit into 16 bits.
+
+    Raises:
+        UserError: If it has more than 65,536.
+    """
+    if pieces > MAX_VOCAB:
+        raise UserError(
+            f"{tokenizer}: has {pieces:,} pieces, but shards hold at most {MAX_VOCAB:,}; use another tokenizer"
+        )

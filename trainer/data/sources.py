@@ -14,6 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from trainer.data.documents import TextFiles, find_files
+from trainer.data.manifest import NAME, Manifest
 from trainer.data.tokenise import SHARD_TOKENS, Document, clear, finished, is_prepared, split_of, tokenise
 from trainer.data.tokenizer import load_tokenizer, train_tokenizer
 from trainer.errors import UserError
@@ -62,6 +63,12 @@ def list_shards(folder: Path, tokenizer: Path) -> PreparedText:
     for found, pattern in ((train, TRAIN_PATTERN), (val, VAL_PATTERN)):
         if not found:
             raise UserError(f"{folder}: holds no shard named {pattern}; prepare it or point to another folder")
+    if (manifest := Manifest.read(folder)) is not None:
+        named, there = {shard.file for shard in manifest.shards}, {path.name for path in (*train, *val)}
+        for name in sorted(named - there):
+            raise UserError(f"{folder / name}: is gone, the folder's {NAME} names it; prepare the folder again")
+        for name in sorted(there - named):
+            raise UserError(f"{folder / name}: the folder's {NAME} does not name it; take it away")
     return PreparedText(train, val, tokenizer)
 
 
@@ -84,6 +91,12 @@ class Shards(Source):
     def prepared(self) -> PreparedText:
         """The shards of the folder."""
         return list_shards(self.folder, self.tokenizer)
+
+
+def _state(path: Path) -> list[str | int]:
+    """What tells whether a file was changed since."""
+    state = path.stat()
+    return [str(path), state.st_size, state.st_mtime_ns]
 
 
 class LocalText(Source):
@@ -131,8 +144,8 @@ class LocalText(Source):
         val = find_files(self.val_files or [])
         record: dict[str, object] = {
             "class": "LocalText",
-            "train_files": [[str(path), path.stat().st_size] for path in train],
-            "val_files": [[str(path), path.stat().st_size] for path in val],
+            "train_files": [_state(path) for path in train],
+            "val_files": [_state(path) for path in val],
             "val_every": self.val_every,
             "tokenizer": sha256_of(self.given_tokenizer) if self.given_tokenizer else self.vocab_size,
             "shard_tokens": self.shard_tokens,
@@ -215,6 +228,8 @@ class PythonDocumentation(Source):
 
     def prepare(self) -> None:
         """Collect, train the tokenizer, tokenise; unless the folder records that this was done."""
+        if self.val_every < 2:
+            raise UserError(f"data.source.val_every must be at least 2, not {self.val_every}")
         record: dict[str, object] = {
             "class": "PythonDocumentation",
             "vocab_size": self.vocab_size,

@@ -51,6 +51,13 @@ class TrainStream(Dataset[Tensor]):
         Raises:
             UserError: If the batch is not a whole number of sequences per rank, or longer than the data.
         """
+        for name, value, least in (
+            ("batch_tokens", batch_tokens, 1),
+            ("sequence_length", sequence_length, 1),
+            ("seed", seed, 0),
+        ):
+            if value < least:
+                raise UserError(f"data.{name} must be at least {least}, not {value}")
         if batch_tokens % (sequence_length * world_size):
             raise UserError(
                 f"data.batch_tokens {batch_tokens:,} is not a multiple of data.sequence_length {sequence_length:,} "

@@ -14,7 +14,7 @@ import numpy as np
 
 from trainer.data.manifest import NAME, Manifest, ShardRecord
 from trainer.data.normalisation import NormalisationSample
-from trainer.data.shards import HEADER_BYTES, TokenArray, write_shard
+from trainer.data.shards import HEADER_BYTES, TokenArray, check_size, write_shard
 from trainer.data.tokenizer import BOS, ByteTable, load_tokenizer
 from trainer.errors import UserError
 from trainer.files import sha256_of
@@ -116,6 +116,7 @@ def tokenise(
         UserError: If a split stays empty, a document is longer than a shard, or a file cannot be written.
     """
     processor = load_tokenizer(tokenizer)
+    check_size(tokenizer, processor.get_piece_size())
     table = ByteTable.from_tokenizer(processor)
     writers = {split: ShardWriter(folder, split, table, shard_tokens) for split in SPLITS}
     sample = NormalisationSample(processor)
@@ -142,7 +143,9 @@ def tokenise(
     for writer in writers.values():
         writer.flush()
         if not writer.records:
-            raise UserError(f"{folder}: no document is left for the {writer.split} split; give more text")
+            raise UserError(
+                f"{folder}: no document is left for the {writer.split} split; give more text or name its files"
+            )
     progress.end()
     print(sample.describe(), flush=True)
     records = [record for split in SPLITS for record in writers[split].records]

@@ -66,7 +66,10 @@ def train_tokenizer(sentences: Iterator[str], vocab_size: int, path: str | Path,
     except RuntimeError as error:
         Path(path).unlink(missing_ok=True)
         reason = str(error).splitlines()[-1].rpartition("] ")[2]  # after the place in SentencePiece's sources
-        raise UserError(f"a tokenizer of {vocab_size:,} pieces cannot be trained on this text: {reason}") from error
+        raise UserError(
+            f"a tokenizer of {vocab_size:,} pieces cannot be trained on this text: {reason} Give more text or set "
+            "data.source.vocab_size and model.vocab_size"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,7 @@ def batch_plan(plan: WindowPlan, batch_windows: int, rank: int = 0, world_size: 
     low, high = rank * count // world_size, (rank + 1) * count // world_size
     starts, scored_from = plan.starts[low:high], plan.scored_from[low:high]
     usual = int(plan.scored_from[1]) if count > 1 else 0
+    batch_windows = min(batch_windows, -(-count // world_size))  # not more than any rank has
     batches = []
     for wide in (True, False):
         chosen = (scored_from < usual) == wide

@@ -121,8 +121,11 @@ class TransformerConfig:
                 raise ValueError(f"{name} must lie between 0 and model_dim {self.model_dim}, not {value}")
         if self.bigram.buckets < 2 and self.bigram.buckets != 0:
             raise ValueError(f"bigram.buckets must be 0 or at least 2, not {self.bigram.buckets}")
-        if self.mlp.ratio < 1:
-            raise ValueError(f"mlp.ratio must be at least 1, not {self.mlp.ratio}")
+        for name, value in (("mlp.ratio", self.mlp.ratio), ("bigram.dim", self.bigram.dim)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.embedding_init_std < 0:
+            raise ValueError(f"embedding_init_std must not be negative, but {self.embedding_init_std} is")
 
     def order(self, looped: bool = True) -> list[int]:
         """Blocks in the order they run."""

@@ -65,8 +65,11 @@ class OptimizerConfig:
     grad_clip_norm: float = 0.3
 
     def __post_init__(self) -> None:
-        if not 0 <= self.row_beta2 < 1:
-            raise ValueError(f"optimizer.row_beta2 must lie in [0, 1), not {self.row_beta2}")
+        for name in ("beta1", "beta2", "row_beta2", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optimizer.{name} must lie in [0, 1), not {getattr(self, name)}")
+        if not self.eps > 0:
+            raise ValueError(f"optimizer.eps must be positive, not {self.eps}")
 
 
 def parameter_groups(model: Transformer, config: OptimizerConfig) -> list[dict[str, Any]]:

@@ -74,7 +74,11 @@ def page(runs: list[RunData], uses: list[ByteUse], samples: list[str], command: 
         line_chart(caption, [(run.name, run.curves.get(name, ([], []))) for run in runs], log)
         for name, caption, log in CURVES
     )
-    note = "Over steps." if charts else "Nothing was logged: the run had fewer steps than trainer.log_every_n_steps."
+    note = (
+        "Over steps."
+        if charts
+        else "Nothing was logged: no step of this run was a multiple of trainer.log_every_n_steps."
+    )
     sections += [
         f'<h2>Training</h2><p class="note">{note}</p><div class="charts">{charts}</div>',
         "<h2>Score at each stage</h2>",
