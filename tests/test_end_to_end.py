@@ -341,6 +341,8 @@ def test_every_recipe_opens_with_its_purpose():
         (["fit", "--run_name", "a/b"], 1, "--run_name a/b: is no name of a folder"),
         (["fit", "--model.optimizer.eps", "0"], 1, "optimizer.eps must be positive"),
         (["fit", "--model.optimizer.momentum", "95"], 1, "optimizer.momentum must lie in [0, 1)"),
+        (["fit", "--config", sys.executable], 1, "is no text; give a recipe in YAML"),
+        (["prepare", "--config", sys.executable], 1, "is no text; give a recipe in YAML"),
         (["prepare", "--config", "tests"], 1, "neither a file nor one of the recipes"),
         (["validate"], 1, "validate needs --ckpt"),
         (["validate", "--ckpt", "none.ckpt"], 1, "no such file"),

@@ -169,7 +169,7 @@ class TrainerCLI(LightningCLI):
                 kwargs["devices"] = 1
         for limit in ("max_steps", "max_epochs", "limit_train_batches", "log_every_n_steps", "val_check_interval"):
             if getattr(options, limit) == 0:
-                raise UserError(f"trainer.{limit} must not be 0; to train nothing, use trainer validate or export")
+                raise UserError(f"trainer.{limit} must not be 0")
         if self.command == "fit" and options.fast_dev_run:
             raise UserError("trainer.fast_dev_run makes no run folder; use --trainer.max_steps 1")
         kind = kwargs.get("accelerator", options.accelerator)
@@ -403,7 +403,7 @@ def _without_source(path: Path) -> Path:
     """A copy of a recipe that leaves the text open; another class would inherit its folder, and make it anew."""
     try:
         values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except yaml.YAMLError:
         return path  # the parser says what is wrong with it
     data = values.get("data") if isinstance(values, dict) else None
     if not isinstance(data, dict) or "source" not in data:

@@ -24,10 +24,14 @@ def find_recipe(name: str) -> Path:
     """A recipe by path, else by the name of a packaged one.
 
     Raises:
-        UserError: If there is neither.
+        UserError: If there is neither, or the file is no text.
     """
-    if Path(name).is_file():
-        return Path(name)
+    if (path := Path(name)).is_file():
+        try:
+            path.read_text()
+        except UnicodeDecodeError as error:
+            raise UserError(f"--config {name}: is no text; give a recipe in YAML") from error
+        return path
     packaged = recipe_folder() / f"{name}.yaml"
     if "/" not in name and packaged.is_file():
         return packaged

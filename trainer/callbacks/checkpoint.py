@@ -87,14 +87,14 @@ class Checkpoints(Checkpoint):
         assert self._channel is not None
         if asked := int(self._channel.largest(self._asked)):
             self._save(trainer)
-            rank_zero_info(f"saved at step {trainer.global_step:,}; --ckpt last goes on from there")
+            self._say_saved()
             raise _ending(asked)
         step = trainer.global_step
         self._trained = trainer.should_stop or step == trainer.max_steps
         if self._trained or step % self.every == 0:
             self._save(trainer)
         if self._trained and signal.SIGTERM not in self._handlers:  # Lightning only takes note of it, for a next step
-            self._handle(signal.SIGTERM, lambda number, frame: _end(number))
+            self._handle(signal.SIGTERM, _end)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Save what was trained since the last time, unless an update was cut in the middle or the device is gone."""
@@ -107,6 +107,11 @@ class Checkpoints(Checkpoint):
             rank_zero_info(f"stopped in the middle of a step; step {self.saved_step:,} is the last one that is saved")
         else:
             self._save(trainer, alone=True)  # an impatient second Ctrl-C does not end this: Lightning ignores it by now
+            if isinstance(exception, KeyboardInterrupt | SIGTERMException):
+                self._say_saved()
+
+    def _say_saved(self) -> None:
+        rank_zero_info(f"step {self.saved_step:,} is saved; --ckpt last goes on from there")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save if a validation ended the run; signals mean what they did before."""
@@ -139,7 +144,7 @@ class Checkpoints(Checkpoint):
                 old.unlink()
 
 
-def _end(number: int) -> None:
+def _end(number: int, frame: FrameType | None) -> None:
     raise _ending(number)
 
 

@@ -79,7 +79,7 @@ class Watch(pl.Callback):
             if may_stop and (self.nonfinite == "stop" or self.skipped > self.max_skipped):
                 tried = f" after {self.skipped - 1} skipped ones" if self.skipped > 1 else ""
                 raise UserError(
-                    f"{said}; this update{tried} was not made, the weights before it are saved. "
+                    f"{said}; this update{tried} was not made. "
                     "Lower the learning rate, or go on from an earlier checkpoint with --watch.nonfinite skip"
                 )
             rank_zero_warn(f"{said}; skipped ({self.skipped} of at most {self.max_skipped})")

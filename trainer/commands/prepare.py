@@ -48,7 +48,7 @@ def run(words: list[str]) -> None:
         recipe = find_recipe(named or "quickstart")
         try:
             values = yaml.safe_load(recipe.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except yaml.YAMLError as error:
             raise UserError(f"{recipe}: is no recipe ({str(error).splitlines()[0]})") from error
         data = values.get("data") if isinstance(values, dict) else None
         parser.set_defaults({"data.source": data.get("source") if isinstance(data, dict) else None})

@@ -47,7 +47,7 @@ class RunData:
             rows = _rows(folder / "metrics.csv")
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise UserError(
-                f"{folder}: holds no finished run ({error}); it has summary.json, metrics.csv and config.yaml"
+                f"{folder}: holds no finished run ({error}); one has summary.json, metrics.csv and config.yaml"
             ) from error
         curves: dict[str, Series] = {}
         for row in rows:
