@@ -117,15 +117,13 @@ def batch_plan(plan: WindowPlan, batch_windows: int, rank: int = 0, world_size: 
     starts, scored_from = plan.starts[low:high], plan.scored_from[low:high]
     usual = int(plan.scored_from[1]) if count > 1 else 0
     batch_windows = min(batch_windows, -(-count // world_size))  # not more than any rank has
-    batches = []
+    batches: list[WindowBatch] = []
     for wide in (True, False):
         chosen = (scored_from < usual) == wide
         first = 0 if wide else usual
-        for index in range(0, int(chosen.sum()), batch_windows):
-            part = slice(index, index + batch_windows)
-            some, scored = starts[chosen][part], scored_from[chosen][part]
-            missing = batch_windows - len(some)
-            some = torch.cat((some, some[-1:].expand(missing)))
-            scored = torch.cat((scored, torch.full((missing,), plan.window)))
-            batches.append(WindowBatch(some, scored, first))
+        some, scored = starts[chosen], scored_from[chosen]  # once: by batch, a long split takes minutes
+        missing = -len(some) % batch_windows
+        some = torch.cat((some, some[-1:].expand(missing))).view(-1, batch_windows)
+        scored = torch.cat((scored, torch.full((missing,), plan.window))).view(-1, batch_windows)
+        batches += [WindowBatch(*pair, first) for pair in zip(some, scored, strict=True)]
     return batches
