@@ -2,8 +2,10 @@
 
 `python -m benchmarks.sprint --config frontier --data data/sp8192 --seeds 3 --set model.mlp.ratio=3` runs `trainer fit`
 on prepared shards (`trainer prepare`). For screening, `--half` trains for 150 s, and `--screen` for 60 s without an
-artifact: its score is that of the averaged weights. Rows compare only if they saw the same text and the same time and
-scored the same; a table with other ones is refused before anything is trained.
+artifact: its score is that of the averaged weights. `--steps 750` trains for so many steps instead, so that the score
+does not depend on what else the machine does; the table's tokens a second say what a step cost. Rows compare only if
+they saw the same text and the same time or steps and scored the same; a table with other ones is refused before
+anything is trained.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +26,40 @@ FULL, HALF, SCREEN = 300.0, 150.0, 60.0  # seconds of training
 STAGES = ("live_plain", "averaged_plain", "artifact_plain", "artifact_sliding")
 
 
-def read_table(path: Path, fingerprint: str, seconds: float, has_artifact: bool = True) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Budget:
+    """How long each run trains: a time, or a number of steps.
+
+    Attributes:
+        seconds: Of the training clock, if that is what ends a run.
+        max_steps: Steps, if they do.
+    """
+
+    seconds: float | None = None
+    max_steps: int | None = None
+
+    @property
+    def words(self) -> list[str]:
+        """As options of `trainer fit`."""
+        if self.max_steps is not None:
+            return ["--wallclock.seconds=null", f"--trainer.max_steps={self.max_steps}"]
+        return [f"--wallclock.seconds={self.seconds}"]
+
+    def __str__(self) -> str:
+        return f"{self.seconds:g} s" if self.max_steps is None else f"{self.max_steps} steps"
+
+
+def read_table(path: Path, fingerprint: str, budget: Budget, has_artifact: bool = True) -> list[dict[str, Any]]:
     """The rows of a table that has no others.
 
     Args:
         path: JSON lines; need not exist.
         fingerprint: Of the text that is compared on.
-        seconds: Training time that is compared at.
+        budget: Of training that is compared at.
         has_artifact: Whether artifacts are compared, or weights.
 
     Raises:
-        UserError: If a row saw another text or another time or scored something else, or the file is no table.
+        UserError: If a row saw another text or had another budget or scored something else, or the file is no table.
     """
     lines = path.read_text().splitlines() if path.is_file() else []
     try:
@@ -46,9 +72,10 @@ def read_table(path: Path, fingerprint: str, seconds: float, has_artifact: bool 
                 f"{path}: row {number} saw the text {row['text_fingerprint']}, this run would see {fingerprint}; "
                 "they do not compare: use another --table"
             )
-        if row["seconds"] != seconds:
+        known = Budget(row["seconds"], row.get("max_steps"))
+        if known != budget:
             raise UserError(
-                f"{path}: row {number} trained for {row['seconds']:g} s, this run would for {seconds:g} s; "
+                f"{path}: row {number} trained for {known}, this run would for {budget}; "
                 "they do not compare: use another --table"
             )
         if ("bytes_total" in row) != has_artifact:
@@ -59,7 +86,7 @@ def read_table(path: Path, fingerprint: str, seconds: float, has_artifact: bool 
     return rows
 
 
-def fit(config: str, data: Path, seconds: float, seed: int, settings: list[str], runs: Path) -> dict[str, Any]:
+def fit(config: str, data: Path, budget: Budget, seed: int, settings: list[str], runs: Path) -> dict[str, Any]:
     """Run `trainer fit` once.
 
     Returns:
@@ -74,7 +101,7 @@ def fit(config: str, data: Path, seconds: float, seed: int, settings: list[str],
         "--data.source=trainer.data.sources.Shards",
         f"--data.source.folder={data}",
         f"--seed_everything={seed}",
-        f"--wallclock.seconds={seconds}",
+        *budget.words,
         f"--trainer.default_root_dir={runs}",
         f"--run_name={name}",
         *(f"--{setting}" for setting in settings),
@@ -127,12 +154,17 @@ def main() -> None:
     short = parser.add_mutually_exclusive_group()
     short.add_argument("--half", action="store_true", help="150 s for screening, in a table of its own")
     short.add_argument("--screen", action="store_true", help="60 s and no artifact, in a table of its own")
-    parser.add_argument("--seconds", type=float, help="another training time")
-    parser.add_argument("--table", type=Path, help="default: sprints.jsonl, sprints-half.jsonl or sprints-screen.jsonl")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--seconds", type=float, help="another training time")
+    other.add_argument("--steps", type=int, help="so many steps instead of a time, in a table of its own")
+    parser.add_argument("--table", type=Path, help="default: sprints.jsonl, or sprints-half, -screen, -750-steps.jsonl")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders go")
     options = parser.parse_args()
+    if options.half and (options.steps or options.seconds):
+        parser.error("--half is 150 s: leave it out, or --steps and --seconds")
     kind, usual = ("-half", HALF) if options.half else ("-screen", SCREEN) if options.screen else ("", FULL)
-    seconds = options.seconds or usual
+    budget = Budget(max_steps=options.steps) if options.steps else Budget(options.seconds or usual)
+    kind += f"-{options.steps}-steps" if options.steps else ""
     path = options.table or Path(f"sprints{kind}.jsonl")
     if options.screen:
         options.settings = ["export.enabled=false", "wallclock.reserve=0", *options.settings]
@@ -140,20 +172,20 @@ def main() -> None:
         manifest = Manifest.read(options.data)
         if manifest is None:
             raise UserError(f"{options.data}: holds no {NAME}; make it with trainer prepare")
-        read_table(path, manifest.text_fingerprint, seconds, not options.screen)
+        read_table(path, manifest.text_fingerprint, budget, not options.screen)
         for seed in range(1, options.seeds + 1):
-            summary = fit(options.config, options.data, seconds, seed, options.settings, options.runs)
+            summary = fit(options.config, options.data, budget, seed, options.settings, options.runs)
             row = {
                 "config": options.config,
                 "settings": options.settings,
                 "seed": seed,
-                "seconds": seconds,
+                **asdict(budget),
                 **{key: value for key, value in summary.items() if key != "stages"},
                 "stages": {name: stage["bpb"] for name, stage in summary["stages"].items()},
             }
             with path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-        print(table(read_table(path, manifest.text_fingerprint, seconds, not options.screen)))
+        print(table(read_table(path, manifest.text_fingerprint, budget, not options.screen)))
     except UserError as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:

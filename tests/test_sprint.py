@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.sprint import read_table, table
+from benchmarks.sprint import Budget, read_table, table
 from tests.conftest import ROOT, TINY_OPTIONS
 from trainer.data.manifest import Manifest, ShardRecord
 from trainer.errors import UserError
@@ -33,18 +33,20 @@ def row(config: str, seed: int, bpb: float, **more: object) -> dict:
 
 def test_rows_of_another_text_or_another_time_are_refused(tmp_path: Path):
     path = tmp_path / "sprints.jsonl"
-    assert read_table(path, "a" * 16, 300.0) == []
+    assert read_table(path, "a" * 16, Budget(300.0)) == []
     path.write_text(json.dumps(row("r", 1, 1.3)) + "\n")
-    assert len(read_table(path, "a" * 16, 300.0)) == 1
+    assert len(read_table(path, "a" * 16, Budget(300.0))) == 1
     with pytest.raises(UserError, match="row 1 saw the text a"):
-        read_table(path, "b" * 16, 300.0)
+        read_table(path, "b" * 16, Budget(300.0))
     with pytest.raises(UserError, match="row 1 trained for 300 s"):
-        read_table(path, "a" * 16, 150.0)
+        read_table(path, "a" * 16, Budget(150.0))
+    with pytest.raises(UserError, match="row 1 trained for 300 s, this run would for 750 steps"):
+        read_table(path, "a" * 16, Budget(max_steps=750))
     with pytest.raises(UserError, match="row 1 has the score of an artifact, this run would have that of weights"):
-        read_table(path, "a" * 16, 300.0, has_artifact=False)
+        read_table(path, "a" * 16, Budget(300.0), has_artifact=False)
     path.write_text(path.read_text()[:40])
     with pytest.raises(UserError, match="is no table of sprints"):
-        read_table(path, "a" * 16, 300.0)
+        read_table(path, "a" * 16, Budget(300.0))
 
 
 def test_the_table_has_means_deviations_and_changes():
@@ -81,7 +83,7 @@ def test_the_fingerprint_is_that_of_the_text_under_any_tokenizer():
 
 
 def sprint(data: Path, place: Path, *settings: str) -> subprocess.CompletedProcess[str]:
-    words = ["--config=int5mlp_10l", "--table=t.jsonl", "--seconds=100", f"--data={data}", "--seeds=2"]
+    words = ["--config=int5mlp_10l", "--table=t.jsonl", "--steps=4", f"--data={data}", "--seeds=2"]
     return subprocess.run(
         [sys.executable, "-m", "benchmarks.sprint", *words, "--set", *settings],
         cwd=place,
@@ -93,7 +95,7 @@ def sprint(data: Path, place: Path, *settings: str) -> subprocess.CompletedProce
 
 
 def test_a_sprint_runs_its_seeds_and_adds_their_rows(tmp_path: Path, shard_folder: Path):
-    settings = [word.removeprefix("--") for word in [*TINY_OPTIONS, "--trainer.max_steps=4", "--report.enabled=false"]]
+    settings = [word.removeprefix("--") for word in [*TINY_OPTIONS, "--report.enabled=false"]]
     assert "holds no manifest.json" in sprint(shard_folder, tmp_path, *settings).stderr
     data = tmp_path / "data"
     shutil.copytree(shard_folder, data)
@@ -102,6 +104,9 @@ def test_a_sprint_runs_its_seeds_and_adds_their_rows(tmp_path: Path, shard_folde
     found = sprint(data, tmp_path, *settings)
     assert found.returncode == 0, found.stderr
     rows = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
-    assert [(row["seed"], row["steps"]) for row in rows] == [(1, 4), (2, 4)]
+    assert [(row["seed"], row["steps"], row["seconds"], row["max_steps"]) for row in rows] == [
+        (1, 4, None, 4),
+        (2, 4, None, 4),
+    ]
     assert rows[0]["val_bpb"] != rows[1]["val_bpb"]
     assert f"**{(rows[0]['val_bpb'] + rows[1]['val_bpb']) / 2:.4f}** ±" in found.stdout
