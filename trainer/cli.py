@@ -6,8 +6,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -349,38 +349,9 @@ def run(command: str, args: Sequence[str]) -> None:
     except ValueError as error:  # a setting out of range, refused by the part it belongs to
         raise UserError(str(error)) from error
     if command == "fit":
-        ckpt = ckpt or cli.config.ckpt  # of a recipe
-        if ckpt == "last":
-            ckpt = newest_checkpoint(Path(cli.config.trainer.default_root_dir), recipe)
-        if ckpt is not None:
-            load_checkpoint(ckpt)  # refuse a bad file before any work is done
-            _print_once(f"going on from {ckpt}")
-        log = Path(str(cli.trainer.log_dir or cli.trainer.default_root_dir)) / "train.log"
-        try:
-            with logged_to(log) if cli.trainer.is_global_zero else nullcontext():
-                cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt, weights_only=True)
-        except SIGTERMException as error:
-            raise SystemExit(143) from error
-        except MisconfigurationException as error:
-            raise UserError(first_line(error)) from error
-        except torch.AcceleratorError as error:
-            raise UserError(
-                f"the device failed, seen at step {cli.trainer.global_step + 1:,}: {first_line(error)}. "
-                "What was saved stays: go on with --ckpt last. If it fails again, CUDA_LAUNCH_BLOCKING=1 tells where"
-            ) from error
-        except RuntimeError as error:
-            if cli.trainer.world_size == 1 or not lost_a_process(error):
-                raise
-            raise UserError(
-                "another process of this run has ended, and this one with it; its own words say why. "
-                "What was saved stays: go on with --ckpt last, on any number of devices"
-            ) from error
-        except OSError as error:  # a full disk or a folder that went away, met by a library
-            raise UserError(f"{error.filename or 'a file'}: {error.strerror or error}") from error
-        except SystemExit as error:  # Lightning turns Ctrl-C into exit code 1
-            if cli.trainer.interrupted:
-                raise KeyboardInterrupt from error
-            raise
+        folder = Path(str(cli.trainer.log_dir or cli.trainer.default_root_dir))
+        with _gone_if_refused(folder) if cli.trainer.is_global_zero else nullcontext():
+            fit(cli, ckpt or cli.config.ckpt, folder / "train.log")
         return
     assert stored is not None
     cli.model.model.load_state_dict(stored.state)
@@ -391,6 +362,61 @@ def run(command: str, args: Sequence[str]) -> None:
         _print_once(f"{name:<8} {score.line()}")
     _print_once(f"scored in {cli.model.validation_seconds:.1f} s")
     _print_once(cli.model.scores[-1].line())
+
+
+def fit(cli: TrainerCLI, ckpt: str | None, log: Path) -> None:
+    """Train, export and report.
+
+    Args:
+        cli: Of the command fit.
+        ckpt: Checkpoint to go on from; last: the newest one of the recipe.
+        log: File that what is printed is copied to.
+
+    Raises:
+        UserError: For anything the user can mend.
+    """
+    if ckpt == "last":
+        ckpt = newest_checkpoint(Path(cli.config.trainer.default_root_dir), cli.recipe)
+    if ckpt is not None:
+        load_checkpoint(ckpt)  # refuse a bad file before any work is done
+        _print_once(f"going on from {ckpt}")
+    try:
+        with logged_to(log) if cli.trainer.is_global_zero else nullcontext():
+            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt, weights_only=True)
+    except SIGTERMException as error:
+        raise SystemExit(143) from error
+    except MisconfigurationException as error:
+        raise UserError(first_line(error)) from error
+    except torch.AcceleratorError as error:
+        raise UserError(
+            f"the device failed, seen at step {cli.trainer.global_step + 1:,}: {first_line(error)}. "
+            "What was saved stays: go on with --ckpt last. If it fails again, CUDA_LAUNCH_BLOCKING=1 tells where"
+        ) from error
+    except RuntimeError as error:
+        if cli.trainer.world_size == 1 or not lost_a_process(error):
+            raise
+        raise UserError(
+            "another process of this run has ended, and this one with it; its own words say why. "
+            "What was saved stays: go on with --ckpt last, on any number of devices"
+        ) from error
+    except OSError as error:  # a full disk or a folder that went away, met by a library
+        raise UserError(f"{error.filename or 'a file'}: {error.strerror or error}") from error
+    except SystemExit as error:  # Lightning turns Ctrl-C into exit code 1
+        if cli.trainer.interrupted:
+            raise KeyboardInterrupt from error
+        raise
+
+
+@contextmanager
+def _gone_if_refused(folder: Path) -> Iterator[None]:
+    """Take a run's folder away again if the run was refused before it learned or saved anything."""
+    try:
+        yield
+    except UserError:
+        found = list(folder.glob("*"))
+        if {path.name for path in found} <= {"config.yaml", "train.log"}:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def lost_a_process(error: RuntimeError) -> bool:

@@ -85,6 +85,13 @@ def test_a_bad_file_is_named_with_what_is_wrong(tmp_path: Path, name: str, conte
     assert name in str(caught.value)
 
 
+def test_a_bad_file_is_named_while_a_tokenizer_is_trained_on_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS) + b'{"text": 3}\n')
+    words = [f"--data.source.train_files=[{tmp_path}/a.jsonl]", f"--data.source.folder={tmp_path}/out"]
+    assert main(["prepare", "--data.source=LocalText", *words]) == 1
+    assert capsys.readouterr().err == f"trainer: {tmp_path}/a.jsonl: the `text` of line {len(TEXTS) + 1} is no string\n"
+
+
 @pytest.fixture
 def prepared(tmp_path: Path, shard_folder: Path) -> tuple[Path, list[str]]:
     texts = make_documents(120, 7)

@@ -81,10 +81,13 @@ def test_a_report_stands_alone_and_says_what_the_summary_says(tmp_path: Path, ca
 
 
 def test_several_runs_are_laid_over_each_other_with_their_differences(tmp_path: Path):
-    runs = [make_run(tmp_path / "recipe/1"), make_run(tmp_path / "recipe/2", val_bpb=1.25, order="shuffled")]
+    stages = {"live_plain": {"bpb": 1.3}, "artifact_sliding": {"bpb": 1.25}}
+    runs = [make_run(tmp_path / "recipe/1"), make_run(tmp_path / "recipe/2", stages=stages, order="shuffled")]
     assert main(["report", *map(str, runs), "--out", str(tmp_path / "both.html")]) == 0
     text = (tmp_path / "both.html").read_text()
-    assert "1.25000 (+0.01544)" in text
+    assert "<td>bits per byte: artifact, sliding window</td><td>1.23456</td><td>1.25000 (+0.01544)</td>" in text
+    assert "<td>bits per byte: live weights, plain</td><td>-</td><td>1.30000</td>" in text  # the first has none
+    assert "averaged weights, plain" not in text  # neither has
     assert "<td>data.order</td><td>sequential</td><td>shuffled</td>" in text
     assert "seed_everything</td>" not in text
     assert text.count('<polyline class="line c1"') == 1

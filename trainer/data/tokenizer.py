@@ -42,12 +42,21 @@ def train_tokenizer(sentences: Iterator[str], vocab_size: int, path: str | Path,
         num_threads: Threads for SentencePiece.
 
     Raises:
-        UserError: If the text is too small for so many pieces.
+        UserError: If the text is too small for so many pieces, or where reading it fails.
     """
+    failures: list[UserError] = []
+
+    def read() -> Iterator[str]:
+        try:
+            yield from sentences
+        except UserError as error:
+            failures.append(error)  # SentencePiece hides it behind one of its own
+            raise
+
     try:
         with Path(path).open("wb") as model:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=sentences,
+                sentence_iterator=read(),
                 model_writer=model,
                 model_type="bpe",
                 vocab_size=vocab_size,
@@ -65,6 +74,8 @@ def train_tokenizer(sentences: Iterator[str], vocab_size: int, path: str | Path,
             )
     except RuntimeError as error:
         Path(path).unlink(missing_ok=True)
+        if failures:
+            raise failures[0] from error
         reason = str(error).splitlines()[-1].rpartition("] ")[2]  # after the place in SentencePiece's sources
         raise UserError(
             f"a tokenizer of {vocab_size:,} pieces cannot be trained on this text: {reason} Give more text or set "

@@ -79,11 +79,9 @@ def page(runs: list[RunData], uses: list[ByteUse], samples: list[str], command: 
         if charts
         else "Nothing was logged: no step of this run was a multiple of trainer.log_every_n_steps."
     )
-    sections += [
-        f'<h2>Training</h2><p class="note">{note}</p><div class="charts">{charts}</div>',
-        "<h2>Score at each stage</h2>",
-        _stages(first),
-    ]
+    sections.append(f'<h2>Training</h2><p class="note">{note}</p><div class="charts">{charts}</div>')
+    if len(runs) == 1:
+        sections += ["<h2>Score at each stage</h2>", _stages(first)]
     if uses:
         sections += ["<h2>Where the bytes went</h2>", _bytes(first, uses)]
     if samples:
@@ -136,10 +134,9 @@ def _legend(runs: list[RunData]) -> str:
 
 
 def _differences(runs: list[RunData]) -> str:
-    rows: list[list[str]] = []
     facts = [run.summary for run in runs]
+    rows = _stages_of(runs)
     for name, key, form in (
-        ("bits per byte", "val_bpb", "{:.5f}"),
         ("total bytes", "bytes_total", "{:,}"),
         ("parameters", "parameters", "{:,}"),
         ("steps", "steps", "{:,}"),
@@ -156,6 +153,22 @@ def _differences(runs: list[RunData]) -> str:
         if any(value != values[0] for value in values):
             rows.append([name, *map(str, values)])
     return _table(["", *(run.name for run in runs)], rows)
+
+
+def _stages_of(runs: list[RunData]) -> list[list[str]]:
+    """Bits per byte of each run at each stage that any of them reached, and the changes to the first run's."""
+    rows = []
+    for stage, label in STAGES.items():
+        scores = [run.summary["stages"].get(stage, {}).get("bpb") for run in runs]
+        if all(score is None for score in scores):
+            continue
+        first = scores[0]
+        cells = ["-" if score is None else f"{score:.5f}" for score in scores]
+        for n, score in enumerate(scores[1:], 1):
+            if first is not None and score is not None:
+                cells[n] += f" ({score - first:+.5f})"
+        rows.append([f"bits per byte: {label}", *cells])
+    return rows
 
 
 def _stages(run: RunData) -> str:
