@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from tests.conftest import ROOT, make_documents
 from tests.test_end_to_end import RUN, digest, small, trainer, trainer_here
@@ -174,6 +175,10 @@ def test_last_means_the_newest_whole_checkpoint(whole: Path, tmp_path: Path, sha
     assert "last.ckpt: is damaged (no checksum at its end" in result.stdout
     assert f"going on from {RUNS}/1/checkpoints/step-000000056.ckpt" in result.stdout
     assert digest(tmp_path / RUNS / "2/checkpoints/last.ckpt") == digest(whole / "last.ckpt")
+    written = yaml.safe_load((tmp_path / RUNS / "2/config.yaml").read_text())  # repeats it
+    assert written["ckpt"] == f"{RUNS}/1/checkpoints/step-000000056.ckpt"
+    scored = trainer("validate", f"--ckpt={RUNS}/2/artifact.zst", cwd=tmp_path)
+    assert scored.returncode == 0, scored.stderr
     (folder / "step-000000056.ckpt").unlink()
     os.rename(tmp_path / RUNS / "2", tmp_path / "elsewhere")
     result = trainer(*long(shard_folder), "--ckpt=last", cwd=tmp_path)

@@ -380,6 +380,7 @@ def fit(cli: TrainerCLI, ckpt: str | None, log: Path) -> None:
     if ckpt is not None:
         load_checkpoint(ckpt)  # refuse a bad file before any work is done
         _print_once(f"going on from {ckpt}")
+        cli.config.ckpt = ckpt  # what config.yaml repeats is a run that goes on, too
     try:
         with logged_to(log) if cli.trainer.is_global_zero else nullcontext():
             cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt, weights_only=True)
