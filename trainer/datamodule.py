@@ -23,6 +23,7 @@ from trainer.files import sha256_of
 
 ENDLESS = 2**40  # steps of a run without a step limit
 CALIBRATION_ROWS = 8  # sequences that go forward and backward together, uncompiled
+CALIBRATION_LOGITS = 2**27  # of them at most, which take 3 GB
 
 
 class WindowBatches(Dataset[WindowBatch]):
@@ -153,10 +154,11 @@ class TokenData(pl.LightningDataModule):
     def calibration_batches(self, sequences: int, device: torch.device) -> Iterator[Tensor]:
         """The first training sequences, a few at a time, as (b, sequence_length + 1)."""
         stream = self._stream(steps=ENDLESS, rank=0, world_size=1)
+        at_once = max(1, min(CALIBRATION_ROWS, CALIBRATION_LOGITS // (self.sequence_length * self.vocab_size)))
         step = 0
         while sequences > 0:
             rows = stream[step][:sequences].to(device)
-            yield from rows.split(CALIBRATION_ROWS)
+            yield from rows.split(at_once)
             sequences -= len(rows)
             step += 1
 

@@ -12,6 +12,7 @@ from trainer.model.banded_attention import with_window
 from trainer.model.transformer import Block, Transformer
 
 LOOK_BACK = 2  # tokens before its own that a position's embedding depends on
+DECODED = 16  # tokens that a new one's text depends on, with room
 
 
 class CachedAttention:
@@ -28,6 +29,7 @@ class CachedAttention:
             window: Tokens that a position looks back at; None: all.
         """
         self.kernel = with_window(SdpaKernel(), window) if window else SdpaKernel()
+        self.window = window or context
         self.context = context
         self.lengths = [0] * passes
         self._kept: list[tuple[Tensor, Tensor]] = []
@@ -44,6 +46,9 @@ class CachedAttention:
             kept[:, begin:end] = new
         self.lengths[turn] = end
         keys, values = self._kept[turn]
+        if q.size(1) == 1:  # sees the end of the window: no mask, and no whole block for one position
+            seen = slice(max(0, end - self.window), end)
+            return SdpaKernel()(q, keys[:, seen], values[:, seen])
         return self.kernel(q, keys[:, :end], values[:, :end])
 
     def describe(self) -> str:
@@ -150,6 +155,7 @@ def stream_text(
         text = tokenizer.decode(ids)
         if not text.endswith("\ufffd"):
             yield text[len(shown) :]
-            shown = text
+            ids = ids[-DECODED:]  # not all of them again for every token
+            shown = tokenizer.decode(ids)
     if rest := tokenizer.decode(ids)[len(shown) :]:
         yield rest

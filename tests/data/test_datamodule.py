@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from trainer.data.manifest import Manifest, ShardRecord
 from trainer.data.shards import write_shard
@@ -74,3 +75,16 @@ def test_another_tokenizer_than_the_manifests_is_refused(copied: Path):
     Manifest({}, "0" * 64, shards, {}).write(copied)
     with pytest.raises(UserError, match="is not the tokenizer that made the shards"):
         data(copied).setup("fit")
+
+
+def test_calibration_takes_fewer_sequences_at_once_where_pieces_are_many(
+    shard_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    module = data(shard_folder)
+    module.setup("fit")
+    usual = list(module.calibration_batches(12, torch.device("cpu")))
+    monkeypatch.setattr("trainer.datamodule.CALIBRATION_LOGITS", 3 * 32 * 300)
+    small = list(module.calibration_batches(12, torch.device("cpu")))
+    assert max(len(rows) for rows in usual) == 8
+    assert max(len(rows) for rows in small) == 3
+    assert torch.equal(torch.cat(small), torch.cat(usual))

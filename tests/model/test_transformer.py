@@ -187,6 +187,20 @@ def test_the_whole_model_equals_numpy(config: TransformerConfig):
     assert np.allclose(model(torch.tensor(ids)[None])[0].detach().numpy(), logits, atol=1e-5)
 
 
+def test_a_loss_that_nothing_fuses_is_made_in_slices(monkeypatch: pytest.MonkeyPatch):
+    model = awake(5)
+    ids, targets = torch.randint(0, 300, (2, 3, 20))
+    made: list[int] = []
+    monkeypatch.setattr("trainer.model.transformer.LOGITS_AT_ONCE", 7 * 300)
+    softcap = model.softcap
+    monkeypatch.setattr(model, "softcap", lambda logits: (made.append(len(logits)), softcap(logits))[1])
+    with torch.no_grad():
+        sliced = model.nll(ids, targets)
+    assert made == [7] * 8 + [4]
+    assert torch.allclose(sliced, model.nll(ids, targets), rtol=1e-12)  # with gradients: all at once
+    assert made[9:] == [60]
+
+
 def test_nll_is_the_log_softmax_of_the_logits_from_the_first_position_on():
     model = awake()
     ids, targets = torch.randint(0, 300, (2, 2, 12))

@@ -21,6 +21,7 @@ from trainer.model.layers import Linear, activation_dtype, kept, rms_norm
 from trainer.model.mlp import MLP, MLPConfig
 
 MOST_REPEATS = 16  # a file must not ask for endless work
+LOGITS_AT_ONCE = 2**26  # where nothing fuses the loss, each takes 12 bytes
 
 
 @dataclass(frozen=True)
@@ -341,6 +342,13 @@ class Transformer(nn.Module):
         targets = targets[:, first:].long()
         if self.has_fused_loss:
             nll = softcapped_nll(self._uncapped(hidden), targets.flatten(), self.config.logit_softcap)[0]
+        elif torch.compiler.is_compiling() or torch.is_grad_enabled():
+            nll = self._cross_entropy(hidden, targets.flatten())
         else:
-            nll = F.cross_entropy(self.logits(hidden), targets.flatten(), ignore_index=-1, reduction="none")
+            rows = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
+            parts = zip(hidden.split(rows), targets.flatten().split(rows), strict=True)
+            nll = torch.cat([self._cross_entropy(*part) for part in parts])
         return nll.view_as(targets)
+
+    def _cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.logits(hidden), targets, ignore_index=-1, reduction="none")
