@@ -162,6 +162,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.half and (options.steps or options.seconds):
         parser.error("--half is 150 s: leave it out, or --steps and --seconds")
+    if options.steps is not None and options.steps < 1:
+        parser.error(f"--steps must be at least 1, not {options.steps}")
     kind, usual = ("-half", HALF) if options.half else ("-screen", SCREEN) if options.screen else ("", FULL)
     budget = Budget(max_steps=options.steps) if options.steps else Budget(options.seconds or usual)
     kind += f"-{options.steps}-steps" if options.steps else ""

@@ -349,7 +349,7 @@ def run(command: str, args: Sequence[str]) -> None:
     except ValueError as error:  # a setting out of range, refused by the part it belongs to
         raise UserError(str(error)) from error
     if command == "fit":
-        folder = Path(str(cli.trainer.log_dir or cli.trainer.default_root_dir))
+        folder = Path(str(cli.trainer.log_dir))
         with _gone_if_refused(folder) if cli.trainer.is_global_zero else nullcontext():
             fit(cli, ckpt or cli.config.ckpt, folder / "train.log")
         return

@@ -135,7 +135,7 @@ def _legend(runs: list[RunData]) -> str:
 
 def _differences(runs: list[RunData]) -> str:
     facts = [run.summary for run in runs]
-    rows = _stages_of(runs)
+    rows = _score_rows(runs)
     for name, key, form in (
         ("total bytes", "bytes_total", "{:,}"),
         ("parameters", "parameters", "{:,}"),
@@ -155,7 +155,7 @@ def _differences(runs: list[RunData]) -> str:
     return _table(["", *(run.name for run in runs)], rows)
 
 
-def _stages_of(runs: list[RunData]) -> list[list[str]]:
+def _score_rows(runs: list[RunData]) -> list[list[str]]:
     """Bits per byte of each run at each stage that any of them reached, and the changes to the first run's."""
     rows = []
     for stage, label in STAGES.items():
