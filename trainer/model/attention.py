@@ -20,7 +20,8 @@ class AttentionConfig:
         num_kv_heads: Key and value heads; each serves num_heads / num_kv_heads query heads (GQA, Ainslie et al. 2023).
         rope_base: Base of the rotary frequencies (RoPE, Su et al. 2021).
         qk_gain_init: First value of the learned gain of each query head.
-        rope_dims: Channels of each head that turn with the position; null: all (partial RoPE).
+        rope_dims: Channels of each head that turn with the position; null: all (partial RoPE,
+            openai/parameter-golf #434).
         exclusive: Take out of each head's output its component along the position's own value (XSA,
             Zhai 2026, arXiv 2603.09078).
         gate_dims: Scale each head's output by a gate that looks at so many channels of the input; 0: no gate (sparse
