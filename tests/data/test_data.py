@@ -265,6 +265,9 @@ def test_python_documentation_finds_docstrings_and_splits_them_by_hash(tmp_path:
 def test_missing_data_is_named(tmp_path: Path):
     with pytest.raises(UserError, match="no such data folder"):
         Shards(str(tmp_path / "none")).prepared()
+    (tmp_path / "artifact.zst").touch()
+    with pytest.raises(UserError, match=r"artifact\.zst: is a file; name the folder"):
+        Shards(str(tmp_path / "artifact.zst")).prepared()
     with pytest.raises(UserError, match=r"no shard named \*_train_"):
         Shards(str(tmp_path)).prepared()
     with pytest.raises(UserError, match="no such text file"):
