@@ -331,7 +331,7 @@ def test_every_recipe_opens_with_its_purpose():
     ("words", "code", "message"),
     [
         (["fit", "--config", "nothing"], 1, "neither a file nor one of the recipes"),
-        (["fit", "--config", "int5mlp_10l"], 1, "no such data folder"),
+        (["fit", "--config", "int5mlp_10l"], 1, "is no folder"),
         (["fit", "--model.num_layer", "3"], 2, "num_layer"),
         (["fit", "--wallclock.seconds", "-1"], 1, "wallclock.seconds must be positive"),
         (["fit", "--model.micro_batch_tokens", "0"], 1, "micro_batch_tokens must be at least 1 or auto"),

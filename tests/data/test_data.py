@@ -263,11 +263,10 @@ def test_python_documentation_finds_docstrings_and_splits_them_by_hash(tmp_path:
 
 
 def test_missing_data_is_named(tmp_path: Path):
-    with pytest.raises(UserError, match="no such data folder"):
-        Shards(str(tmp_path / "none")).prepared()
     (tmp_path / "artifact.zst").touch()
-    with pytest.raises(UserError, match=r"artifact\.zst: is a file; name the folder"):
-        Shards(str(tmp_path / "artifact.zst")).prepared()
+    for name in ("none", "artifact.zst"):
+        with pytest.raises(UserError, match=f"{name}: is no folder"):
+            Shards(str(tmp_path / name)).prepared()
     with pytest.raises(UserError, match=r"no shard named \*_train_"):
         Shards(str(tmp_path)).prepared()
     with pytest.raises(UserError, match="no such text file"):

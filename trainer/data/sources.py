@@ -57,12 +57,8 @@ def list_shards(folder: Path, tokenizer: Path) -> PreparedText:
     Raises:
         UserError: If the folder, the training shards or the validation shards are missing.
     """
-    if folder.is_file():
-        raise UserError(f"{folder}: is a file; name the folder of its token shards")
     if not folder.is_dir():
-        raise UserError(
-            f"{folder}: there is no such data folder; name one with token shards, in fit with --data.source.folder"
-        )
+        raise UserError(f"{folder}: is no folder; name one with token shards, in fit with --data.source.folder")
     train, val = sorted(folder.glob(TRAIN_PATTERN)), sorted(folder.glob(VAL_PATTERN))
     for found, pattern in ((train, TRAIN_PATTERN), (val, VAL_PATTERN)):
         if not found:
