@@ -20,10 +20,10 @@ CONSUMED_PER_SECOND = 2_000_000
 def main() -> None:
     """Run, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--recipe", default="int5mlp_10l", help="name or path, as for --config")
+    parser.add_argument("--config", default="int5mlp_10l", help="name or path, as for --config")
     parser.add_argument("--steps", type=int, default=200, help="steps that are timed")
-    options, words = parser.parse_known_args()
-    cli = load(options.recipe, words)
+    options, args = parser.parse_known_args()
+    cli = load(options.config, args)
     data, device = cli.datamodule, cli.trainer.strategy.root_device
     data.prepare_data()
     text = data.source.prepared()
@@ -73,7 +73,7 @@ def main() -> None:
         "order": data.order,
         "batch_tokens": data.batch_tokens,
     }
-    report(f"data {options.recipe} {' '.join(words)}".strip(), row, device)
+    report(f"data {options.config} {' '.join(args)}".strip(), row, device)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from benchmarks.subject import load, matmul_rate, report, synchronize
 from trainer.evaluation.sliding import NllFn, score
 from trainer.evaluation.windows import EvaluationConfig, plan_windows
 from trainer.lightning_module import LanguageModel
-from trainer.model.arithmetic import forward_flops
+from trainer.model.flops import forward_flops
 
 CHALLENGE_TARGETS = 62_021_846
 
@@ -45,27 +45,27 @@ class Scoring(pl.Callback):
         with trainer.precision_plugin.forward_context(), torch.no_grad():
             warm = evaluation.window + 2 * evaluation.batch_windows * evaluation.stride
             first = seconds(pl_module.nll, warm, evaluation)
-            taken = seconds(pl_module.nll, self.targets, evaluation)
-            whole = EvaluationConfig(evaluation.window, 0, evaluation.batch_windows)
+            sliding = seconds(pl_module.nll, self.targets, evaluation)
+            whole = EvaluationConfig(evaluation.window, None, evaluation.batch_windows)
             few = self.plain_windows * evaluation.window
             seconds(pl_module.model.nll, few, whole)
             eager = seconds(pl_module.model.nll, few, whole)
         windows = len(plan_windows(self.targets, evaluation.window, evaluation.stride).starts)
         forward = windows * evaluation.window
-        flops = forward_flops(pl_module.model.config, evaluation.window) * forward / taken
+        flops = forward_flops(pl_module.model.config, evaluation.window) * forward / sliding
         rate = matmul_rate(device)
         challenge = len(plan_windows(CHALLENGE_TARGETS, evaluation.window, evaluation.stride).starts)
         self.row = {
             "targets": self.targets,
             "windows": windows,
-            "seconds": round(taken, 2),
-            "forward_tokens_per_second": round(forward / taken),
+            "seconds": round(sliding, 2),
+            "forward_tokens_per_second": round(forward / sliding),
             "eager_forward_tokens_per_second": round(few / eager),
-            "challenge_split_minutes": round(challenge * evaluation.window / (forward / taken) / 60, 2),
+            "challenge_split_minutes": round(challenge * evaluation.window / (forward / sliding) / 60, 2),
             "model_tflops": round(flops / 1e12, 2),
             "share_of_matmul_rate_percent": round(100 * flops / rate, 1),
             "compile_and_first_batches_s": round(first, 1),
-            "attention": pl_module.kernel.describe(),
+            "attention": pl_module.attention.describe(),
             "fused": pl_module.fused.describe(),
             "batch_windows": evaluation.batch_windows,
         }
@@ -74,15 +74,15 @@ class Scoring(pl.Callback):
 def main() -> None:
     """Run, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--recipe", default="int5mlp_10l", help="name or path, as for --config")
+    parser.add_argument("--config", default="int5mlp_10l", help="name or path, as for --config")
     parser.add_argument("--targets", type=int, default=1_000_000, help="targets that are scored")
     parser.add_argument("--plain_windows", type=int, default=512, help="whole windows for the uncompiled comparison")
-    options, words = parser.parse_known_args()
+    options, args = parser.parse_known_args()
     scoring = Scoring(options.targets, options.plain_windows)
-    cli = load(options.recipe, ["--trainer.limit_val_batches=1", *words])
+    cli = load(options.config, ["--trainer.limit_val_batches=1", *args])
     cli.trainer.callbacks = [scoring]  # type: ignore[attr-defined]
     cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
-    report(f"evaluate {options.recipe} {' '.join(words)}".strip(), scoring.row, cli.trainer.strategy.root_device)
+    report(f"evaluate {options.config} {' '.join(args)}".strip(), scoring.row, cli.trainer.strategy.root_device)
 
 
 if __name__ == "__main__":

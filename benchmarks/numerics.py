@@ -15,9 +15,9 @@ from torch import Tensor
 
 from benchmarks.subject import load, report
 from trainer.evaluation.sliding import NllFn, score
+from trainer.kernels.attention_backends import SdpaBackend
+from trainer.kernels.fusion import Fused
 from trainer.lightning_module import LanguageModel
-from trainer.model.attention_kernel import SdpaKernel
-from trainer.model.fusion import Fused
 from trainer.optim.muon_adamw import MuonAdamW, parameter_groups
 from trainer.step import clip_gradients, train_step
 
@@ -43,9 +43,9 @@ class Comparison(pl.Callback):
 
         @contextmanager
         def kernel(eager: bool) -> Iterator[NllFn]:
-            model.set_kernels(SdpaKernel() if eager else pl_module.kernel, Fused() if eager else pl_module.fused)
+            model.set_kernels(SdpaBackend() if eager else pl_module.attention, Fused() if eager else pl_module.fused)
             yield model.nll if eager else fast
-            model.set_kernels(pl_module.kernel, pl_module.fused)
+            model.set_kernels(pl_module.attention, pl_module.fused)
 
         def gradients(eager: bool, full: bool) -> dict[str, Tensor]:
             rows = stream[0][: self.sequences].to(pl_module.device)
@@ -108,7 +108,7 @@ class Comparison(pl.Callback):
                 "loss_of_last_20_steps": float(fast_curve[-20:].mean()),
                 "eager_loss_of_last_20_steps": float(eager_curve[-20:].mean()),
             }
-        self.row["attention"] = pl_module.kernel.describe()
+        self.row["attention"] = pl_module.attention.describe()
         self.row["fused"] = pl_module.fused.describe()
         trainer.should_stop = True
 
@@ -126,15 +126,15 @@ def relative_errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[
 def main() -> None:
     """Run, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--recipe", default="int5mlp_10l", help="name or path, as for --config")
+    parser.add_argument("--config", default="int5mlp_10l", help="name or path, as for --config")
     parser.add_argument("--sequences", type=int, default=8, help="sequences whose gradients are compared")
     parser.add_argument("--steps", type=int, default=200, help="training steps of the two loss curves")
-    options, words = parser.parse_known_args()
+    options, args = parser.parse_known_args()
     comparison = Comparison(options.sequences, options.steps)
-    cli = load(options.recipe, ["--trainer.max_steps=1", *words])
+    cli = load(options.config, ["--trainer.max_steps=1", *args])
     cli.trainer.callbacks.append(comparison)  # type: ignore[attr-defined]
     cli.trainer.fit(cli.model, cli.datamodule)
-    report(f"numerics {options.recipe} {' '.join(words)}".strip(), comparison.row, cli.trainer.strategy.root_device)
+    report(f"numerics {options.config} {' '.join(args)}".strip(), comparison.row, cli.trainer.strategy.root_device)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The optimizer step of a recipe's model: Muon batched by shape against torch's Muon and AdamW, in one process."""
+"""The optimizer step of a recipe's model: Muon by shape against torch's Muon and AdamW, in one process."""
 
 import argparse
 import time
@@ -13,17 +13,17 @@ from trainer.optim.muon_adamw import MuonAdamW, parameter_groups
 def main() -> None:
     """Run, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--recipe", default="int5mlp_10l", help="name or path, as for --config")
+    parser.add_argument("--config", default="int5mlp_10l", help="name or path, as for --config")
     parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
-    options, words = parser.parse_known_args()
-    cli = load(options.recipe, words)
+    options, args = parser.parse_known_args()
+    cli = load(options.config, args)
     device = cli.trainer.strategy.root_device
     model, config = cli.model.model.to(device), cli.model.optimizer_config
     groups = parameter_groups(model, config)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     rest = [parameter for group in groups if not group["muon"] for parameter in group["params"]]
-    matrices = groups[0]["params"]
+    matrices = [parameter for group in groups if group["muon"] for parameter in group["params"]]
     ours = MuonAdamW(groups, config)
     # torch's Muon has bfloat16 built in; on a CPU that is slow and no fair comparison.
     muon = torch.optim.Muon(matrices, lr=config.matrix_lr, momentum=config.momentum, adjust_lr_fn="original")
@@ -43,15 +43,15 @@ def main() -> None:
         synchronize(device)
         return 1000 * (time.perf_counter() - started) / options.steps
 
-    mine, theirs = milliseconds(ours.step), milliseconds(both)
+    ours_ms, torch_ms = milliseconds(ours.step), milliseconds(both)
     row = {
-        "muon_adamw_ms": round(mine, 2),
-        "torch_muon_and_adamw_ms": round(theirs, 2),
-        "ratio": round(theirs / mine, 2),
+        "muon_adamw_ms": round(ours_ms, 2),
+        "torch_muon_and_adamw_ms": round(torch_ms, 2),
+        "ratio": round(torch_ms / ours_ms, 2),
         "matrices": len(matrices),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
-    report(f"optimizer {options.recipe} {' '.join(words)}".strip(), row, device)
+    report(f"optimizer {options.config} {' '.join(args)}".strip(), row, device)
 
 
 if __name__ == "__main__":

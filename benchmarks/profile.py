@@ -1,6 +1,6 @@
 """Where a training step's time goes on a GPU: its kernels by their time.
 
-`python -m benchmarks.profile --recipe frontier` times steps under Lightning, then profiles a few of the next. Further
+`python -m benchmarks.profile --config frontier` times steps under Lightning, then profiles a few of the next. Further
 options are those of `trainer fit`.
 """
 
@@ -88,15 +88,15 @@ def by_time(kernels: Iterable[tuple[str, Interval]]) -> list[tuple[str, int, flo
 def main() -> None:
     """Run, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--recipe", default="int5mlp_10l", help="name or path, as for --config")
+    parser.add_argument("--config", default="int5mlp_10l", help="name or path, as for --config")
     parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
     parser.add_argument("--kernels", type=int, default=60, help="lines of the table")
-    options, words = parser.parse_known_args()
+    options, args = parser.parse_known_args()
     if not torch.cuda.is_available():
         raise SystemExit("error: there is no GPU to profile")
     watch = Profile(options.steps)
     steps = SETTLE + options.steps + PROFILED
-    cli = load(options.recipe, [f"--trainer.max_steps={steps}", "--trainer.val_check_interval=1000000", *words])
+    cli = load(options.config, [f"--trainer.max_steps={steps}", "--trainer.val_check_interval=1000000", *args])
     cli.trainer.callbacks.append(watch)  # type: ignore[attr-defined]
     cli.trainer.fit(cli.model, cli.datamodule)
     device = cli.trainer.strategy.root_device
@@ -105,7 +105,7 @@ def main() -> None:
     for name, calls, taken in by_time(kernels)[: options.kernels]:
         print(f"{taken / 1000 / PROFILED:10.3f} {calls / PROFILED:7.1f} {taken / calls:11.1f}  {name[:120]}")
     report(
-        f"profile {options.recipe} {' '.join(words)}".strip(),
+        f"profile {options.config} {' '.join(args)}".strip(),
         {
             "step_ms": round(1000 * watch.seconds, 2),
             "kernels_ms": round(sum(end - start for _, (start, end) in kernels) / 1000 / PROFILED, 2),
@@ -113,7 +113,7 @@ def main() -> None:
             "kernels": round(len(kernels) / PROFILED),
             "matmul_tflops": round(matmul_rate(device) / 1e12, 2),
             "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-            "attention": cli.model.kernel.describe(),
+            "attention": cli.model.attention.describe(),
             "fused": cli.model.fused.describe(),
         },
         device,

@@ -1,4 +1,4 @@
-"""What rounding costs, and what codecs make of it: several ways of storing the same trained weights.
+"""The cost of rounding and the sizes of codecs: several ways to store the same trained weights.
 
 `python -m benchmarks.quantize runs/frontier/1/checkpoints/last.ckpt --data data/sp8192` prints the rise of the loss at
 equal sizes, and the bytes of each codec. The loss is that of plain windows of the first validation targets.
@@ -32,8 +32,8 @@ from trainer.quantize.container import StoredTensor, compress
 from trainer.quantize.entropy_coding import classes_of
 from trainer.quantize.entropy_coding import encode as entropy_code
 from trainer.quantize.gptq import inverse_factor, round_with_feedback
-from trainer.quantize.policy import QuantizationConfig, kind_of
-from trainer.quantize.sensitive import SensitiveRounding
+from trainer.quantize.loss_aware import LossAwareRounding
+from trainer.quantize.policy import QuantizationConfig, storage_dtype
 
 Round = Callable[[float], dict[str, StoredTensor]]
 
@@ -43,14 +43,14 @@ def row_deviations(state: dict[str, Tensor], moments: dict[str, Moments], finer_
     factors = {name: inverse_factor(moment.hessian) for name, moment in moments.items()}
 
     def rounded(step: float) -> dict[str, StoredTensor]:
-        found = {}
+        stored = {}
         for name, (order, factor) in factors.items():
             weight = state[name].float()
             scale = step * weight.std(1) / (finer_embedding if name == EMBEDDING else 1)
             scale = torch.maximum(scale, weight.abs().amax(1) / 127).half()
             symbols = round_with_feedback(weight, scale.float()[:, None].expand_as(weight), 127, order, factor)
-            found[name] = StoredTensor("int8", symbols.cpu().numpy(), scale.cpu().numpy())
-        return found
+            stored[name] = StoredTensor("int8", symbols.cpu().numpy(), scale.cpu().numpy())
+        return stored
 
     return rounded
 
@@ -119,9 +119,9 @@ def compare() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("ckpt", type=Path, help="checkpoint; its averaged weights are stored if there are any")
     parser.add_argument("--data", required=True, help="folder of prepared shards")
-    parser.add_argument("--bits", type=float, nargs="+", default=[3.0, 3.5], help="bits a parameter of the files")
+    parser.add_argument("--bits", type=float, nargs="+", default=[3.0, 3.5], help="bits per parameter of the files")
     parser.add_argument("--targets", type=int, default=500_000, help="validation targets that are scored")
-    parser.add_argument("--sequences", type=int, default=64, help="training sequences that are measured on")
+    parser.add_argument("--sequences", type=int, default=64, help="training sequences for the calibration")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
     options = parser.parse_args()
     if options.targets < options.length:
@@ -132,7 +132,7 @@ def compare() -> None:
     parameters = sum(tensor.numel() for tensor in state.values())
     data = TokenData(Shards(options.data), 8 * options.length, options.length, vocab_size=config.vocab_size)
     data.setup("fit")
-    plain = EvaluationConfig(options.length, 0, 8, 0, options.targets)
+    plain = EvaluationConfig(options.length, None, 8, None, options.targets)
     folder = tempfile.TemporaryDirectory()
     path = Path(folder.name) / "artifact.zst"
 
@@ -144,8 +144,8 @@ def compare() -> None:
     def loss_of(model: Transformer) -> tuple[float, float]:
         assert data.table is not None
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            found = score(model.nll, data.val_tokens.to(device), data.table, plain)
-        return found.loss, found.bpb
+            result = score(model.nll, data.val_tokens.to(device), data.table, plain)
+        return result.loss, result.bpb
 
     original = loaded(state)
     base = loss_of(original)
@@ -157,8 +157,8 @@ def compare() -> None:
 
     rows: list[dict[str, object]] = []
 
-    def row(name: str, kinds: dict[str, str], rounded: dict[str, StoredTensor], codec: str) -> int:
-        size = write_artifact(path, config, state, kinds, "0" * 64, rounded, codec)  # type: ignore[arg-type]
+    def row(name: str, dtypes: dict[str, str], rounded: dict[str, StoredTensor], codec: str) -> int:
+        size = write_artifact(path, config, state, dtypes, "0" * 64, rounded, codec)  # type: ignore[arg-type]
         stored = loaded({key: value.to(device) for key, value in read_artifact(path).state.items()})
         loss, bpb = loss_of(stored)
         rows.append(
@@ -176,25 +176,23 @@ def compare() -> None:
         return size
 
     reference = QuantizationConfig()
-    kinds = {name: kind_of(name, tensor, config, reference) for name, tensor in state.items()}
-    row("reference: int5 MLP, int6 attention, float16 embedding", kinds, {}, "zstd-22")
+    dtypes = {name: storage_dtype(name, tensor, config, reference) for name, tensor in state.items()}
+    row("reference: int5 MLP, int6 attention, float16 embedding", dtypes, {}, "zstd-22")
     started = time.perf_counter()
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        moments = calibrate(loaded(state), data.calibration_batches(options.sequences, device))
-    measured = time.perf_counter() - started
+        moments = calibrate(loaded(state), data.calibration_sequences(options.sequences, device))
+    calibration_seconds = time.perf_counter() - started
     methods: dict[str, tuple[Round, float]] = {
         "GPTQ, steps by row deviation": (row_deviations(state, moments, 1.0), 0.4),
         "the same, embedding 4 times finer": (row_deviations(state, moments, 4.0), 0.4),
-        "sensitive": (SensitiveRounding(state, moments).round, 2e-4),
+        "loss-aware": (LossAwareRounding(state, moments).round, 2e-4),
     }
     for bits in options.bits:
         for name, (rounded, start) in methods.items():
-            size_of = lambda tensors: write_artifact(path, config, state, kinds, "0" * 64, tensors, "ans")  # noqa: E731
+            size_of = lambda tensors: write_artifact(path, config, state, dtypes, "0" * 64, tensors, "ans")  # noqa: E731
             step = at_size(rounded, size_of, int(bits * parameters / 8), start)
-            row(name, kinds, rounded(step), "ans")
-    found = methods["sensitive"][0](step)
-    streams = codecs(found)
-    for line in streams:
+            row(name, dtypes, rounded(step), "ans")
+    for line in codecs(methods["loss-aware"][0](step)):
         print(json.dumps(line), flush=True)
     report(
         f"quantize {options.ckpt}",
@@ -202,7 +200,7 @@ def compare() -> None:
             "parameters": parameters,
             "loss": round(base[0], 5),
             "bpb": round(base[1], 5),
-            "measured_s": round(measured, 1),
+            "calibration_s": round(calibration_seconds, 1),
         },
         device,
     )

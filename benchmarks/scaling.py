@@ -1,7 +1,7 @@
 """The training step of a recipe on 1, 2, ... GPUs of one host, with the same tokens a GPU.
 
 `python -m benchmarks.scaling --devices 1 2` starts one process a GPU for each number and prints, of each, what a step
-takes under Lightning, what the GPU of rank 0 does in it, and Muon's orthogonalisation by itself, divided between the
+takes under Lightning, what the GPU of rank 0 does in it, and Muon's orthogonalization by itself, divided between the
 processes and with each process doing all of it. `--muon replicated` makes the steps that way. Further options are those
 of `trainer fit`.
 """
@@ -22,13 +22,11 @@ from torch import Tensor
 
 from benchmarks.profile import PROFILED, SETTLE, Interval, Profile, idle, kernels_of, length
 from benchmarks.subject import load, report, synchronize
-from trainer.callbacks.export import PostTrainExport
+from trainer.callbacks.export import PostTrainExport, Report
 from trainer.callbacks.progress import Progress
-from trainer.callbacks.report import Report
 from trainer.lightning_module import LanguageModel
-from trainer.optim import muon_adamw
+from trainer.optim import newton_schulz
 from trainer.optim.muon_adamw import parameter_groups
-from trainer.optim.newton_schulz import newton_schulz, orthogonalisation_dtype, orthogonalise
 
 
 def device_times(kernels: list[tuple[str, Interval]], steps: int) -> dict[str, float]:
@@ -70,36 +68,34 @@ def milliseconds_of(call: Callable[[], object], device: torch.device, times: int
 
 
 def replicated(batches: list[Tensor], steps: int) -> list[Tensor]:
-    """What `orthogonalise` gives, without another process."""
-    return [newton_schulz(batch, steps) for batch in batches]
+    """The same results as `newton_schulz._divided`, all computed by every process."""
+    return [newton_schulz.newton_schulz(batch, steps) for batch in batches]
 
 
-def work(recipe: str, steps: int, muon: str, words: list[str], out: Path) -> None:
+def work(recipe: str, steps: int, muon: str, args: list[str], out: Path) -> None:
     """One process of several: train, and let rank 0 write what it saw."""
     if muon == "replicated":
-        muon_adamw.orthogonalise = replicated  # type: ignore[attr-defined]
+        newton_schulz._divided = replicated
     watch = Profile(steps)
     total = SETTLE + steps + PROFILED
     # With checkpoints: that callback is what processes hear of signals by.
     without = (PostTrainExport, Progress, Report)
-    cli = load(recipe, [*words, f"--trainer.max_steps={total}", "--trainer.val_check_interval=1000000"], without)
+    cli = load(recipe, [*args, f"--trainer.max_steps={total}", "--trainer.val_check_interval=1000000"], without)
     cli.trainer.callbacks.append(watch)  # type: ignore[attr-defined]
     row: dict[str, Any] = {}
 
     class Muon(pl.Callback):
         def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            """Time the orthogonalisation while the processes still have a group."""
+            """Time the orthogonalization while the processes still have a group."""
             assert isinstance(pl_module, LanguageModel)
             config, device = pl_module.optimizer_config, pl_module.device
-            matrices = parameter_groups(pl_module.model, config)[0]["params"]
-            shapes: dict[tuple[int, int], int] = {}
-            for matrix in matrices:
-                shape = min(matrix.shape), max(matrix.shape)
-                shapes[shape] = shapes.get(shape, 0) + 1
-            dtype, count = orthogonalisation_dtype(matrices[0]), config.newton_schulz_steps
-            batches = [torch.randn(many, *shape, device=device, dtype=dtype) for shape, many in shapes.items()]
-            row["muon_divided_ms"] = milliseconds_of(lambda: orthogonalise(batches, count), device)
-            row["muon_replicated_ms"] = milliseconds_of(lambda: replicated(batches, count), device)
+            groups = [group["params"] for group in parameter_groups(pl_module.model, config) if group["muon"]]
+            stacks = [torch.randn(len(group), *group[0].shape, device=device) for group in groups]
+            for name, divided in (("divided", newton_schulz._divided), ("replicated", replicated)):
+                newton_schulz._divided = divided
+                row[f"muon_{name}_ms"] = milliseconds_of(
+                    lambda: newton_schulz.orthogonalize(stacks, config.newton_schulz_steps), device
+                )
 
     cli.trainer.callbacks.append(Muon())  # type: ignore[attr-defined]
     cli.trainer.fit(cli.model, cli.datamodule)
@@ -118,9 +114,9 @@ def work(recipe: str, steps: int, muon: str, words: list[str], out: Path) -> Non
         **device_times(kernels, PROFILED),
         **row,
         "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if device.type == "cuda" else 0.0,
-        "attention": cli.model.kernel.describe(),
+        "attention": cli.model.attention.describe(),
     }
-    report(f"scaling {recipe} {' '.join(words)}".strip(), row, device)
+    report(f"scaling {recipe} {' '.join(args)}".strip(), row, device)
     out.write_text(json.dumps(row))
 
 
@@ -139,15 +135,15 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Start the processes of every number of devices, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--recipe", default="int5mlp_10l_8gpu", help="name or path, as for --config")
+    parser.add_argument("--config", default="int5mlp_10l_8gpu", help="name or path, as for --config")
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2], help="numbers of GPUs")
     parser.add_argument("--tokens-a-device", type=int, default=98_304, help="of a step; the recipe's on eight GPUs")
     parser.add_argument("--steps", type=int, default=50, help="steps that are timed")
-    parser.add_argument("--muon", choices=["divided", "replicated"], default="divided", help="who orthogonalises what")
+    parser.add_argument("--muon", choices=["divided", "replicated"], default="divided", help="who orthogonalizes what")
     parser.add_argument("--process-of", type=Path, help=argparse.SUPPRESS)  # a started process writes there
-    options, words = parser.parse_known_args()
+    options, args = parser.parse_known_args()
     if options.process_of:
-        work(options.recipe, options.steps, options.muon, words, options.process_of)
+        work(options.config, options.steps, options.muon, args, options.process_of)
         return
     rows = []
     with tempfile.TemporaryDirectory() as name:
@@ -156,13 +152,13 @@ def main() -> None:
             out = folder / f"{devices}.json"
             command = [
                 *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={devices}"),
-                *("-m", "benchmarks.scaling", f"--recipe={options.recipe}", f"--steps={options.steps}"),
+                *("-m", "benchmarks.scaling", f"--config={options.config}", f"--steps={options.steps}"),
                 *(f"--muon={options.muon}", f"--process-of={out}"),
                 f"--data.source.folder={folder}/data",  # one for all processes
                 f"--trainer.default_root_dir={folder}/runs",
                 f"--trainer.devices={devices}",
                 f"--data.batch_tokens={devices * options.tokens_a_device}",
-                *words,
+                *args,
             ]
             if subprocess.run(command, check=False).returncode:
                 raise SystemExit(f"error: the processes of {devices} devices failed")

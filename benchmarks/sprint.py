@@ -39,7 +39,7 @@ class Budget:
     max_steps: int | None = None
 
     @property
-    def words(self) -> list[str]:
+    def args(self) -> list[str]:
         """As options of `trainer fit`."""
         if self.max_steps is not None:
             return ["--wallclock.seconds=null", f"--trainer.max_steps={self.max_steps}"]
@@ -96,17 +96,17 @@ def fit(config: str, data: Path, budget: Budget, seed: int, settings: list[str],
         UserError: If it fails; its own words are on the screen.
     """
     name = f"{time.strftime('%m%d-%H%M%S')}-seed{seed}"
-    words = [
+    args = [
         f"--config={config}",
         "--data.source=trainer.data.sources.Shards",
         f"--data.source.folder={data}",
         f"--seed_everything={seed}",
-        *budget.words,
+        *budget.args,
         f"--trainer.default_root_dir={runs}",
         f"--run_name={name}",
         *(f"--{setting}" for setting in settings),
     ]
-    if subprocess.run([sys.executable, "-m", "trainer", "fit", *words], check=False).returncode:
+    if subprocess.run([sys.executable, "-m", "trainer", "fit", *args], check=False).returncode:
         raise UserError(f"seed {seed}: the run failed; no row was added for it")
     summary: dict[str, Any] = json.loads((runs / find_recipe(config).stem / name / "summary.json").read_text())
     return summary

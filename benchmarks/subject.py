@@ -11,22 +11,21 @@ from typing import Any
 import torch
 
 from trainer.callbacks.checkpoint import Checkpoints
-from trainer.callbacks.export import PostTrainExport
+from trainer.callbacks.export import PostTrainExport, Report
 from trainer.callbacks.progress import Progress
-from trainer.callbacks.report import Report
-from trainer.cli import TrainerCLI
-from trainer.noise import quiet_libraries
+from trainer.cli.train import TrainerCLI
+from trainer.logging import quiet_libraries
 from trainer.recipes import find_recipe
 
 LEFT_OUT = (PostTrainExport, Checkpoints, Progress, Report)
 
 
-def load(recipe: str, words: list[str], left_out: tuple[type, ...] = LEFT_OUT) -> TrainerCLI:
+def load(recipe: str, args: list[str], left_out: tuple[type, ...] = LEFT_OUT) -> TrainerCLI:
     """Build module, data and trainer of a recipe, without export, checkpoints and progress lines.
 
     Args:
         recipe: Name or path, as for `--config`.
-        words: Further options of `trainer fit`.
+        args: Further options of `trainer fit`.
         left_out: Callbacks that the trainer goes without.
     """
     quiet_libraries()
@@ -46,7 +45,7 @@ def load(recipe: str, words: list[str], left_out: tuple[type, ...] = LEFT_OUT) -
             "--trainer.devices=1",
             "--wallclock.seconds=null",
             "--model.vocab_size=1024",
-            *words,
+            *args,
         ],
     )
     cli.trainer.callbacks = [callback for callback in cli.trainer.callbacks if not isinstance(callback, left_out)]  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
 """The training step of a recipe: the bare loop and the same steps under Lightning, in one process.
 
-`python -m benchmarks.train_step --recipe int5mlp_10l` prints the reference model's figures; further options are those
+`python -m benchmarks.train_step --config int5mlp_10l` prints the reference model's figures; further options are those
 of `trainer fit`. The text is Python's own documentation; speed does not depend on it.
 """
 
@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 
 from benchmarks.subject import load, matmul_rate, report, synchronize
 from trainer.lightning_module import LanguageModel
-from trainer.model.arithmetic import forward_flops
+from trainer.model.flops import forward_flops
 from trainer.step import StepFence, clip_gradients, train_step
 
 
@@ -82,14 +82,14 @@ class Stopwatch(pl.Callback):
 def main() -> None:
     """Run, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--recipe", default="int5mlp_10l", help="name or path, as for --config")
+    parser.add_argument("--config", default="int5mlp_10l", help="name or path, as for --config")
     parser.add_argument("--steps", type=int, default=50, help="steps that are timed")
-    options, words = parser.parse_known_args()
+    options, args = parser.parse_known_args()
     started = time.perf_counter()
     watch = Stopwatch(options.steps)
     cli = load(
-        options.recipe,
-        [f"--trainer.max_steps={options.steps + watch.settle}", "--trainer.val_check_interval=1000000", *words],
+        options.config,
+        [f"--trainer.max_steps={options.steps + watch.settle}", "--trainer.val_check_interval=1000000", *args],
     )
     cli.trainer.callbacks.append(watch)  # type: ignore[attr-defined]
     cli.trainer.fit(cli.model, cli.datamodule)
@@ -98,7 +98,7 @@ def main() -> None:
     flops = 3 * forward_flops(module.model.config, data.sequence_length) * data.batch_tokens
     rate = matmul_rate(device)
     report(
-        f"train_step {options.recipe} {' '.join(words)}".strip(),
+        f"train_step {options.config} {' '.join(args)}".strip(),
         {
             "step_ms": round(1000 * watch.fitted, 2),
             "tokens_per_second": round(data.batch_tokens / watch.fitted),

@@ -35,14 +35,14 @@ TINY = TransformerConfig(
 # The same with every option of the model switched on.
 ALL_OPTIONS = replace(
     TINY,
-    attention=replace(TINY.attention, rope_dims=4, exclusive=True, gate_dims=6, window=3, full_every=2),
+    attention=replace(TINY.attention, rope_dims=4, xsa=True, gate_dims=6, window=3, window_pattern="SL"),
     mlp=MLPConfig(negative_slope=0.5),
     bigram=BigramConfig(buckets=0),
-    smear_dims=5,
+    smear=SmearConfig("per_token", 5),
     layer_norm_scale=True,
     parallel_from=2,
     loop=LoopConfig(1, 2, 1),
-    value_blocks=3,
+    value_embedding_blocks=3,
 )
 TINY_OPTIONS = [
     "--model.vocab_size=300",

@@ -20,9 +20,9 @@ import yaml
 from tests.conftest import ROOT, TINY, TINY_OPTIONS, run_python
 from trainer.__main__ import main
 from trainer.checkpoint import load_checkpoint, seal
-from trainer.cli import resolve_precision
+from trainer.cli.train import resolve_precision
 from trainer.data.shards import open_shard
-from trainer.env_aliases import PLAIN, SPECIAL, alias_options
+from trainer.cli.env_aliases import PLAIN, SPECIAL, alias_options
 from trainer.errors import UserError
 from trainer.evaluation.windows import plan_windows
 from trainer.quantize.artifact import read_artifact
@@ -64,8 +64,8 @@ def small(shards: Path, *more: str) -> list[str]:
         "--trainer.val_check_interval=4",
         "--model.schedule.warmdown_steps=6",
         "--trainer.max_steps=8",
-        "--late_swa.every=2",
-        "--late_swa.start_frac=0.6",
+        "--averaging.every=2",
+        "--averaging.start_frac=0.6",
         "--trainer.log_every_n_steps=1",
         *more,
     ]
@@ -78,7 +78,7 @@ def score_of(output: str) -> dict[str, float]:
 def digest(checkpoint: Path) -> str:
     """sha256 of weights, optimizer state and average."""
     content = load_checkpoint(checkpoint)
-    state = [content["state_dict"], content["optimizer_states"], content["callbacks"]["LateSWA"]]
+    state = [content["state_dict"], content["optimizer_states"], content["callbacks"]["WeightAveraging"]]
     sha = hashlib.sha256()
 
     def add(value) -> None:
@@ -140,7 +140,7 @@ def test_validate_scores_artifact_and_checkpoint_without_another_flag_and_writes
     assert score_of(result.stdout) == score_of(output)
     assert "plain" in result.stdout
     assert "sliding" in result.stdout
-    live = trainer("validate", "--ckpt", str(run / "checkpoints/last.ckpt"), "--eval.stride", "0", cwd=folder)
+    live = trainer("validate", "--ckpt", str(run / "checkpoints/last.ckpt"), "--eval.stride", "null", cwd=folder)
     summary = json.loads((run / "summary.json").read_text())
     assert score_of(live.stdout)["val_bpb"] == pytest.approx(summary["stages"]["live_plain"]["bpb"], abs=1e-7)
     assert "sliding" not in live.stdout
@@ -189,10 +189,10 @@ def test_a_loop_begins_in_the_middle_of_the_training_and_stays(tmp_path: Path, s
     assert score_of(scored.stdout) == score_of(result.stdout)
 
 
-def test_sensitive_rounding_fits_the_cap_measures_on_text_and_can_be_exported_again(tmp_path: Path, shard_folder: Path):
-    options = ["rounding=sensitive", "codec=ans", "calibration_sequences=20"]
-    words = [*(f"--export.quantization.{option}" for option in options), "--export.fit=true", "--ema.horizon=0.2"]
-    words += ["--late_swa.start_frac=0", "--wallclock.reserve=5", "--data.order=shuffled", "--data.seed=3"]
+def test_loss_aware_rounding_fits_the_cap_measures_on_text_and_can_be_exported_again(tmp_path: Path, shard_folder: Path):
+    options = ["rounding=loss_aware", "codec=ans", "calibration_sequences=20"]
+    words = [*(f"--export.quantization.{option}" for option in options), "--export.shrink_to_cap=true", "--averaging.horizon=0.2"]
+    words += ["--averaging.start_frac=0", "--wallclock.reserve=5", "--data.order=shuffled", "--data.seed=3"]
     result = trainer(*small(shard_folder, *words), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "step 2.000e-05" in result.stdout  # the model is far below the cap
@@ -236,7 +236,7 @@ def test_a_resumed_run_ends_with_the_same_weights_bit_by_bit(finished, tmp_path:
     assert "planted" in broken.stderr
     resumed = trainer(*words, "--ckpt=last", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
-    assert "going on from" in resumed.stdout
+    assert "resuming from" in resumed.stdout
     one = whole / "runs/int5mlp_10l_parity/1/checkpoints/last.ckpt"
     two = tmp_path / "runs/int5mlp_10l_parity/2/checkpoints/last.ckpt"
     assert digest(one) == digest(two)
@@ -295,7 +295,7 @@ CUT_DOWN = [
     "--eval.fit_tokens=256",
     "--eval.max_tokens=512",
     "--export.quantization.calibration_sequences=1",
-    "--export.fit=false",
+    "--export.shrink_to_cap=false",
     "--report.enabled=false",
 ]
 
@@ -419,7 +419,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path):
     torch.save({**own, "hyper_parameters": {"_instantiator": Bomb()}}, tmp_path / "instantiator.ckpt")
     for name in ("sealed.ckpt", "instantiator.ckpt"):
         with (tmp_path / name).open("r+b") as file:
-            seal(file)
+            append_checksum(file)
     unsafe = "cannot be read safely"
     for name, said in {"plain": "damaged", "unsealed": "damaged", "sealed": unsafe, "instantiator": unsafe}.items():
         result = trainer_here("export", "--ckpt", f"{name}.ckpt", cwd=tmp_path)
@@ -456,7 +456,7 @@ def test_every_alias_of_the_published_port_is_known():
     with pytest.raises(UserError, match="TIE_EMBEDDINGS=true is no number"):  # it would untie them
         alias_options({"TIE_EMBEDDINGS": "true"}, "fit")
     options, notes = alias_options({"SWA_ENABLED": "0", "LOAD_MODEL_PATH": "m.ckpt", "VAL_LOSS_EVERY": "0"}, "fit")
-    assert options == ["--trainer.limit_val_batches=0", "--late_swa.start_frac=0"]
+    assert options == ["--trainer.limit_val_batches=0", "--averaging.start_frac=0"]
     assert any("no effect on fit" in note for note in notes)
 
 

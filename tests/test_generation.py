@@ -98,7 +98,7 @@ def test_streamed_text_is_what_the_whole_decodes_to(shard_folder: Path, text: st
 def artifact(tmp_path: Path, shard_folder: Path) -> Path:
     torch.manual_seed(0)
     state = {name: torch.randn_like(tensor) for name, tensor in Transformer(TINY).state_dict().items()}
-    kinds = {name: kind_of(name, tensor, TINY, QuantizationConfig()) for name, tensor in state.items()}
+    kinds = {name: storage_dtype(name, tensor, TINY, QuantizationConfig()) for name, tensor in state.items()}
     tokenizer = shard_folder / "tokenizer.model"
     (tmp_path / "tokenizer.model").write_bytes(tokenizer.read_bytes())
     write_artifact(tmp_path / "artifact.zst", TINY, state, kinds, sha256_of(tokenizer))

@@ -11,10 +11,10 @@ from rich.console import Console
 from tests.conftest import ROOT  # noqa: F401 - one thread setting for all tests
 from tests.test_end_to_end import RUN, small, trainer, trainer_here
 from trainer import progress_view
-from trainer.progress_view import Bar, Facts, JsonLines, Lines, Quiet, make_view
-from trainer.run_log import logged_to
+from trainer.progress_display import Bar, TrainingStatus, JsonLines, Lines, Quiet, open_display
+from trainer.logging import logging_to
 
-FACTS = Facts(120, 12.5, 50.0, 37.5, 2.5, 1.5, 0.25, 123456.0, 0.4, 3.25)
+FACTS = TrainingStatus(120, 12.5, 50.0, 37.5, 2.5, 1.5, 0.25, 123456.0, 0.4, 3.25)
 
 
 def test_facts_in_words_and_as_json(capsys):
@@ -30,13 +30,13 @@ def test_facts_in_words_and_as_json(capsys):
 
 
 def test_auto_is_a_bar_in_a_terminal_and_lines_elsewhere(monkeypatch: pytest.MonkeyPatch):
-    assert type(make_view("auto", 1.0)) is Lines
-    assert type(make_view("json", 1.0)) is JsonLines
-    assert type(make_view("quiet", 1.0)) is Quiet
+    assert type(open_display("auto", 1.0)) is Lines
+    assert type(open_display("json", 1.0)) is JsonLines
+    assert type(open_display("quiet", 1.0)) is Quiet
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stdout", terminal)
-    bar = make_view("auto", 1.0)
+    bar = open_display("auto", 1.0)
     assert type(bar) is Bar
     bar.close()
 
@@ -47,8 +47,8 @@ def test_a_bar_shows_everything_and_the_log_gets_plain_lines(tmp_path: Path, mon
     monkeypatch.setattr(
         progress_view, "Console", lambda file: Console(file=file, force_terminal=True, width=160, color_system=None)
     )
-    with logged_to(tmp_path / "train.log"):
-        bar = make_view("bar", 10.0)
+    with logging_to(tmp_path / "train.log"):
+        bar = open_display("bar", 10.0)
         bar.note("training starts [here]")
         bar.show(FACTS)
         bar.part("validation", 1, 4)

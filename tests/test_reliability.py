@@ -15,7 +15,7 @@ import yaml
 
 from tests.conftest import ROOT, make_documents
 from tests.test_end_to_end import RUN, digest, small, trainer, trainer_here
-from trainer.checkpoint import damage, load_checkpoint
+from trainer.checkpoint import verify_checksum, load_checkpoint
 from trainer.clock import TrainingClock
 from trainer.data.tokenizer import train_tokenizer
 from trainer.errors import UserError
@@ -126,7 +126,7 @@ def test_ctrl_c_in_the_middle_of_an_update_waits_for_its_end(whole: Path, tmp_pa
 @pytest.mark.parametrize("moment", ["seal", "replace"])
 def test_a_kill_during_a_save_leaves_the_one_before(moment: str, whole: Path, tmp_path: Path, shard_folder: Path):
     die = {
-        "seal": "import trainer.callbacks.checkpoint_io as io\nold = io.seal\nname = 'seal'",
+        "seal": "import trainer.callbacks.checkpoint as io\nold = io.seal\nname = 'seal'",
         "replace": "import os as io\nold = io.replace\nname = 'replace'",
     }[moment]
     die += (
@@ -142,7 +142,7 @@ def test_a_kill_during_a_save_leaves_the_one_before(moment: str, whole: Path, tm
         assert process.returncode == -9
     resumed = trainer(*long(shard_folder), "--ckpt=last", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
-    assert f"going on from {RUNS}/1/checkpoints/last.ckpt" in resumed.stdout
+    assert f"resuming from {RUNS}/1/checkpoints/last.ckpt" in resumed.stdout
     assert load_checkpoint(tmp_path / RUNS / "1/checkpoints/last.ckpt")["global_step"] == 14
     assert digest(tmp_path / RUNS / "2/checkpoints/last.ckpt") == digest(whole / "last.ckpt")
 
@@ -157,7 +157,7 @@ def test_every_damage_to_a_checkpoint_is_seen(whole: Path, tmp_path: Path):
             load_checkpoint(path)
     for content in (b"", good[:10], good[: len(good) // 2], good[:-1], good + b"\0"):
         path.write_bytes(content)
-        assert damage(path)
+        assert verify_checksum(path)
     with pytest.raises(UserError, match="there is no such checkpoint"):
         load_checkpoint(tmp_path)
 
@@ -173,7 +173,7 @@ def test_last_means_the_newest_whole_checkpoint(whole: Path, tmp_path: Path, sha
     result = trainer(*long(shard_folder), "--ckpt=last", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "last.ckpt: is damaged (no checksum at its end" in result.stdout
-    assert f"going on from {RUNS}/1/checkpoints/step-000000056.ckpt" in result.stdout
+    assert f"resuming from {RUNS}/1/checkpoints/step-000000056.ckpt" in result.stdout
     assert digest(tmp_path / RUNS / "2/checkpoints/last.ckpt") == digest(whole / "last.ckpt")
     written = yaml.safe_load((tmp_path / RUNS / "2/config.yaml").read_text())  # repeats it
     assert written["ckpt"] == f"{RUNS}/1/checkpoints/step-000000056.ckpt"
@@ -192,7 +192,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_the_checkpoint_before_stays(
     """The third save meets the limit, as on a disk that others have filled meanwhile."""
     size = (whole / "last.ckpt").stat().st_size
     full = (
-        "import resource, trainer.callbacks.checkpoint_io as io\nold = io.atomic_write\nseen = []\n"
+        "import resource, trainer.callbacks.checkpoint as io\nold = io.atomic_write\nseen = []\n"
         "def write(path):\n"
         "    seen.append(path)\n"
         f"    if len(seen) == 3: resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2}))\n"
@@ -235,7 +235,7 @@ def test_a_bad_gradient_stops_the_run_with_good_weights_saved(tmp_path: Path, sh
 
 
 def test_bad_gradients_are_skipped_up_to_a_bound(tmp_path: Path, shard_folder: Path):
-    words = small(shard_folder, "--watch.nonfinite=skip", "--watch.max_skipped=2")
+    words = small(shard_folder, "--stability.nonfinite=skip", "--stability.max_skipped=2")
     with planted(bad_gradient(3, 5), *words, cwd=tmp_path) as process:
         _, errors = process.communicate()
     assert process.returncode == 0, errors
@@ -250,7 +250,7 @@ def at_step(step: int, code: str) -> str:
     """Something that happens after so many steps of training."""
     return (
         "from pathlib import Path\nimport os, shutil\n"
-        "from trainer.callbacks.watch import Watch as W\n"
+        "from trainer.callbacks.stability import StabilityMonitor as W\n"
         "old = W.on_train_batch_start\n"
         "def happen(self, trainer, module, *rest):\n"
         "    old(self, trainer, module, *rest)\n"
@@ -323,7 +323,7 @@ def test_going_on_with_text_in_other_pieces_is_refused(whole: Path, tmp_path: Pa
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, shard_folder: Path):
     """Finite gradients and an update that is not."""
     spoil = at_step(9, "module.model.blocks[1].mlp.up.weight.data[0, 0] = float('inf')")
-    spoil += "\nfrom trainer.callbacks.watch import Watch\nWatch._look = lambda *words, **more: None"
+    spoil += "\nfrom trainer.callbacks.stability import StabilityMonitor\nWatch._look = lambda *words, **more: None"
     with planted(spoil, *long(shard_folder), cwd=tmp_path) as process:
         _, errors = process.communicate()
     assert process.returncode == 1

@@ -4,21 +4,21 @@ import os
 import sys
 from difflib import get_close_matches
 from importlib import import_module
+from typing import Any
 
 from trainer import __version__
 from trainer.errors import UserError
 
 COMMANDS = {
-    "fit": ("train, export, load back and score", "fit --config int5mlp_10l"),
+    "fit": ("train, export, read back and score", "fit --config int5mlp_10l"),
     "validate": ("score a checkpoint or an artifact", "validate --ckpt runs/quickstart/1/artifact.zst"),
     "export": ("make the artifact again", "export --ckpt runs/quickstart/1/checkpoints/last.ckpt"),
     "generate": ("write text with a model", "generate --artifact runs/quickstart/1/artifact.zst --prompt The"),
     "report": ("draw a run, or compare several", "report runs/quickstart/1 runs/quickstart/2"),
     "submit": ("make a submission and prove it", 'submit runs/int5mlp_10l/1 --name "10 layers" ...'),
     "prepare": ("make or check the token shards", "prepare --config quickstart --verify"),
-    "inspect": ("show what lies in a shard folder", "inspect data/python-documentation"),
-    "recipes": ("list what --config knows", "recipes"),
-    "completion": ("complete words in your shell", "completion bash >> ~/.bash_completion"),
+    "inspect": ("show the content of a shard folder", "inspect data/python-documentation"),
+    "recipes": ("list the names that --config knows", "recipes"),
 }
 
 
@@ -28,41 +28,65 @@ def usage() -> str:
     return (
         "usage: trainer COMMAND [options]      (trainer COMMAND --help lists them)\n\n"
         + "\n".join(lines)
-        + "\n\nexit codes: 0 done, 1 cannot be done (one line says why), 2 bad options,\n"
+        + "\n\nshell completion: trainer --print_completion shtab-bash >> ~/.bash_completion\n"
+        + "exit codes: 0 success, 1 failure (one line says why), 2 bad options,\n"
         + "            130 interrupted, 143 terminated\n"
     )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    words = sys.argv[1:] if argv is None else argv
-    command, rest = (words[0], words[1:]) if words else ("--help", [])
+    argv = sys.argv[1:] if argv is None else argv
+    command, args = (argv[0], argv[1:]) if argv else ("--help", [])
     try:
         if command in ("-h", "--help"):
             print(usage(), end="")
         elif command == "--version":
             print(f"trainer {__version__}")
-        elif command in ("fit", "validate"):
-            from trainer import cli  # noqa: PLC0415 - Lightning takes seconds to import
-
-            cli.run(command, rest)
+        elif command.partition("=")[0] == "--print_completion":
+            _print_completion(argv)
         elif command in COMMANDS:
-            import_module(f"trainer.commands.{command}").run(rest)
+            _run(command, args)
         else:
             near = get_close_matches(command, COMMANDS, n=1)
-            meant = f"did you mean {near[0]}?" if near else f"use {', '.join(COMMANDS)}"
-            print(f"trainer: there is no command {command!r}; {meant}", file=sys.stderr)
+            hint = f"did you mean {near[0]}?" if near else f"use {', '.join(COMMANDS)}"
+            print(f"trainer: there is no command {command!r}; {hint}", file=sys.stderr)
             return 2
     except UserError as error:
         print(f"trainer: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # whoever read our output, `head` say, has seen enough
+    except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         print("trainer: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _run(command: str, args: list[str]) -> None:
+    """Import a command and run it; the others, and Lightning with its seconds, stay out."""
+    if command in ("fit", "validate"):
+        import_module("trainer.cli.train").run(command, args)
+    elif command == "prepare":  # its options depend on the recipe
+        import_module("trainer.cli.prepare").run(args)
+    else:
+        module = import_module(f"trainer.cli.{command}")
+        parser = module.make_parser()
+        getattr(module, command)(**parser.instantiate(parser.parse_args(args)).as_dict())
+
+
+def _print_completion(argv: list[str]) -> None:
+    """Print a script that completes commands and options in a shell; jsonargparse and shtab make it."""
+    os.environ["JSONARGPARSE_ADD_PRINT_COMPLETION_ARGUMENT"] = "true"
+    from jsonargparse import ArgumentParser  # noqa: PLC0415 - only a completion needs all commands at once
+
+    parser = ArgumentParser(prog="trainer")
+    commands = parser.add_subcommands()
+    for name in COMMANDS:
+        module: Any = import_module("trainer.cli.train" if name in ("fit", "validate") else f"trainer.cli.{name}")
+        commands.add_subcommand(name, module.make_parser(name) if name in ("fit", "validate") else module.make_parser())
+    parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Reading a checkpoint without running anything from it, and the weights it holds.
+"""The checkpoint file: its checksum, reading it without running anything from it, and the weights it holds.
 
-A checkpoint is torch's own zip file; its archive comment is the sha256 of all bytes before it, so that other tools can
+A checkpoint is torch's own zip file. Its archive comment is the sha256 of all bytes before it, so that other tools can
 still load it.
 """
 
 import hashlib
+import os
 import pickle
 import struct
 from pathlib import Path
@@ -14,49 +15,67 @@ import torch
 from torch import Tensor
 
 from trainer.errors import UserError
+from trainer.files import atomic_write
 
 OWN_KEY = "golf_trainer"  # plain values that let `export` and `validate` use the file alone
+AVERAGING_KEY = "WeightAveraging"  # of `callbacks`: the callback's class
 
-SEAL = b"sha256:"
-SEAL_BYTES = len(SEAL) + 64
+COMMENT = b"sha256:"
+COMMENT_BYTES = len(COMMENT) + 64
 ZIP_END = b"PK\x05\x06"  # of 22 bytes with no comment; the last two are the comment's length
 
 
-def seal(file: BinaryIO) -> None:
-    """Give a zip file that ends at the file's end the checksum as its comment."""
-    file.seek(-22, 2)
+def append_checksum(file: BinaryIO) -> None:
+    """Give a zip file that ends at the file's end its sha256 as comment."""
+    file.seek(-22, os.SEEK_END)
     if file.read(4) != ZIP_END:
         raise RuntimeError("torch.save wrote no plain zip file")
-    file.seek(-2, 2)
-    file.write(struct.pack("<H", SEAL_BYTES))
-    digest = _sha256(file, file.seek(0, 2))
-    file.write(SEAL + digest)
+    file.seek(-2, os.SEEK_END)
+    file.write(struct.pack("<H", COMMENT_BYTES))
+    digest = _sha256(file, file.seek(0, os.SEEK_END))
+    file.write(COMMENT + digest)
 
 
 def _sha256(file: BinaryIO, count: int) -> bytes:
-    """Hexadecimal sha256 of the first bytes of a file; the position is then behind them."""
+    """Hexadecimal sha256 of the first bytes of a file, which is then positioned behind them."""
     file.seek(0)
     sha = hashlib.sha256()
     while count:
-        piece = file.read(min(count, 2**20))
-        sha.update(piece)
-        count -= len(piece)
+        block = file.read(min(count, 2**20))
+        sha.update(block)
+        count -= len(block)
     return sha.hexdigest().encode()
 
 
-def damage(path: str | Path) -> str | None:
-    """What is wrong with a checkpoint's bytes, or None if its checksum is right."""
+def verify_checksum(path: str | Path) -> str | None:
+    """What is wrong with the bytes of a checkpoint, or None if its checksum is right."""
     try:
         with Path(path).open("rb") as file:
-            left = file.seek(0, 2) - SEAL_BYTES
-            file.seek(max(left, 0))
+            content = file.seek(0, os.SEEK_END) - COMMENT_BYTES
+            file.seek(max(content, 0))
             stored = file.read()
-            if left < 0 or not stored.startswith(SEAL):
+            if content < 0 or not stored.startswith(COMMENT):
                 return "no checksum at its end: it was cut, or not written by this trainer"
-            right = stored == SEAL + _sha256(file, left)
+            is_right = stored == COMMENT + _sha256(file, content)
     except OSError as error:
         return error.strerror or str(error)
-    return None if right else "its checksum does not match"
+    return None if is_right else "its checksum does not match"
+
+
+def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Write a checkpoint with its checksum; the file appears only when it is whole.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    try:
+        with atomic_write(path) as file:
+            torch.save(checkpoint, file)
+            append_checksum(file)
+    except torch.AcceleratorError:  # the weights could not be read
+        raise
+    except RuntimeError as error:  # torch's way to report a failed write
+        raise UserError(f"{path}: the checkpoint cannot be written ({error}); free some space") from error
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -67,8 +86,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: there is no such checkpoint")
-    if found := damage(path):
-        raise UserError(f"{path}: is damaged ({found}); go on from another one, --ckpt last finds it")
+    if problem := verify_checksum(path):
+        raise UserError(f"{path}: is damaged ({problem}); resume from another one, --ckpt last finds it")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -82,30 +101,28 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def live_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """The model's tensors at the step of the checkpoint."""
+    """The model's tensors at the step of the checkpoint, by name."""
     prefix = "model."
     return {
         key.removeprefix(prefix): value for key, value in checkpoint["state_dict"].items() if key.startswith(prefix)
     }
 
 
-def averaged_state(swa: dict[str, Any]) -> dict[str, Tensor] | None:
-    """Mean of late SWA's snapshots.
+def averaged_state(averaging: dict[str, Any]) -> dict[str, Tensor] | None:
+    """The averaged weights that the weight-averaging callback holds.
 
     Args:
-        swa: Its `sum` by name and its `count`, as in `checkpoint["callbacks"]["LateSWA"]`.
+        averaging: Its state: `method`, `count`, and `weights` by name, for late SWA the sum of the snapshots.
 
     Returns:
-        float32 tensors by name, or None if there are fewer than two snapshots.
+        float32 tensors by name, or None if fewer than two snapshots or steps were averaged.
     """
-    if swa["count"] < 2:
+    if averaging["count"] < 2:
         return None
-    return {name: tensor / swa["count"] for name, tensor in swa["sum"].items()}
+    divisor = averaging["count"] if averaging["method"] == "late_swa" else 1
+    return {name: tensor / divisor for name, tensor in averaging["weights"].items()}
 
 
 def stored_average(checkpoint: dict[str, Any]) -> dict[str, Tensor] | None:
-    """The averaged tensors of a checkpoint, or None if there is no average yet."""
-    ema = checkpoint["callbacks"].get("EMA", {"mean": {}, "count": 0})
-    if ema["count"] > 1:
-        return dict(ema["mean"])
-    return averaged_state(checkpoint["callbacks"].get("LateSWA", {"sum": {}, "count": 0}))
+    """The averaged tensors of a checkpoint, or None if it has no average yet."""
+    return averaged_state(checkpoint["callbacks"].get(AVERAGING_KEY, {"count": 0}))

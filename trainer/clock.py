@@ -5,14 +5,14 @@ from collections.abc import Callable
 
 
 class TrainingClock:
-    """A stop-watch that can be paused, saved and, for tests, driven by hand."""
+    """A stopwatch that can be paused and saved; tests drive it by hand."""
 
     def __init__(self, budget: float | None = None, now: Callable[[], float] = time.monotonic) -> None:
         """Make a stopped clock at zero.
 
         Args:
             budget: Seconds of training allowed, or None.
-            now: Source of the time in seconds; must never go back.
+            now: Returns the time in seconds; must never go back.
         """
         self.budget = budget
         self._now = now
@@ -32,7 +32,7 @@ class TrainingClock:
         return self.budget is not None and self.elapsed >= self.budget
 
     def start(self) -> None:
-        """Count from now on; no effect on a running clock."""
+        """Start counting; no effect on a running clock."""
         if self._started is None:
             self._started = self._now()
 
@@ -42,10 +42,10 @@ class TrainingClock:
         self._started = None
 
     def state_dict(self) -> dict[str, float]:
-        """What a resumed run needs to go on."""
+        """What a resumed run needs."""
         return {"elapsed": self.elapsed}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on from a saved reading; the clock is stopped."""
+        """Resume from a saved reading; the clock is stopped."""
         self._total = self.reading = state["elapsed"]
         self._started = None

@@ -5,14 +5,15 @@ from collections.abc import Iterator
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from typing_extensions import override
 
 from trainer.data import published  # noqa: F401 - a choice for --data.source
+from trainer.data.calibration import calibration_sequences
 from trainer.data.manifest import NAME, Manifest, check_vocabulary
 from trainer.data.prefetch import Prefetcher
-from trainer.data.shards import TokenFiles, check_size, open_shard
+from trainer.data.shards import TokenFiles, check_vocab_size, open_shard
 from trainer.data.sources import PreparedText, Source
 from trainer.data.stream import Order, TrainStream
 from trainer.data.tokenizer import ByteTable, load_tokenizer
@@ -20,14 +21,13 @@ from trainer.errors import UserError
 from trainer.evaluation.sliding import WindowScorer
 from trainer.evaluation.windows import EvaluationConfig, WindowBatch, batch_plan, plan_windows
 from trainer.files import sha256_of
+from trainer.logging import logger
 
-ENDLESS = 2**40  # steps of a run without a step limit
-CALIBRATION_ROWS = 8  # sequences that go forward and backward together, uncompiled
-CALIBRATION_LOGITS = 2**27  # of them at most, which take 3 GB
+UNLIMITED_STEPS = 2**40  # of a run without a step limit
 
 
 class WindowBatches(Dataset[WindowBatch]):
-    """One rank's share of an evaluation plan."""
+    """One process's share of an evaluation plan."""
 
     def __init__(self, batches: list[WindowBatch]) -> None:
         self.batches = batches
@@ -41,7 +41,7 @@ class WindowBatches(Dataset[WindowBatch]):
 
 
 class TokenData(pl.LightningDataModule):
-    """Training steps and validation windows out of one source."""
+    """Training steps and validation windows from one source."""
 
     def __init__(
         self,
@@ -56,14 +56,15 @@ class TokenData(pl.LightningDataModule):
         """Serve a source.
 
         Args:
-            source: Where the text comes from.
-            batch_tokens: Tokens of one optimizer step, over all devices.
-            sequence_length: Tokens of one training sequence.
-            order: sequential (the reference's): one running stream, shard after shard. shuffled: pieces of a sequence's
-                length from all shards, each once an epoch. documents: the same with sequences that start at a document
+            source: Source of the text.
+            batch_tokens: Tokens of one optimizer step, over all devices; a multiple of sequence_length times the number
+                of devices.
+            sequence_length: Tokens of one training sequence (at least 1).
+            order: sequential (the reference): one running stream, shard after shard. shuffled: all sequences of all
+                shards in random order, each once per epoch. documents: the same with sequences that start at a document
                 and are packed from whole ones; longer documents are cut, and all tokens are read once at the start.
-            seed: Of the orders that shuffle.
-            vocab_size: Pieces the model knows; linked to model.vocab_size.
+            seed: Seed of the orders that shuffle (at least 0).
+            vocab_size: Vocabulary size of the model; linked to model.vocab_size.
             evaluation: How validation text is scored; linked to eval.
         """
         super().__init__()
@@ -75,24 +76,26 @@ class TokenData(pl.LightningDataModule):
         self.vocab_size = vocab_size
         self.evaluation = evaluation
         self.table: ByteTable | None = None
-        self.expected_tokenizer: str | None = None  # fingerprint stored with the weights that are scored
+        self.expected_tokenizer: str | None = None  # sha256 stored with the weights that are scored
 
+    @override
     def prepare_data(self) -> None:
         """Make the shards, on one process."""
         self.source.prepare()
 
+    @override
     def setup(self, stage: str) -> None:
         """Open the shards and check them against the model, before anything is trained."""
         if self.table is not None:
             return
         self.text: PreparedText = self.source.prepared()
         tokenizer = load_tokenizer(self.text.tokenizer)
-        pieces = tokenizer.get_piece_size()
-        check_size(self.text.tokenizer, pieces)
-        if pieces != self.vocab_size:
+        vocab_size = tokenizer.get_piece_size()
+        check_vocab_size(self.text.tokenizer, vocab_size)
+        if vocab_size != self.vocab_size:
             raise UserError(
-                f"{self.text.tokenizer}: has {pieces:,} pieces but the model {self.vocab_size:,}; "
-                f"set --model.vocab_size {pieces} or use another tokenizer"
+                f"{self.text.tokenizer}: its vocabulary size is {vocab_size:,}, but the model's {self.vocab_size:,}; "
+                f"set --model.vocab_size {vocab_size} or use another tokenizer"
             )
         self.tokenizer_sha256 = sha256_of(self.text.tokenizer)
         if self.expected_tokenizer not in (None, self.tokenizer_sha256):
@@ -104,18 +107,18 @@ class TokenData(pl.LightningDataModule):
         val = TokenFiles(self.text.val)
         needed = self.evaluation.max_tokens + 1 if stage == "validate" and self.evaluation.max_tokens else len(val)
         tokens = val.read(0, min(needed, len(val)))
-        check_vocabulary(self.text.val[0], tokens, pieces)
+        check_vocabulary(self.text.val[0], tokens, vocab_size)
         if stage == "fit":
-            if self.evaluation.adapt_rate:
+            if self.evaluation.adapt_rate is not None:
                 raise UserError("eval.adapt_rate belongs to trainer validate; leave it out of fit")
-            self._check_training_tokens(pieces)
+            self._check_training_tokens(vocab_size)
         self.val_tokens = torch.from_numpy(tokens.astype(np.int32))
-        self._plans()  # an unusable split shows itself now
+        self._evaluations()  # an unusable split fails now
 
-    def _check_training_tokens(self, pieces: int) -> None:
+    def _check_training_tokens(self, vocab_size: int) -> None:
         """Refuse a token that the model has no row for: on a GPU it would be an assertion in the middle of a run."""
         for path in self.text.train:  # read once, 200 MB each
-            check_vocabulary(path, open_shard(path), pieces)
+            check_vocabulary(path, open_shard(path), vocab_size)
         manifest = Manifest.read(self.text.train[0].parent)
         if manifest is not None and manifest.tokenizer_sha256 != self.tokenizer_sha256:
             raise UserError(
@@ -123,7 +126,7 @@ class TokenData(pl.LightningDataModule):
                 f"(sha256 {self.tokenizer_sha256[:12]}..., their {NAME} says {manifest.tokenizer_sha256[:12]}...)"
             )
 
-    def _plans(self) -> list[tuple[EvaluationConfig, int]]:
+    def _evaluations(self) -> list[tuple[EvaluationConfig, int]]:
         """The evaluations of this stage, each with its number of targets."""
         evaluation, targets = self.evaluation, len(self.val_tokens) - 1
         plain = evaluation.plain
@@ -132,42 +135,40 @@ class TokenData(pl.LightningDataModule):
         targets = min(evaluation.max_tokens or targets, targets)
         return [(plain, targets)] + ([] if evaluation.is_plain else [(evaluation, targets)])
 
+    @override
     def train_dataloader(self) -> Prefetcher:
-        """Steps of this rank."""
+        """Steps of this process."""
         trainer = self.trainer
         assert trainer is not None
-        stream = self._stream(
-            trainer.max_steps if trainer.max_steps > 0 else ENDLESS, trainer.global_rank, trainer.world_size
+        stream = TrainStream(
+            TokenFiles(self.text.train),
+            self.batch_tokens,
+            self.sequence_length,
+            trainer.max_steps if trainer.max_steps > 0 else UNLIMITED_STEPS,
+            trainer.global_rank,
+            trainer.world_size,
+            self.order,
+            self.seed,
         )
         if stream.packing is not None:
-            rank_zero_info(
+            logger.info(
                 f"packed documents into {len(stream.packing):,} sequences, {100 * stream.packing.filled:.2f} % filled"
             )
         return Prefetcher(stream, lambda: trainer.global_step, torch.cuda.is_available())
 
-    def _stream(self, steps: int, rank: int, world_size: int) -> TrainStream:
-        files = TokenFiles(self.text.train)
-        return TrainStream(
-            files, self.batch_tokens, self.sequence_length, steps, rank, world_size, self.order, self.seed
-        )
+    def calibration_sequences(self, count: int, device: torch.device) -> Iterator[Tensor]:
+        """The first training sequences, (b, sequence_length + 1) on the device."""
+        settings = self.batch_tokens, self.sequence_length, self.order, self.seed
+        sequences = calibration_sequences(self.text, count, *settings, self.vocab_size, self.tokenizer_sha256)
+        return (batch.to(device) for batch in sequences)
 
-    def calibration_batches(self, sequences: int, device: torch.device) -> Iterator[Tensor]:
-        """The first training sequences, a few at a time, as (b, sequence_length + 1)."""
-        stream = self._stream(steps=ENDLESS, rank=0, world_size=1)
-        at_once = max(1, min(CALIBRATION_ROWS, CALIBRATION_LOGITS // (self.sequence_length * self.vocab_size)))
-        step = 0
-        while sequences > 0:
-            rows = stream[step][:sequences].to(device)
-            yield from rows.split(at_once)
-            sequences -= len(rows)
-            step += 1
-
+    @override
     def val_dataloader(self) -> list[DataLoader[WindowBatch]]:
-        """Window starts of this rank: plain, and sliding too unless training is going on."""
+        """Windows of this process: plain, and sliding too unless it is a validation during training."""
         trainer = self.trainer
         assert trainer is not None
         loaders = []
-        for evaluation, targets in self._plans():
+        for evaluation, targets in self._evaluations():
             plan = plan_windows(targets, evaluation.window, evaluation.stride)
             if len(plan.starts) < trainer.world_size:
                 raise UserError(
@@ -179,10 +180,10 @@ class TokenData(pl.LightningDataModule):
         return loaders
 
     def scorers(self, device: torch.device) -> list[WindowScorer]:
-        """The tokens of each validation loader, on the device."""
+        """One scorer per validation loader, with its tokens on the device."""
         assert self.table is not None
         self.val_tokens = self.val_tokens.to(device)
         return [
             WindowScorer(self.val_tokens[: targets + 1], self.table, min(evaluation.window, targets))
-            for evaluation, targets in self._plans()
+            for evaluation, targets in self._evaluations()
         ]

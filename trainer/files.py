@@ -30,7 +30,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); free some space or fix it") from error
     finally:
-        with suppress(OSError):  # it is not there, or its folder is not
+        with suppress(OSError):  # it or its folder does not exist
             temporary.unlink()
 
 

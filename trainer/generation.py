@@ -1,70 +1,71 @@
-"""Text from a model, one token after the other, with the keys and values of all tokens before kept."""
+"""Text generation, token by token, with a key-value cache."""
 
 from collections.abc import Callable, Iterator
 
 import sentencepiece
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from trainer.data.tokenizer import BOS
-from trainer.model.attention_kernel import SdpaKernel
-from trainer.model.banded_attention import with_window
+from trainer.kernels.attention_backends import AttentionBackend, SdpaBackend
+from trainer.kernels.windowed_attention import with_window
 from trainer.model.transformer import Block, Transformer
 
-LOOK_BACK = 2  # tokens before its own that a position's embedding depends on
-DECODED = 16  # tokens that a new one's text depends on, with room
+EMBEDDING_CONTEXT = 2  # tokens before its own that a position's embedding depends on
+DECODING_CONTEXT = 16  # tokens that the text of a new one depends on, with room to spare
 
 
-class CachedAttention:
-    """The attention of one block, which remembers keys and values."""
+class CachedAttention(AttentionBackend):
+    """The attention of one block, with a key-value cache."""
 
     copies_kv = False
 
     def __init__(self, context: int, passes: int = 1, window: int | None = None) -> None:
-        """Begin with nothing.
+        """Start with an empty cache.
 
         Args:
-            context: Positions there is room for.
-            passes: How often the block runs for each token; each time has keys and values of its own.
-            window: Tokens that a position looks back at; None: all.
+            context: Number of positions that the cache has room for.
+            passes: How often the block runs for each token; each pass has keys and values of its own.
+            window: Attention window in tokens; None: full attention.
         """
-        self.kernel = with_window(SdpaKernel(), window) if window else SdpaKernel()
+        self.backend = with_window(SdpaBackend(), window) if window else SdpaBackend()
         self.window = window or context
         self.context = context
         self.lengths = [0] * passes
-        self._kept: list[tuple[Tensor, Tensor]] = []
-        self._turn = 0
+        self._caches: list[tuple[Tensor, Tensor]] = []
+        self._next_pass = 0
 
+    @override
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend from new positions to all there were; see AttentionKernel."""
-        turn, self._turn = self._turn, (self._turn + 1) % len(self.lengths)
-        if turn == len(self._kept):
+        index, self._next_pass = self._next_pass, (self._next_pass + 1) % len(self.lengths)
+        if index == len(self._caches):
             shape = (k.size(0), self.context, *k.shape[2:])
-            self._kept.append((k.new_empty(shape), v.new_empty(shape)))
-        begin, end = self.lengths[turn], self.lengths[turn] + k.size(1)
-        for kept, new in zip(self._kept[turn], (k, v), strict=True):
-            kept[:, begin:end] = new
-        self.lengths[turn] = end
-        keys, values = self._kept[turn]
-        if q.size(1) == 1:  # sees the end of the window: no mask, and no whole block for one position
-            seen = slice(max(0, end - self.window), end)
-            return SdpaKernel()(q, keys[:, seen], values[:, seen])
-        return self.kernel(q, keys[:, :end], values[:, :end])
+            self._caches.append((k.new_empty(shape), v.new_empty(shape)))
+        start, end = self.lengths[index], self.lengths[index] + k.size(1)
+        for cache, new in zip(self._caches[index], (k, v), strict=True):
+            cache[:, start:end] = new
+        self.lengths[index] = end
+        keys, values = self._caches[index]
+        if q.size(1) == 1:  # attends to the end of the window: no mask, and no whole block for one position
+            start = max(0, end - self.window)
+            return SdpaBackend()(q, keys[:, start:end], values[:, start:end])
+        return self.backend(q, keys[:, :end], values[:, :end])
 
+    @override
     def describe(self) -> str:
-        """See AttentionKernel."""
         return "cached"
 
 
 class Decoder:
-    """A model that is fed tokens bit by bit; it keeps the model's attention for itself."""
+    """Feeds tokens to a model step by step; the model's attention belongs to it."""
 
     def __init__(self, model: Transformer, context: int = 2048) -> None:
-        """Begin an empty text.
+        """Start an empty text.
 
         Args:
-            model: In evaluation mode.
-            context: Longest stretch of text that is looked at.
+            model: A model in evaluation mode.
+            context: Most tokens of context.
         """
         self.model = model
         self.context = context
@@ -76,16 +77,16 @@ class Decoder:
         """Forget the text."""
         self.ids = torch.zeros((1, 0), dtype=torch.int32, device=self.device)
         config = self.model.config
-        order = config.order()
+        order = config.block_order()
         for index, block in enumerate(self.model.blocks):
             assert isinstance(block, Block)
-            block.attention.kernel = CachedAttention(
+            block.attention.backend = CachedAttention(
                 self.context, order.count(index), config.attention.window_of(index)
             )
 
     @torch.no_grad()
     def feed(self, ids: list[int]) -> Tensor:
-        """Append tokens; a text that outgrows the context goes on from its last half.
+        """Append tokens; a text that outgrows the context continues from its last half.
 
         Returns:
             (V,) logits of the token that follows.
@@ -93,24 +94,24 @@ class Decoder:
         if self.ids.size(1) + len(ids) > self.context:
             ids = [*self.ids[0].tolist(), *ids][-(self.context // 2) :]
             self.restart()
-        begin = self.ids.size(1)
+        start = self.ids.size(1)
         self.ids = torch.cat((self.ids, torch.tensor([ids], dtype=torch.int32, device=self.device)), dim=1)
-        seen = max(0, begin - LOOK_BACK)
-        x0 = self.model.embed(self.ids[:, seen:])[:, begin - seen :]
-        values = self.model.token_values(self.ids[:, begin:])
-        states = self.model.states(x0, self._tables[:, begin : self.ids.size(1)], len(ids) - 1, values)
+        context = max(0, start - EMBEDDING_CONTEXT)
+        x0 = self.model.embed(self.ids[:, context:])[:, start - context :]
+        values = self.model.value_embeddings(self.ids[:, start:])
+        states = self.model.states(x0, self._tables[:, start : self.ids.size(1)], len(ids) - 1, values)
         return self.model.logits(states)[0, -1]
 
 
-def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
+def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float, generator: torch.Generator) -> int:
     """Draw a token.
 
     Args:
         logits: (V,).
-        temperature: 0 takes the most probable.
-        top_k: Only so many of the most probable; 0: all.
-        top_p: Only the most probable whose probabilities add up to this (Holtzman et al. 2019); 1: all.
-        generator: On the CPU, so that the same seed draws the same on every device.
+        temperature: Divides the logits (at least 0); 0 takes the most probable token.
+        top_k: Draw from this many of the most probable tokens; None: from all.
+        top_p: Draw from the most probable tokens whose probabilities add up to this (Holtzman et al. 2019); 1: all.
+        generator: A generator on the CPU, so that the same seed draws the same tokens on every device.
     """
     if temperature == 0:
         return int(logits.argmax())
@@ -127,27 +128,27 @@ def generate(
     """Yield up to `count` tokens that follow a prompt.
 
     Args:
-        decoder: Forgets what it was fed before.
-        prompt: Tokens; a document's BOS first.
-        count: Most tokens.
+        decoder: Starts a new text.
+        prompt: Tokens of the prompt, a document's BOS first.
+        count: Most tokens to yield.
         choose: Picks a token by its logits.
-        end: Token that ends the text and is not yielded; the BOS of a next document.
+        end: Token that ends the text and is not yielded: the BOS of a next document.
     """
     decoder.restart()
     logits = decoder.feed(prompt)
-    for made in range(count):
+    for index in range(count):
         token = choose(logits)
         if token == end:
             return
         yield token
-        if made + 1 < count:
+        if index + 1 < count:
             logits = decoder.feed([token])
 
 
 def stream_text(
     tokenizer: sentencepiece.SentencePieceProcessor, prompt: list[int], tokens: Iterator[int]
 ) -> Iterator[str]:
-    """What tokens add to a prompt's text; a character that is spelled in bytes comes when it is whole."""
+    """The text that tokens add to a prompt; a character that is spelled in bytes comes when it is complete."""
     ids = list(prompt)
     shown = tokenizer.decode(ids)
     for token in tokens:
@@ -155,7 +156,7 @@ def stream_text(
         text = tokenizer.decode(ids)
         if not text.endswith("\ufffd"):
             yield text[len(shown) :]
-            ids = ids[-DECODED:]  # not all of them again for every token
+            ids = ids[-DECODING_CONTEXT:]  # decoding all of them for every token would take quadratic time
             shown = tokenizer.decode(ids)
     if rest := tokenizer.decode(ids)[len(shown) :]:
         yield rest

@@ -7,24 +7,26 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from trainer.checkpoint import OWN_KEY
 from trainer.clock import TrainingClock
-from trainer.compiler import configure_compiler
+from trainer.distributed import mean_over_ranks
 from trainer.errors import UserError
 from trainer.evaluation.adaptation import Adapter
 from trainer.evaluation.metric import BitsPerByte, Score
 from trainer.evaluation.sliding import NllFn, WindowScorer
 from trainer.evaluation.windows import WindowBatch
-from trainer.model.attention_choice import choose_kernel
-from trainer.model.attention_kernel import AttentionKernel, SdpaKernel
-from trainer.model.banded_attention import with_window
-from trainer.model.fusion import Fused
-from trainer.model.fusion_choice import choose_fused
+from trainer.kernels.attention_backends import AttentionBackend, SdpaBackend
+from trainer.kernels.compiler import configure_compiler
+from trainer.kernels.fusion import Fused
+from trainer.kernels.windowed_attention import with_window
+from trainer.model.flops import mfu
+from trainer.model.kernel_choice import choose_attention, choose_fused
 from trainer.model.transformer import Transformer, TransformerConfig
 from trainer.optim.muon_adamw import MuonAdamW, OptimizerConfig, parameter_groups
 from trainer.optim.schedule import ScheduleConfig, lr_multiplier, muon_momentum
-from trainer.ranks import mean_over_ranks
+from trainer.progress_display import ProgressDisplay
 from trainer.step import GradientNorms, StepFence, clip_gradients, train_step
 
 
@@ -39,15 +41,16 @@ class LanguageModel(pl.LightningModule):
         compile: Literal["auto", "on", "off"] = "auto",
         **transformer: Any,
     ) -> None:
-        """Build the model and all that trains it.
+        """Build the model and everything that trains it.
 
         Args:
-            optimizer: Learning rates and the like.
-            schedule: When they fall.
-            micro_batch_tokens: Tokens learned at once on one device. auto: a whole step, or the largest even part of
-                it that fits into the GPU's memory, found before the clock starts and written to the run's config.
-            compile: Use torch.compile; auto does on a GPU only, since a CPU would need a C++ compiler.
-            transformer: Sizes of the model, as in TransformerConfig.
+            optimizer: Learning rates, momentum and weight decay.
+            schedule: Warmdown and momentum warm-up.
+            micro_batch_tokens: Tokens of a micro-batch on one device (at least 1); a step accumulates the gradients of
+                its micro-batches. auto: a whole step, or the largest equal part of it that fits into the GPU's memory,
+                found before the clock starts and written to the run's config.
+            compile: Use torch.compile. auto: on a GPU only, since a CPU would need a C++ compiler.
+            transformer: Sizes and options of the model, as in TransformerConfig.
         """
         super().__init__()
         if micro_batch_tokens != "auto" and micro_batch_tokens < 1:
@@ -59,11 +62,14 @@ class LanguageModel(pl.LightningModule):
         self.micro_batch_tokens = micro_batch_tokens
         self.compile_choice = compile
         self.clock = TrainingClock()  # the wallclock callback puts the run's own here
+        self.display = ProgressDisplay()  # the progress callback puts the run's own here
         self.lr_multiplier = 1.0  # of the step in progress or just done
         self.gradient_norms = GradientNorms(torch.zeros(()), torch.zeros(0))
-        self.finished: list[tuple[int, Tensor]] = []  # steps the device has done meanwhile: loss and gradient norms
-        self.updating = False  # between an update's begin and the end of all that belongs to its step
-        self.kernel: AttentionKernel = SdpaKernel()
+        self.completed_metrics: list[
+            tuple[int, Tensor]
+        ] = []  # (step, loss and gradient norms) that the device has done
+        self.updating = False  # between the start of an update and the end of everything that belongs to its step
+        self.attention: AttentionBackend = SdpaBackend()
         self.fused = Fused()
         self.is_compiled = False
         self.nll: NllFn = self.model.nll
@@ -77,50 +83,61 @@ class LanguageModel(pl.LightningModule):
         """Optimizer steps so far."""
         return int(self.trainer.global_step)
 
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a training sequence."""
+        return int(self.trainer.datamodule.sequence_length)  # type: ignore[attr-defined]
+
+    @override
     def setup(self, stage: str) -> None:
-        """Choose the attention kernel and the compiled functions for this device."""
+        """Choose the kernels and the compiled functions for this device."""
         device = self.trainer.strategy.root_device
         config = self.model.config
         dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "64-true": torch.float64}.get(
             str(self.trainer.precision), torch.float32
         )
         fused = choose_fused(config, device, dtype)
-        kernel = choose_kernel(config, self.sequence_length, device, dtype, fused.heads)
-        # Processes measure and try for themselves, with luck of their own.
-        self.kernel, self.fused = self.trainer.strategy.broadcast((kernel, fused))
-        if band := int(self.trainer.datamodule.evaluation.band):  # type: ignore[attr-defined]
-            if stage == "fit" and band < self.sequence_length:
-                raise UserError(f"eval.band {band} is shorter than a training sequence, {self.sequence_length} tokens")
-            self.kernel = with_window(self.kernel, band)
+        attention = choose_attention(config, self.sequence_length, device, dtype, fused.heads)
+        # Each process measures for itself and could choose another kernel.
+        self.attention, self.fused = self.trainer.strategy.broadcast((attention, fused))
+        if window := self.trainer.datamodule.evaluation.attention_window:  # type: ignore[attr-defined]
+            if stage == "fit" and window < self.sequence_length:
+                raise UserError(
+                    f"eval.attention_window {window} is shorter than the training sequences of {self.sequence_length}; "
+                    "lengthen it or leave it out of fit"
+                )
+            self.attention = with_window(self.attention, window)
         self.is_compiled = self.compile_choice == "on" or (self.compile_choice == "auto" and device.type == "cuda")
         if self.is_compiled:
             configure_compiler()
         self.nll = self.nll_of(self.model)
 
     def nll_of(self, model: Transformer) -> NllFn:
-        """A model's loss function, compiled if this run compiles; with this run's kernels."""
-        model.set_kernels(self.kernel, self.fused)
+        """The loss function of a model with this run's kernels, compiled if this run compiles."""
+        model.set_kernels(self.attention, self.fused)
         return torch.compile(model.nll, fullgraph=True, dynamic=False) if self.is_compiled else model.nll
 
+    @override
     def configure_optimizers(self) -> MuonAdamW:
-        """Muon and AdamW as one."""
         return MuonAdamW(parameter_groups(self.model, self.optimizer_config), self.optimizer_config)
 
+    @override
     def on_train_start(self) -> None:
-        """Begin to hold the host back to the device; leave what exists by now out of garbage collection."""
+        """Hold the host back to the device, and exclude the objects that exist by now from garbage collection."""
         gc.collect()
         gc.freeze()
         self.fence = StepFence(self.device)
 
     def micro_batches(self, sequences: int) -> int:
-        """Slices that a step of so many sequences is learned in."""
+        """Number of micro-batches of a step with so many sequences on this device."""
         if self.micro_batch_tokens == "auto":
             return 1
         size = max(1, self.micro_batch_tokens // self.sequence_length)
         return -(-sequences // size)
 
+    @override
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Learn from one step's tokens, (sequences, sequence_length + 1)."""
+        """Train on the tokens of one step, (sequences, sequence_length + 1)."""
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         self.set_rates(optimizer.optimizer)  # type: ignore[arg-type]
@@ -137,13 +154,13 @@ class LanguageModel(pl.LightningModule):
         slices = self.micro_batches(len(batch))
         loss = train_step(self.nll, batch, slices, backward, optimizer.step, mean_over_ranks)
         values = torch.cat([torch.stack([loss, self.gradient_norms.total]), self.gradient_norms.each])
-        self.finished = self.fence.record(self.steps_done, values)
-        # Tensors of the device only: to log a Python number, Lightning copies it there and waits for all queued work.
+        self.completed_metrics = self.fence.record(self.steps_done, values)
+        # Tensors on the device only: to log a Python number, Lightning copies it there and waits for all queued work.
         self.log_dict({"train/loss": loss, "train/gradient_norm": self.gradient_norms.total})
 
     @property
     def progress(self) -> float:
-        """Share of the training that is done: of its time or of its steps, whichever is more."""
+        """Share of the training that is done: of its time or of its steps, whichever is larger."""
         shares = [0.0]
         if self.clock.budget:
             shares.append(self.clock.reading / self.clock.budget)
@@ -156,28 +173,30 @@ class LanguageModel(pl.LightningModule):
         assert hasattr(strategy, "block_backward_sync") or self.trainer.world_size == 1
         return strategy.block_backward_sync() if hasattr(strategy, "block_backward_sync") else torch.enable_grad()
 
-    @property
-    def sequence_length(self) -> int:
-        """Tokens of a training sequence, from the data."""
-        return int(self.trainer.datamodule.sequence_length)  # type: ignore[attr-defined]
-
     def set_rates(self, optimizer: MuonAdamW) -> None:
-        """Set learning rates and momentum for the step to come."""
+        """Set learning rates and momentum of the next step."""
         limit = self.trainer.max_steps if self.trainer.max_steps > 0 else None
         step = self.steps_done
         self.lr_multiplier = lr_multiplier(self.schedule, step, limit, self.clock.reading, self.clock.budget)
         momentum = muon_momentum(self.schedule, step, self.optimizer_config.momentum)
         optimizer.set_rates(self.lr_multiplier, momentum)
 
+    def mfu(self, tokens_per_second: float) -> float | None:
+        """Model FLOPs utilization of training at this speed on all devices (0 to 1), where their peak is known."""
+        speed = tokens_per_second / self.trainer.world_size
+        return mfu(self.model.config, self.sequence_length, speed, self.device, self.model.is_looped)
+
+    @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip here: gradients are no longer scaled by the fp16 loss scale. They are summed over ranks already."""
+        """Clip here: gradients are unscaled (fp16) and summed over the processes."""
         assert isinstance(optimizer, MuonAdamW)
         self.updating = True
         self.gradient_norms = clip_gradients(self.model.parameters(), self.optimizer_config.grad_clip_norm)
         optimizer.finite = self.gradient_norms.total.isfinite()
 
+    @override
     def on_validation_epoch_start(self) -> None:
-        """Empty the sums; the tokens lie on the device already."""
+        """Reset the sums; the tokens are on the device already."""
         self.validation_started = time.monotonic()
         self.scorers = self.trainer.datamodule.scorers(self.device)  # type: ignore[attr-defined]
         self.metrics = torch.nn.ModuleList(BitsPerByte().to(self.device) for _ in self.scorers)
@@ -185,14 +204,16 @@ class LanguageModel(pl.LightningModule):
 
     def _adapter(self) -> Adapter | None:
         evaluation = self.trainer.datamodule.evaluation  # type: ignore[attr-defined]
-        if not evaluation.adapt_rate:
+        if evaluation.adapt_rate is None:
             return None
         if self.trainer.world_size > 1:
-            raise UserError("eval.adapt_rate: what is learned would differ between processes; use one device")
+            raise UserError("eval.adapt_rate: the processes would train different models; use one device")
         if str(self.trainer.precision) == "16-mixed":
-            raise UserError("eval.adapt_rate: its gradients vanish in float16; give --precision 32-true")
-        return Adapter(self.model.parameters(), self.nll, evaluation.adapt_rate, evaluation.band or evaluation.window)
+            raise UserError("eval.adapt_rate: its gradients underflow in float16; give --precision 32-true")
+        length = evaluation.attention_window or evaluation.window
+        return Adapter(self.model.parameters(), self.nll, evaluation.adapt_rate, length)
 
+    @override
     def validation_step(self, batch: WindowBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score a batch of windows."""
         metric = self.metrics[dataloader_idx]
@@ -201,37 +222,44 @@ class LanguageModel(pl.LightningModule):
         if self.adapter is not None and dataloader_idx == len(self.scorers) - 1:
             self.adapter.learn(self.scorers[dataloader_idx].scored(batch))
 
+    @override
     def on_validation_epoch_end(self) -> None:
-        """Read the sums; the last one, sliding if there is one, is the score."""
+        """Read the sums; the last score, sliding if there is one, is the one that counts."""
         self.scores = [metric.score() for metric in self.metrics if isinstance(metric, BitsPerByte)]
         self.validation_seconds = time.monotonic() - self.validation_started
         if not self.trainer.sanity_checking:
             last = self.scores[-1]
             self.log_dict({"val/bpb": last.bpb, "val/loss": last.loss}, sync_dist=False)
 
+    @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what `export` needs to use the file alone: plain values only, so that it loads safely."""
         checkpoint.setdefault(OWN_KEY, {})["model"] = self.model.config.to_dict()
 
+    @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse another model, before Lightning lists every tensor that differs, and text in other pieces."""
-        own = self.model.config.to_dict()
-        stored = TransformerConfig.from_dict(checkpoint[OWN_KEY]["model"]).to_dict()  # options it does not know are off
-        different = [f"{key}: {stored.get(key)} there, {own[key]} here" for key in own if stored.get(key) != own[key]]
+        """Refuse a checkpoint of another model, before Lightning lists every tensor that differs, or of other data."""
+        own = checkpoint[OWN_KEY]
+        config = self.model.config.to_dict()
+        stored = TransformerConfig.from_dict(own["model"]).to_dict()
+        different = [
+            f"{key}: {stored[key]} in the checkpoint, {config[key]} here"
+            for key in config
+            if stored[key] != config[key]
+        ]
         if different:
             raise UserError(
-                f"the checkpoint holds another model ({'; '.join(different)}); give the options that its run had, or "
-                "the path of another one as --ckpt"
+                f"the checkpoint holds another model ({'; '.join(different)}); give the options of its run, or another "
+                "--ckpt"
             )
-        data, place = self.trainer.datamodule, checkpoint[OWN_KEY]  # type: ignore[attr-defined]
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
         for name in ("batch_tokens", "sequence_length", "order", "seed"):
-            if (before := place.get(name, getattr(data, name))) != getattr(data, name):
+            if (before := own.get(name, getattr(data, name))) != getattr(data, name):
                 raise UserError(
-                    f"the checkpoint's run had data.{name} {before}, this one {getattr(data, name)}, and would go on "
-                    "at another place of the text; give the same"
+                    f"the checkpoint's run had data.{name} {before}, this one has {getattr(data, name)}, and would "
+                    "resume at another position of the text; give the same value"
                 )
-        if place.get("tokenizer_sha256") not in (None, data.tokenizer_sha256):
+        if own.get("tokenizer_sha256") not in (None, data.tokenizer_sha256):
             raise UserError(
-                "the checkpoint was trained on text in another tokenizer's pieces; give the --data.source that its run "
-                "had, or the path of another one as --ckpt"
+                "the checkpoint was trained with another tokenizer; give its run's --data.source, or another --ckpt"
             )

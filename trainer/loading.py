@@ -1,4 +1,4 @@
-"""A model for use: from an artifact or a checkpoint, with the tokenizer that lies beside it; without Lightning."""
+"""A model from an artifact or a checkpoint, with the tokenizer beside it; without Lightning."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from trainer.files import sha256_of
 from trainer.model.transformer import Transformer, TransformerConfig
 from trainer.quantize.artifact import Artifact, read_artifact
 from trainer.quantize.container import MAGIC
+from trainer.run_folder import RunFolder
 
 
 class LoadedModel(NamedTuple):
@@ -23,14 +24,14 @@ class LoadedModel(NamedTuple):
 
 
 def stored_weights(path: Path, weights: str = "live") -> Artifact:
-    """Model, tensors and tokenizer fingerprint of an artifact or a checkpoint.
+    """Config, tensors and tokenizer sha256 of an artifact or a checkpoint.
 
     Args:
         path: The file.
-        weights: Of a checkpoint: live, averaged, or best, which is averaged if there is an average.
+        weights: Which weights of a checkpoint: live, averaged, or best, which is averaged if there is an average.
 
     Raises:
-        UserError: If it cannot be read, or holds no average although one is wanted.
+        UserError: If it cannot be read, or holds no average although one is requested.
     """
     if not path.is_file():
         raise UserError(f"{path}: there is no such file; give an artifact or a checkpoint")
@@ -42,15 +43,10 @@ def stored_weights(path: Path, weights: str = "live") -> Artifact:
     own = checkpoint[OWN_KEY]
     state = None if weights == "live" else stored_average(checkpoint)
     if state is None and weights == "averaged":
-        raise UserError(f"{path}: holds fewer than two snapshots, so no average; score it with --weights live")
+        raise UserError(f"{path}: holds no average of at least two steps; score it with --weights live")
     return Artifact(
         TransformerConfig.from_dict(own["model"]), state or live_state(checkpoint), own.get("tokenizer_sha256")
     )
-
-
-def run_folder_of(path: Path) -> Path:
-    """The run folder that a checkpoint or an artifact lies in."""
-    return path.parent.parent if path.parent.name == "checkpoints" else path.parent
 
 
 def load_artifact(
@@ -63,13 +59,16 @@ def load_artifact(
         tokenizer: SentencePiece model; default: `tokenizer.model` in the run folder.
         device: Where the model goes.
 
+    Returns:
+        The model in evaluation mode, and its tokenizer.
+
     Raises:
-        UserError: If one of the files is missing or damaged, or the tokenizer is another one than in training.
+        UserError: If one of the files is missing or damaged, or the tokenizer is not the one of the training.
     """
     path = Path(path)
     stored = stored_weights(path, "best")
-    place = Path(tokenizer) if tokenizer else run_folder_of(path) / "tokenizer.model"
-    processor = load_tokenizer(place)
-    if stored.tokenizer_sha256 not in (None, sha256_of(place)):
-        raise UserError(f"{place}: is not the tokenizer this model was trained with; name it with --tokenizer")
+    tokenizer = Path(tokenizer) if tokenizer else RunFolder.containing(path).tokenizer
+    processor = load_tokenizer(tokenizer)
+    if stored.tokenizer_sha256 not in (None, sha256_of(tokenizer)):
+        raise UserError(f"{tokenizer}: is not the tokenizer this model was trained with; name it with --tokenizer")
     return LoadedModel(stored.build().to(device).eval(), processor)

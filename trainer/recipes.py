@@ -3,13 +3,16 @@
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from trainer.errors import UserError
 
 
 @cache
 def recipe_folder() -> Path:
-    """The folder with the packaged recipes."""
+    """The folder of the packaged recipes."""
     package = Path(str(resources.files("trainer")))
     packaged = package / "configs"
     return packaged if packaged.is_dir() else package.parent / "configs"
@@ -24,15 +27,28 @@ def find_recipe(name: str) -> Path:
     """A recipe by path, else by the name of a packaged one.
 
     Raises:
-        UserError: If there is neither, or the file is no text.
+        UserError: If there is neither.
     """
     if (path := Path(name)).is_file():
-        try:
-            path.read_text()
-        except UnicodeDecodeError as error:
-            raise UserError(f"--config {name}: is no text; give a recipe in YAML") from error
         return path
     packaged = recipe_folder() / f"{name}.yaml"
     if "/" not in name and packaged.is_file():
         return packaged
     raise UserError(f"--config {name}: is neither a file nor one of the recipes {', '.join(recipe_names())}")
+
+
+def load_recipe(path: Path) -> dict[str, Any]:
+    """The settings of a recipe.
+
+    Raises:
+        UserError: If the file is not a recipe.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config {path}: is not a text; give a recipe in YAML") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path}: is not a recipe ({str(error).splitlines()[0]})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: is not a recipe; it must hold settings in YAML")
+    return values

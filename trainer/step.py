@@ -19,16 +19,16 @@ def train_step(
     update: Callable[[], object],
     mean: Callable[[Tensor], Tensor] = lambda value: value,
 ) -> Tensor:
-    """Learn from the tokens of one step.
+    """Train on the tokens of one step, with gradient accumulation.
 
     Args:
         loss_fn: Losses of (b, T) inputs and targets from a first position on, as `Transformer.nll`.
-        tokens: (n, T + 1); in each row every token is the target of the one before. A place with -1 holds no token;
-            nothing is learned there.
-        micro_batches: Number of slices the n sequences are learned in, to bound memory.
+        tokens: (n, T + 1); in each row every token is the target of the one before. A position with -1 holds no token
+            and is not a target.
+        micro_batches: Number of slices of the n sequences whose gradients are accumulated, to bound memory.
         backward: Called with the loss of each slice and whether it is the last.
         update: Called once, when all gradients are there.
-        mean: Of a number over all processes that learn the step together.
+        mean: Takes the mean of a number over all processes of the step.
 
     Returns:
         Mean loss over the targets of all of them, a detached scalar on the device.
@@ -50,27 +50,27 @@ class GradientNorms(NamedTuple):
     """Norms of the gradients before clipping, on the device.
 
     Attributes:
-        total: Of all together, a scalar; not finite if one gradient is not.
-        each: Of every tensor, (tensors,).
+        total: Global norm, a scalar; not finite if one gradient is not.
+        each: Norm of every tensor, (tensors,).
     """
 
     total: Tensor
     each: Tensor
 
 
-def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> GradientNorms:
-    """Scale all gradients so that their global norm is at most `max_norm` (0: leave them)."""
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> GradientNorms:
+    """Scale all gradients so that their global norm is at most `max_norm` (None: no limit)."""
     used = [parameter for parameter in parameters if parameter.grad is not None]
     each = torch.stack(torch._foreach_norm([parameter.grad for parameter in used if parameter.grad is not None]))
     total = torch.linalg.vector_norm(each)
-    torch.nn.utils.clip_grads_with_norm_(used, max_norm if max_norm > 0 else float("inf"), total)
+    torch.nn.utils.clip_grads_with_norm_(used, float("inf") if max_norm is None else max_norm, total)
     return GradientNorms(total, each)
 
 
 class StepFence:
     """Keep the host at most two steps ahead of the device, so that a clock read on the host is true.
 
-    It also brings numbers of each step to the host without another wait.
+    It also copies numbers of each step to the host without another wait.
     """
 
     def __init__(self, device: torch.device, depth: int = 2) -> None:
@@ -92,7 +92,7 @@ class StepFence:
             values: Its numbers, on the device.
 
         Returns:
-            Numbers of the steps that are done since the last call, on the host.
+            (step, values) of the steps that were completed since the last call, on the host.
         """
         event = None
         if self._on_gpu:
@@ -103,7 +103,7 @@ class StepFence:
         return self._take(self._depth)
 
     def drain(self) -> list[tuple[int, Tensor]]:
-        """Wait for all steps; returns the numbers that `record` has not."""
+        """Wait for all steps; returns what `record` has not returned yet."""
         return self._take(0)
 
     def _take(self, left: int) -> list[tuple[int, Tensor]]:

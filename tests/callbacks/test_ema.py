@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.callbacks.ema import EMA
-from trainer.callbacks.late_swa import LateSWA
+from trainer.callbacks.weight_averaging import EMA
+from trainer.callbacks.weight_averaging import WeightAveraging
 from trainer.checkpoint import stored_average
 from trainer.errors import UserError
 from trainer.lightning_module import LanguageModel
@@ -56,7 +56,7 @@ def test_it_is_off_by_default_and_refuses_a_second_average():
     run(on, module, range(1, 4))
     ema.load_state_dict(on.state_dict())  # a run that goes on without it has no old average
     assert ema.averaged_state() is None
-    trainer = SimpleNamespace(callbacks=[LateSWA(), EMA(0.1)])
+    trainer = SimpleNamespace(callbacks=[WeightAveraging(), EMA(0.1)])
     with pytest.raises(UserError, match=r"ema\.horizon and late_swa\.start_frac"):
         trainer.callbacks[1].setup(trainer, module, "fit")
     with pytest.raises(ValueError, match="horizon"):

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from tests.conftest import TINY
-from trainer.callbacks.late_swa import LateSWA
+from trainer.callbacks.weight_averaging import WeightAveraging
 from trainer.lightning_module import LanguageModel
 
 
 def test_the_average_is_numpys_mean_of_the_late_snapshots():
     torch.manual_seed(0)
     module = LanguageModel(**{key: getattr(TINY, key) for key in ("vocab_size", "num_layers", "model_dim")})
-    swa = LateSWA(start_frac=0.4, every=3)
+    swa = WeightAveraging(start_frac=0.4, every=3)
     taken: dict[str, list[np.ndarray]] = {name: [] for name in module.model.state_dict()}
     for step in range(1, 31):
         module.lr_multiplier = 1 - step / 30
@@ -36,7 +36,7 @@ def test_the_average_is_numpys_mean_of_the_late_snapshots():
 
 def test_half_precision_weights_are_summed_in_float32():
     module = LanguageModel(vocab_size=16, num_layers=2, model_dim=16).bfloat16()
-    swa = LateSWA(start_frac=1.0, every=1)
+    swa = WeightAveraging(start_frac=1.0, every=1)
     module.lr_multiplier = 0.0
     for step in range(1, 301):  # 300 times the same: a bfloat16 sum would stop growing at 256
         swa.on_train_batch_end(SimpleNamespace(global_step=step), module)
@@ -50,7 +50,7 @@ def test_half_precision_weights_are_summed_in_float32():
 def test_a_run_that_goes_on_without_averaging_has_no_old_average():
     module = LanguageModel(vocab_size=16, num_layers=2, model_dim=16)
     module.lr_multiplier = 0.0
-    swa, off, on = LateSWA(every=1), LateSWA(start_frac=0), LateSWA()
+    swa, off, on = WeightAveraging(every=1), WeightAveraging(start_frac=0), WeightAveraging()
     for step in (1, 2):
         swa.on_train_batch_end(SimpleNamespace(global_step=step), module)
     for after in (off, on):
@@ -62,8 +62,8 @@ def test_a_run_that_goes_on_without_averaging_has_no_old_average():
 def test_one_snapshot_is_no_average():
     module = LanguageModel(vocab_size=16, num_layers=2, model_dim=16)
     module.lr_multiplier = 0.0
-    swa = LateSWA(every=1)
+    swa = WeightAveraging(every=1)
     swa.on_train_batch_end(SimpleNamespace(global_step=1), module)
     assert swa.averaged_state() is None
     with pytest.raises(ValueError, match="start_frac"):
-        LateSWA(start_frac=1.5)
+        WeightAveraging(start_frac=1.5)

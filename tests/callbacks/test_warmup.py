@@ -19,7 +19,7 @@ import torch
 torch.compile = functools.partial(torch.compile, backend="eager")
 from torch._dynamo.utils import counters
 from trainer.__main__ import main
-from trainer.callbacks.late_swa import LateSWA
+from trainer.callbacks.weight_averaging import WeightAveraging
 from trainer.lightning_module import LanguageModel
 rank = int(os.environ.get("LOCAL_RANK", 0))
 whole = LanguageModel.nll_of
@@ -33,15 +33,15 @@ def nll_of(self, model):
 LanguageModel.nll_of = nll_of
 graphs = []
 count = lambda: counters["stats"]["unique_graphs"]
-LateSWA.on_train_start = lambda self, trainer, module: graphs.append(count())
-old = LateSWA.on_train_batch_end
+WeightAveraging.on_train_start = lambda self, trainer, module: graphs.append(count())
+old = WeightAveraging.on_train_batch_end
 def spy(self, trainer, module, *rest):
     old(self, trainer, module, *rest)
     graphs.append(count())
     sha = hashlib.sha256(b"".join(t.numpy().tobytes() for t in module.model.state_dict().values())).hexdigest()
     with open(f"seen{rank}.json", "w") as file:
         json.dump({"graphs": graphs, "weights": sha, "step": trainer.global_step}, file)
-LateSWA.on_train_batch_end = spy
+WeightAveraging.on_train_batch_end = spy
 raise SystemExit(main(sys.argv[1:]))
 """
 

@@ -13,7 +13,7 @@ import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from trainer.data.normalisation import NormalisationSample
+from trainer.data.normalization import NormalizationSample
 from trainer.data.prefetch import Prefetcher
 from trainer.data.shards import TokenFiles, open_shard, write_shard
 from trainer.data.sources import LocalText, PythonDocumentation, Shards, docstrings_of
@@ -175,7 +175,7 @@ REAL_TOKENIZERS = sorted(Path(os.environ["GOLF_TOKENIZERS"]).glob("*.model")) if
 @example(text="")
 @example(text="  two  spaces\u00a0and\u3000wide ones   ")
 @example(text="👩‍👩‍👧 e\u0301 é ﬁ … \x00\x07\t\r\n")
-def test_the_byte_table_counts_the_bytes_of_the_normalised_text(shard_folder: Path, model: Path | None, text: str):
+def test_the_byte_table_counts_the_bytes_of_the_normalized_text(shard_folder: Path, model: Path | None, text: str):
     tokenizer = load_tokenizer(model or shard_folder / "tokenizer.model")
     table = ByteTable.from_tokenizer(tokenizer)
     ids = torch.tensor([1, *tokenizer.encode(text)])
@@ -183,13 +183,13 @@ def test_the_byte_table_counts_the_bytes_of_the_normalised_text(shard_folder: Pa
     assert int(table.count(ids[:-1], ids[1:]).sum()) == expected
 
 
-def test_what_normalisation_replaces_is_told(shard_folder: Path):
-    sample = NormalisationSample(load_tokenizer(shard_folder / "tokenizer.model"))
+def test_what_normalization_replaces_is_told(shard_folder: Path):
+    sample = NormalizationSample(load_tokenizer(shard_folder / "tokenizer.model"))
     for text in ("plain words", "no\u00a0break\u00a0space", "three dots…", "e\u0301"):
         sample.add(text)
     said = sample.describe()
     assert said == (
-        "normalisation changed 3 of the first 4 documents (43 bytes became 40); "
+        "normalization changed 3 of the first 4 documents (43 bytes became 40); "
         "U+00A0 NO-BREAK SPACE to ' ' 2 times, U+2026 … to '...' 1 times"
     )
 

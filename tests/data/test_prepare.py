@@ -20,7 +20,7 @@ from trainer.data.documents import TextFiles, find_files
 from trainer.data.manifest import Manifest, documents_of, verify
 from trainer.data.shards import TokenFiles, open_shard
 from trainer.data.sources import LocalText
-from trainer.data.tokenise import split_of
+from trainer.data.shard_writer import split_of
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import UserError
 
@@ -195,7 +195,7 @@ def test_a_killed_preparation_leaves_no_manifest_and_the_next_one_is_whole(tmp_p
         "val_every=3, shard_tokens=1500)"
     )
     script = (
-        "import os, trainer.data.tokenise as t\n"
+        "import os, trainer.data.shard_writer as t\n"
         "from trainer.data.sources import LocalText\n"
         "old = t.sha256_of\n"
         "def die(path):\n"

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import ALL_OPTIONS, TINY
-from trainer.model.attention import AttentionConfig, rotary_tables, rotate, without_own_value
-from trainer.model.attention_kernel import SdpaKernel
+from trainer.model.attention import AttentionConfig, rotary_tables, rotate, xsa
+from trainer.kernels.attention_backends import SdpaBackend
 from trainer.model.embedding import BigramConfig, SmearGate, bigram_buckets
 from trainer.model.layers import Linear
 from trainer.model.mlp import MLPConfig
@@ -26,7 +26,7 @@ def reference() -> Transformer:
 
 OPTIONS = {
     "rope_dims": {"attention": replace(TINY.attention, rope_dims=4)},
-    "exclusive": {"attention": replace(TINY.attention, exclusive=True)},
+    "exclusive": {"attention": replace(TINY.attention, xsa=True)},
     "gate_dims": {"attention": replace(TINY.attention, gate_dims=6)},
     "window": {"attention": replace(TINY.attention, window=3)},
     "negative_slope": {"mlp": MLPConfig(negative_slope=0.5)},
@@ -40,7 +40,7 @@ OPTIONS = {
 
 
 def awake(seed: int = 0, config: TransformerConfig = TINY) -> Transformer:
-    """A tiny model whose zero-initialised parts are random, so that every path counts."""
+    """A tiny model whose zero-initialized parts are random, so that every path counts."""
     torch.manual_seed(seed)
     model = Transformer(config)
     with torch.no_grad():
@@ -53,7 +53,7 @@ def test_the_reference_has_25517137_parameters(reference: Transformer):
     assert sum(parameter.numel() for parameter in reference.parameters()) == 25_517_137
 
 
-def test_initialisation_statistics(reference: Transformer):
+def test_initialization_statistics(reference: Transformer):
     assert reference.token_embedding.weight.std().item() == pytest.approx(0.005, rel=0.01)
     assert not reference.bigram.table.weight.any()
     assert reference.bigram.scale.item() == pytest.approx(0.05)
@@ -215,11 +215,11 @@ def test_nll_is_the_log_softmax_of_the_logits_from_the_first_position_on():
     "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 )
 def test_activations_follow_autocast(device: str, config: TransformerConfig):
-    """On a GPU autocast sums and normalises in float32, which must not leak: kernels take one type."""
+    """On a GPU autocast sums and normalizes in float32, which must not leak: kernels take one type."""
     model = Transformer(config).to(device)
     seen = set()
 
-    class Kernel(SdpaKernel):
+    class Kernel(SdpaBackend):
         def __call__(self, q, k, v):
             seen.update((q.dtype, k.dtype, v.dtype))
             return super().__call__(q, k, v)
@@ -233,7 +233,7 @@ def test_activations_follow_autocast(device: str, config: TransformerConfig):
         assert model(ids).dtype == torch.float32
         assert model.embed(ids).dtype == torch.bfloat16
         v = torch.randn(1, 8, 2, 8, device=device, dtype=torch.bfloat16)
-        assert without_own_value(v, v).dtype == torch.bfloat16
+        assert xsa(v, v).dtype == torch.bfloat16
     assert model.hidden(ids).dtype == torch.float32
 
 
@@ -270,9 +270,9 @@ def test_nothing_is_left_of_a_positions_own_value(kv_heads: int, group: int, see
     generator = torch.Generator().manual_seed(seed)
     y = torch.randn(2, 3, kv_heads * group, 8, generator=generator).double()
     v = torch.randn(2, 3, kv_heads, 8, generator=generator).double()
-    left = without_own_value(y, v)
+    left = xsa(y, v)
     assert (left * v.repeat_interleave(group, 2)).sum(-1).abs().max() < 1e-9
-    assert torch.allclose(without_own_value(left, v), left)
+    assert torch.allclose(xsa(left, v), left)
 
 
 @pytest.mark.parametrize("config", [TINY, ALL_OPTIONS], ids=["reference", "all options"])

@@ -1,4 +1,4 @@
-"""The orthogonalisation, and its division between processes."""
+"""The orthogonalization, and its division between processes."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from trainer.optim.newton_schulz import newton_schulz, orthogonalise
+from trainer.optim.newton_schulz import newton_schulz, orthogonalize
 
 SHAPES = [(5, 4, 6), (1, 3, 3), (2, 2, 9)]
 
@@ -27,14 +27,14 @@ def test_singular_values_come_near_one():
 
 def work(rank: int, world: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    torch.save(orthogonalise(batches(), 5), f"{folder}/{rank}.pt")
+    torch.save(orthogonalize(batches(), 5), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_that_divide_the_work_get_the_same_bits(world: int, tmp_path: Path):
     mp.spawn(work, (world, str(tmp_path)), nprocs=world)
-    alone = orthogonalise(batches(), 5)
+    alone = orthogonalize(batches(), 5)
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
     for index, expected in enumerate(alone):
         assert torch.allclose(results[0][index], expected, atol=1e-12)

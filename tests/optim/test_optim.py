@@ -21,10 +21,10 @@ def muon(shapes, dtype, **config) -> tuple[list[torch.Tensor], MuonAdamW]:
     return params, MuonAdamW([group], settings)
 
 
-@pytest.mark.parametrize(("row_normalise", "row_beta2"), [(False, 0.0), (True, 0.0), (True, 0.9)])
-def test_muon_equals_the_formula_in_float64_over_100_steps_of_changing_momentum(row_normalise: bool, row_beta2: float):
+@pytest.mark.parametrize(("row_normalize", "row_beta2"), [(False, 0.0), (True, 0.0), (True, 0.9)])
+def test_muon_equals_the_formula_in_float64_over_100_steps_of_changing_momentum(row_normalize: bool, row_beta2: float):
     params, optimizer = muon(
-        SHAPES, torch.float64, weight_decay=0.07, row_normalise=row_normalise, row_beta2=row_beta2, eps=1e-12
+        SHAPES, torch.float64, weight_decay=0.07, row_normalize=row_normalize, row_beta2=row_beta2, eps=1e-12
     )
     weights = [p.detach().numpy().copy() for p in params]
     squares = [np.zeros((len(w), 1)) for w in weights]
@@ -38,7 +38,7 @@ def test_muon_equals_the_formula_in_float64_over_100_steps_of_changing_momentum(
             parameter.grad = torch.from_numpy(g)
             buffers[index] = mu * buffers[index] + g
             u = g + mu * buffers[index]
-            if row_normalise:
+            if row_normalize:
                 u = u / np.linalg.norm(u, axis=1, keepdims=True)
             x = u.T if u.shape[0] > u.shape[1] else u
             x = x / np.linalg.norm(x)

@@ -139,7 +139,7 @@ def test_a_small_file_cannot_ask_for_a_large_memory(tmp_path: Path):
     write_container(tmp_path / "a", {}, zeros, "ans")
     raw = (tmp_path / "a").read_bytes()
     content = zstandard.ZstdDecompressor().decompress(raw[40:])
-    from tests.quantize.test_quantize import sealed
+    from tests.quantize.test_quantize import append_checksumed
     from trainer.errors import UserError
 
     (length,) = struct.unpack("<I", content[:4])

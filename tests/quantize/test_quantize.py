@@ -1,4 +1,4 @@
-"""The quantiser against numpy bit by bit; the artifact against its own promises."""
+"""The quantizer against numpy bit by bit; the artifact against its own promises."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ from trainer.model.transformer import Transformer, TransformerConfig
 from trainer.quantize.artifact import read_artifact, write_artifact
 from trainer.quantize.container import StoredTensor, write_container
 from trainer.quantize.export import export
-from trainer.quantize.intn import prune_smallest, quantize_rows
+from trainer.quantize.rounding import prune_smallest, quantize_rows
 from trainer.quantize.policy import QuantizationConfig, kind_of
 
 FLOATS = st.floats(-(2.0**12), 2.0**12, width=32)
@@ -37,7 +37,7 @@ FLOATS = st.floats(-(2.0**12), 2.0**12, width=32)
     arrays.arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(1, 9)), elements=FLOATS),
     st.sampled_from([5, 6, 8]),
 )
-def test_quantised_rows_equal_numpy_bit_by_bit(w: np.ndarray, bits: int):
+def test_quantized_rows_equal_numpy_bit_by_bit(w: np.ndarray, bits: int):
     clip = 2 ** (bits - 1) - 1
     scale = np.maximum(np.maximum(np.abs(w).max(1) / np.float32(clip), np.float32(1e-12)), np.float32(2**-14))
     scale = scale.astype(np.float16)
@@ -64,7 +64,7 @@ def test_the_reference_policy():
     config = TransformerConfig()
     with torch.device("meta"):
         model = Transformer(config)
-    kinds = {name: kind_of(name, tensor, config, QuantizationConfig()) for name, tensor in model.state_dict().items()}
+    kinds = {name: storage_dtype(name, tensor, config, QuantizationConfig()) for name, tensor in model.state_dict().items()}
     assert kinds["token_embedding.weight"] == "float16"
     assert kinds["bigram.table.weight"] == kinds["bigram.proj.weight"] == "int6"
     assert [block for block in range(10) if kinds[f"blocks.{block}.attention.k.weight"] == "float16"] == [8]
@@ -78,8 +78,8 @@ def written(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str, st
     torch.manual_seed(0)
     state = {name: torch.randn_like(tensor) for name, tensor in Transformer(TINY).state_dict().items()}
     config = QuantizationConfig(small_tensor=63)  # so that a mix of 2 x 32 is a "larger control vector"
-    kinds = {name: kind_of(name, tensor, TINY, config) for name, tensor in state.items()}
-    assert kind_of("bigram.scale", state["bigram.scale"], TINY, QuantizationConfig(small_tensor=0)) == "float16"
+    kinds = {name: storage_dtype(name, tensor, TINY, config) for name, tensor in state.items()}
+    assert storage_dtype("bigram.scale", state["bigram.scale"], TINY, QuantizationConfig(small_tensor=0)) == "float16"
     size = write_artifact(tmp_path / "a.zst", TINY, state, kinds, "f" * 64)
     assert size == (tmp_path / "a.zst").stat().st_size
     return tmp_path / "a.zst", state, kinds

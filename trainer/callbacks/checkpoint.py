@@ -1,4 +1,4 @@
-"""Checkpoints of a run: while it trains, when it ends, and when it is stopped.
+"""When a run saves a checkpoint: while it trains, when it ends, and when it is stopped; and Lightning's CheckpointIO.
 
 Lightning's ModelCheckpoint is not used: on an error or Ctrl-C it would save in the middle of an update.
 """
@@ -15,14 +15,32 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from typing_extensions import override
 
+from trainer.checkpoint import load_checkpoint, save_checkpoint
+from trainer.distributed import HostChannel
 from trainer.errors import UserError
 from trainer.lightning_module import LanguageModel
-from trainer.ranks import HostChannel
+from trainer.logging import logger
+from trainer.run_folder import RunFolder
 
-LAST = "last.ckpt"
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Lightning stages in the system's temp folder and moves without a sync; a full disk left a damaged file there."""
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        save_checkpoint(checkpoint, path)
+
+    @override
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
+        return load_checkpoint(path)
+
+    @override
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink(missing_ok=True)
 
 
 class Checkpoints(Checkpoint):
@@ -32,8 +50,8 @@ class Checkpoints(Checkpoint):
         """Save while training.
 
         Args:
-            every: Steps between two saves; one more is made when training ends, fails or is stopped.
-            keep: Checkpoints that stay.
+            every: Steps between two saves (at least 1); one more is made when training ends, fails or is stopped.
+            keep: Number of checkpoints to keep (at least 1).
         """
         if every < 1 or keep < 1:
             raise ValueError(f"checkpoints.every and checkpoints.keep must be at least 1, not {every} and {keep}")
@@ -41,42 +59,44 @@ class Checkpoints(Checkpoint):
         self.keep = keep
         self.saved_step: int | None = None
         self._handlers: dict[int, Any] = {}
-        self._asked = 0  # the signal that asks for the end
+        self._signal = 0  # the signal that asks this process to end
         self._trained = False
         self._channel: HostChannel | None = None
 
+    @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Put the folder inside the run's."""
-        self.folder = Path(str(trainer.log_dir)) / "checkpoints"
+        self.run = RunFolder(str(trainer.log_dir))
         self._channel = self._channel or HostChannel(trainer.world_size)
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let Ctrl-C wait for the end of an update; nothing was trained yet that is not in the file gone on from.
+        """Let Ctrl-C wait for the end of an update.
 
-        Of several processes each waits for the end of the step, where all hear of it, save together and stop. That
-        includes SIGTERM, which Lightning hands round on the devices, every step: then the host cannot run ahead of
-        them, and a signal in the middle of a step meets another collective. While they validate or export, a signal
-        ends the process that got it at once, and the others when they miss it.
+        Each of several processes waits for the end of the step, where all hear of the signal, save together and stop.
+        That includes SIGTERM, which Lightning broadcasts on the devices at every step: the host could not run ahead of
+        them, and a signal in the middle of a step meets another collective. During validation and export, a signal ends
+        the process that received it at once, and the others when they miss it.
         """
         assert isinstance(pl_module, LanguageModel)
-        self.saved_step = trainer.global_step
-        several = trainer.world_size > 1
-        if several:
+        self.saved_step = trainer.global_step  # nothing was trained yet that the resumed checkpoint lacks
+        is_distributed = trainer.world_size > 1
+        if is_distributed:
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
         def stop(number: int, frame: FrameType | None) -> None:
-            heard_of = several and trainer.training and not self._trained
-            if self._asked or not (pl_module.updating or heard_of):  # a second one does not wait
-                raise _ending(number)
-            self._asked = number
+            all_will_hear = is_distributed and trainer.training and not self._trained
+            if self._signal or not (pl_module.updating or all_will_hear):  # a second one does not wait
+                raise _exception_of(number)
+            self._signal = number
 
-        for number in (signal.SIGINT, signal.SIGTERM) if several else (signal.SIGINT,):
+        for number in (signal.SIGINT, signal.SIGTERM) if is_distributed else (signal.SIGINT,):
             self._handle(number, stop)
 
     def _handle(self, number: signal.Signals, handler: Callable[[int, FrameType | None], None]) -> None:
-        with suppress(ValueError):  # not the main thread: no signal comes here
+        with suppress(ValueError):  # not the main thread, which alone receives signals
             self._handlers[number] = signal.signal(number, handler)
 
+    @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Save when it is time, and after the last step: before the export, which could fail.
 
@@ -85,52 +105,54 @@ class Checkpoints(Checkpoint):
         assert isinstance(pl_module, LanguageModel)
         pl_module.updating = False
         assert self._channel is not None
-        if asked := int(self._channel.largest(self._asked)):
+        if number := int(self._channel.largest(self._signal)):
             self._save(trainer)
-            self._say_saved()
-            raise _ending(asked)
+            self._log_saved()
+            raise _exception_of(number)
         step = trainer.global_step
         self._trained = trainer.should_stop or step == trainer.max_steps
         if self._trained or step % self.every == 0:
             self._save(trainer)
-        if self._trained and signal.SIGTERM not in self._handlers:  # Lightning only takes note of it, for a next step
+        if self._trained and signal.SIGTERM not in self._handlers:  # Lightning would only act on it at a next step
             self._handle(signal.SIGTERM, _end)
 
+    @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Save what was trained since the last time, unless an update was cut in the middle or the device is gone."""
+        """Save what was trained since the last save, unless an update was interrupted or the device failed."""
         assert isinstance(pl_module, LanguageModel)
         if self.saved_step is None or trainer.global_step == self.saved_step:
             return
         if isinstance(exception, torch.AcceleratorError):
             return  # nothing can be read from the device any more
         if pl_module.updating:
-            rank_zero_info(f"stopped in the middle of a step; step {self.saved_step:,} is the last one that is saved")
+            logger.warning(f"stopped in the middle of a step; the last saved step is {self.saved_step:,}")
         else:
-            self._save(trainer, alone=True)  # an impatient second Ctrl-C does not end this: Lightning ignores it by now
+            self._save(trainer, alone=True)  # Lightning ignores an impatient second Ctrl-C by now
             if isinstance(exception, KeyboardInterrupt | SIGTERMException):
-                self._say_saved()
+                self._log_saved()
 
-    def _say_saved(self) -> None:
-        rank_zero_info(f"step {self.saved_step:,} is saved; --ckpt last goes on from there")
+    def _log_saved(self) -> None:
+        logger.info(f"step {self.saved_step:,} is saved; resume with --ckpt last")
 
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save if a validation ended the run; signals mean what they did before."""
+        """Save if a validation ended the run, and restore the signal handlers."""
         while self._handlers:
             signal.signal(*self._handlers.popitem())
         self._save(trainer)
 
     def _save(self, trainer: pl.Trainer, alone: bool = False) -> None:
-        """Save this step; `alone` if other processes may not come along, so that nothing waits for them."""
+        """Save this step; `alone` if other processes may not do so, so that nothing waits for them."""
         step = trainer.global_step
         if step == self.saved_step:
             return
         if not _is_finite(trainer.lightning_module):
-            said = f"step {step:,}: the weights are not finite; step {self.saved_step:,} is the last one that is saved"
+            problem = f"step {step:,}: the weights are not finite; the last saved step is {self.saved_step:,}"
             if not alone:
-                raise UserError(f"{said}. Lower the learning rate")
-            rank_zero_info(said)
+                raise UserError(f"{problem}. Lower the learning rate")
+            logger.warning(problem)
             return
-        path = self.folder / f"step-{step:09d}.ckpt"
+        path = self.run.checkpoint(step)
         if alone:
             if trainer.is_global_zero:  # what Trainer.save_checkpoint does before its barrier
                 state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
@@ -139,26 +161,26 @@ class Checkpoints(Checkpoint):
             trainer.save_checkpoint(path, weights_only=False)
         self.saved_step = step
         if trainer.is_global_zero:
-            _name_again(path, self.folder / LAST)
-            for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.keep]:
+            _link(path, self.run.last_checkpoint)
+            for old in self.run.step_checkpoints()[: -self.keep]:
                 old.unlink()
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    raise _ending(number)
+    raise _exception_of(number)
 
 
 def _is_finite(module: torch.nn.Module) -> bool:
     return bool(torch.stack([parameter.isfinite().all() for parameter in module.parameters()]).all())
 
 
-def _ending(number: int) -> BaseException:
-    """What ends a run that got a signal."""
+def _exception_of(number: int) -> BaseException:
+    """The exception that ends a run after a signal."""
     return SIGTERMException() if number == signal.SIGTERM else KeyboardInterrupt()
 
 
-def _name_again(path: Path, name: Path) -> None:
-    """Let another name mean a file, without a second copy where the file system can do that."""
+def _link(path: Path, name: Path) -> None:
+    """Give a file a second name, without a copy where the file system supports that."""
     link = name.with_name(f".{name.name}.link")
     link.unlink(missing_ok=True)
     try:

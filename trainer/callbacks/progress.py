@@ -1,4 +1,4 @@
-"""What a person sees while it trains."""
+"""What a person sees during a run."""
 
 import math
 import time
@@ -7,10 +7,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_only
+from typing_extensions import override
 
-from trainer.callbacks.throughput import utilisation
 from trainer.lightning_module import LanguageModel
-from trainer.progress_view import Facts, Mode, Quiet, View, make_view
+from trainer.logging import logger
+from trainer.progress_display import Mode, TrainingStatus, open_display
 
 
 class Progress(pl.Callback):
@@ -20,74 +21,78 @@ class Progress(pl.Callback):
         """Show progress.
 
         Args:
-            mode: bar, lines, json (an object a line), quiet; auto is the bar in a terminal and lines elsewhere.
-            every_seconds: Time between two lines.
+            mode: bar, lines, json (one object per line) or quiet; auto is the bar in a terminal and lines elsewhere.
+            every_seconds: Seconds between two lines.
         """
         self.mode = mode
         self.every_seconds = every_seconds
-        self._view: View = Quiet()
 
+    @override
     @rank_zero_only
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say what is about to happen."""
+        """Log what is about to run."""
         assert isinstance(pl_module, LanguageModel)
-        count = sum(parameter.numel() for parameter in pl_module.model.parameters())
+        parameters = sum(parameter.numel() for parameter in pl_module.model.parameters())
         budget = pl_module.clock.budget
         limits = [f"{budget:,.0f} s"] if budget is not None else []
         limits += [f"{trainer.max_steps:,} steps"] if trainer.max_steps > 0 else []
-        how = [f"attention: {pl_module.kernel.describe()}"]
-        how += [f"fused: {pl_module.fused.describe()}"] if any(pl_module.fused) else []
-        how += ["compiled" if pl_module.is_compiled else "not compiled"]
-        self._view = make_view(self.mode, self.every_seconds)
+        kernels = [f"attention: {pl_module.attention.describe()}"]
+        kernels += [f"fused: {pl_module.fused.describe()}"] if any(pl_module.fused) else []
+        kernels += ["compiled" if pl_module.is_compiled else "not compiled"]
+        pl_module.display = open_display(self.mode, self.every_seconds)
         if trainer.should_stop or 0 < trainer.max_steps <= trainer.global_step:
-            self._view.note(f"step {trainer.global_step:,}: nothing is left to train within {' or '.join(limits)}")
-        self._view.note(
-            f"training {count:,} parameters on {pl_module.device}, {trainer.precision}, {', '.join(how)}; "
+            logger.info(f"step {trainer.global_step:,}: nothing is left to train within {' or '.join(limits)}")
+        logger.info(
+            f"training {parameters:,} parameters on {pl_module.device}, {trainer.precision}, {', '.join(kernels)}; "
             f"ends after {' or '.join(limits) or 'never: set a limit'}"
         )
         data = trainer.datamodule  # type: ignore[attr-defined]
         tokens = data.val_tokens.cpu().numpy().astype("uint16")
-        self._bits_per_nat = (len(tokens) - 1) / max(data.table.total(tokens), 1) / math.log(2)
+        self._bpb_per_nat = (len(tokens) - 1) / max(data.table.total(tokens), 1) / math.log(2)
         self._last, self._step, self._seconds = time.monotonic(), trainer.global_step, pl_module.clock.elapsed
         self._first_step, self._first_seconds = self._step, self._seconds
 
+    @override
     @rank_zero_only
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Show where the run is when it is time."""
+        """Show the status when it is time."""
         assert isinstance(pl_module, LanguageModel)
         now = time.monotonic()
-        if now - self._last < self._view.every_seconds or not pl_module.finished:
+        if now - self._last < pl_module.display.every_seconds or not pl_module.completed_metrics:
             return
         step, seconds, budget = trainer.global_step, pl_module.clock.elapsed, pl_module.clock.budget
         left = [budget - seconds] if budget is not None else []
         if trainer.max_steps > 0:
-            pace = (seconds - self._first_seconds) / max(step - self._first_step, 1)
-            left.append((trainer.max_steps - step) * pace)
-        loss = float(pl_module.finished[-1][1][0])
-        rate = (step - self._step) * trainer.datamodule.batch_tokens / max(seconds - self._seconds, 1e-9)  # type: ignore[attr-defined]
+            seconds_per_step = (seconds - self._first_seconds) / max(step - self._first_step, 1)
+            left.append((trainer.max_steps - step) * seconds_per_step)
+        loss = float(pl_module.completed_metrics[-1][1][0])
+        tokens = (step - self._step) * trainer.datamodule.batch_tokens  # type: ignore[attr-defined]
+        tokens_per_second = tokens / max(seconds - self._seconds, 1e-9)
         on_gpu = pl_module.device.type == "cuda"
-        self._view.show(
-            Facts(
+        pl_module.display.show(
+            TrainingStatus(
                 step,
                 seconds,
                 budget,
                 max(min(left), 0.0) if left else None,
                 loss,
-                loss * self._bits_per_nat,
+                loss * self._bpb_per_nat,
                 pl_module.lr_multiplier,
-                rate,
-                utilisation(pl_module, rate, trainer.world_size),
+                tokens_per_second,
+                pl_module.mfu(tokens_per_second),
                 torch.cuda.max_memory_allocated(pl_module.device) / 2**30 if on_gpu else None,
             )
         )
         self._last, self._step, self._seconds = now, step, seconds
 
+    @override
     @rank_zero_only
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Outside of training the view begins here."""
+        assert isinstance(pl_module, LanguageModel)
         if trainer.state.fn != "fit":
-            self._view = make_view(self.mode, self.every_seconds)
+            pl_module.display = open_display(self.mode, self.every_seconds)
 
+    @override
     @rank_zero_only
     def on_validation_batch_end(
         self,
@@ -99,44 +104,30 @@ class Progress(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Show how far the validation is."""
+        assert isinstance(pl_module, LanguageModel)
         name = "validation" if trainer.state.fn == "fit" else f"scoring {('plain', 'sliding')[dataloader_idx]}"
-        self._view.part(name, batch_idx + 1, int(trainer.num_val_batches[dataloader_idx]))
+        pl_module.display.update_task(name, batch_idx + 1, int(trainer.num_val_batches[dataloader_idx]))
 
+    @override
     @rank_zero_only
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show the score."""
+        """Log the score."""
         assert isinstance(pl_module, LanguageModel)
         if trainer.state.fn == "fit":
-            self._view.note(f"step {trainer.global_step:>6,}  validation {pl_module.scores[-1].line()}")
+            logger.info(f"step {trainer.global_step:>6,}  validation {pl_module.scores[-1].line()}")
         else:
-            self._view.close()
+            pl_module.display.close()
 
-    @rank_zero_only
-    def part(self, name: str, done: int, total: int) -> None:
-        """Show how far the export or one of its scores is."""
-        self._view.part(name, done, total)
-
-    @rank_zero_only
-    def note(self, text: str) -> None:
-        """Show a line that stays."""
-        self._view.note(text)
-
-    @rank_zero_only
-    def close(self) -> None:
-        """Show no more; what follows is printed plainly."""
-        self._view.close()
-
-    @rank_zero_only
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Comes before the export, which shows its parts here."""
-        self._view.note("exporting, and scoring what was exported")
-
+    @override
     @rank_zero_only
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave the terminal as it was, also without an export."""
-        self._view.close()
+        """Restore the terminal."""
+        assert isinstance(pl_module, LanguageModel)
+        pl_module.display.close()
 
+    @override
     @rank_zero_only
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave the terminal as it was."""
-        self._view.close()
+        """Restore the terminal."""
+        assert isinstance(pl_module, LanguageModel)
+        pl_module.display.close()

@@ -1,27 +1,30 @@
-"""The time budget: drives the training clock and ends the run.
+"""The time budget: runs the training clock and ends the run.
 
-Lightning's Timer is not used: it counts validation and its reading cannot reach a schedule.
+Lightning's Timer is not used: it counts validation, and a schedule cannot read it.
 """
 
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from typing_extensions import override
 
 from trainer.clock import TrainingClock
+from trainer.distributed import HostChannel
 from trainer.lightning_module import LanguageModel
-from trainer.ranks import HostChannel
 
 
 class WallclockCutoff(pl.Callback):
-    """Stop after so many seconds of training; rank 0's clock counts for all."""
+    """Stops after a number of seconds of training; the clock of rank 0 counts for all processes."""
 
     def __init__(self, seconds: float | None = 2700.0, reserve: float = 0.0) -> None:
-        """Set the budget.
+        """Set the time budget.
 
         Args:
-            seconds: Training time; compile warm-up, validation and export do not count. null: no limit.
-            reserve: Part of it that training leaves to the measurements of the export on training text, which count.
+            seconds: Training time in seconds (above 0); compile warm-up, validation and export do not count. null: no
+                limit.
+            reserve: Seconds of it that are left for calibrating the export on training text, which counts as training
+                (at least 0).
         """
         if seconds is not None and seconds <= 0:
             raise ValueError(f"wallclock.seconds must be positive or null, not {seconds}")
@@ -31,19 +34,21 @@ class WallclockCutoff(pl.Callback):
         self.clock = TrainingClock(seconds if seconds is None else seconds - reserve)
         self._channel: HostChannel | None = None
 
+    @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the module this clock."""
         assert isinstance(pl_module, LanguageModel)
         pl_module.clock = self.clock
         self._channel = self._channel or HostChannel(trainer.world_size)
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start counting, unless the time was over before; the warm-up callback comes before this one."""
+        """Start the clock, unless the time is over; the warm-up comes before this callback."""
         self._stop_if_over(trainer)
         self.clock.start()
 
+    @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Share rank 0's reading and stop all ranks at the same step."""
+        """Share the reading of rank 0, and stop all processes at the same step."""
         self._read(trainer)
         self._stop_if_over(trainer)
 
@@ -55,29 +60,31 @@ class WallclockCutoff(pl.Callback):
         assert self._channel is not None
         self.clock.reading = self._channel.largest(self.clock.elapsed if trainer.is_global_zero else 0.0)
 
+    @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop counting, once the steps in flight are done."""
+        """Pause the clock, once the steps in flight are completed."""
         _wait_for(pl_module.device)
         self.clock.pause()
 
+    @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Go on counting."""
         _wait_for(pl_module.device)
         if trainer.training or trainer.state.fn == "fit":
             self.clock.start()
 
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop for good; export does not count."""
+        """Stop the clock; the export does not count."""
         _wait_for(pl_module.device)
         self.clock.pause()
         self._read(trainer)
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """The time used."""
         return self.clock.state_dict()
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from it."""
         self.clock.load_state_dict(state_dict)
 
 

@@ -1,33 +1,37 @@
-"""Before the clock runs: find a micro-batch that fits, compile every graph, and put the weights back."""
+"""Before the clock runs: find a micro-batch that fits, compile every graph, and restore the weights."""
 
 import time
-from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from typing_extensions import override
 
+from trainer.distributed import all_ranks_agree
 from trainer.errors import UserError
 from trainer.evaluation.metric import BitsPerByte
 from trainer.files import atomic_write
 from trainer.lightning_module import LanguageModel
+from trainer.logging import logger
+from trainer.run_folder import RunFolder
 from trainer.step import clip_gradients, train_step
 
 
 class CompileWarmup(pl.Callback):
-    """A few steps on a throw-away optimizer; `global_step` and the data position never move."""
+    """A few steps with a temporary optimizer; `global_step` and the position in the data do not move."""
 
-    def __init__(self, steps: int = 5) -> None:
+    def __init__(self, steps: int | None = 5) -> None:
         """Warm up on a GPU, or when the model is compiled.
 
         Args:
-            steps: Training steps that are made and undone; 0 compiles during training, inside the clock, and takes a
-                whole step as micro-batch.
+            steps: Training steps that are made and undone (at least 1). null: no warm-up; graphs are compiled during
+                training, inside the clock, and the micro-batch is a whole step.
         """
+        if steps is not None and steps < 1:
+            raise ValueError(f"warmup.steps must be at least 1, or null for no warm-up, not {steps}")
         self.steps = steps
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Run forward, backward, update and a validation batch, then restore the weights.
 
@@ -35,36 +39,36 @@ class CompileWarmup(pl.Callback):
             UserError: If not even one sequence fits into the GPU's memory.
         """
         assert isinstance(pl_module, LanguageModel)
-        if self.steps < 1 or not (pl_module.is_compiled or pl_module.device.type == "cuda"):
+        if self.steps is None or not (pl_module.is_compiled or pl_module.device.type == "cuda"):
             return
         started = time.monotonic()
-        saved = {name: tensor.clone() for name, tensor in pl_module.model.state_dict().items()}
+        model = pl_module.model
+        saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         loader = trainer.train_dataloader
         assert loader is not None
         tokens = loader.dataset[trainer.global_step].to(pl_module.device)
-        model = pl_module.model
         with trainer.precision_plugin.forward_context():
             # With the loop first: it needs more memory.
-            for looped in (True, False) if model.config.loop.start_frac else (True,):
-                model.is_looped = looped
-                slices = self._train(trainer, pl_module, tokens)
+            for is_looped in (True, False) if model.config.loop.start_frac else (True,):
+                model.is_looped = is_looped
+                slices = self._train(trainer, pl_module, tokens, self.steps)
                 if trainer.limit_val_batches != 0:
                     model.eval()
                     scorer = trainer.datamodule.scorers(pl_module.device)[0]  # type: ignore[attr-defined]
                     batch = trainer.datamodule.val_dataloader()[0].dataset[0]  # type: ignore[attr-defined]
                     scorer.add(BitsPerByte().to(pl_module.device), pl_module.nll, batch)
                     model.train()
-        pl_module.model.load_state_dict(saved)
+        model.load_state_dict(saved)
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize()
         size = len(tokens) // slices * pl_module.sequence_length
-        rank_zero_info(
+        logger.info(
             f"compiled and warmed up in {time.monotonic() - started:.1f} s (outside the training clock); "
             f"{slices} micro-batch{'es' if slices > 1 else ''} of {size:,} tokens"
         )
 
-    def _train(self, trainer: pl.Trainer, module: LanguageModel, tokens: Tensor) -> int:
-        """Make the steps with as few slices as memory allows; returns their number."""
+    def _train(self, trainer: pl.Trainer, module: LanguageModel, tokens: Tensor, steps: int) -> int:
+        """Make the steps with as few micro-batches as memory allows; returns their number."""
         auto = module.micro_batch_tokens == "auto"
         slices = self._fewest_slices(trainer, module, tokens) if auto else module.micro_batches(len(tokens))
         optimizer = module.configure_optimizers()
@@ -74,12 +78,12 @@ class CompileWarmup(pl.Callback):
             optimizer.step()
             optimizer.zero_grad()
 
-        for _ in range(self.steps):
+        for _ in range(steps):
             train_step(module.nll, tokens, slices, _backward, update)
         return slices
 
     def _fewest_slices(self, trainer: pl.Trainer, module: LanguageModel, tokens: Tensor) -> int:
-        """Try forward and backward; without an update, in which processes would wait for one that has no memory."""
+        """Try forward and backward; without an update, in which processes would wait for one without memory."""
         length, sequences = module.sequence_length, len(tokens)
         for slices in (count for count in range(1, sequences + 1) if sequences % count == 0):
             try:
@@ -88,13 +92,13 @@ class CompileWarmup(pl.Callback):
             except torch.cuda.OutOfMemoryError:
                 fits = False
             module.zero_grad()
-            if not fits:  # outside the handler, which holds on to the tensors of the failed step
+            if not fits:  # outside the handler, which holds the tensors of the failed step
                 torch.cuda.empty_cache()
-            if _on_all_ranks(fits, module.device):
+            if all_ranks_agree(fits, module.device):
                 module.micro_batch_tokens = sequences // slices * length
-                folder = Path(str(trainer.log_dir))  # ranks agree on it, so all of them have to ask
+                run = RunFolder(str(trainer.log_dir))  # a collective: all processes must ask
                 if trainer.is_global_zero:
-                    _remember(folder / "config.yaml", module.micro_batch_tokens)
+                    _write_micro_batch(run, module.micro_batch_tokens)
                 return slices
         raise UserError(f"{module.device}: not even one sequence of {length:,} tokens fits; shorten it or the model")
 
@@ -103,15 +107,9 @@ def _backward(loss: Tensor, last: bool) -> None:
     loss.backward()
 
 
-def _on_all_ranks(fits: bool, device: torch.device) -> bool:
-    answer = torch.tensor(int(fits), device=device)
-    if dist.is_initialized():
-        dist.all_reduce(answer, dist.ReduceOp.MIN)
-    return bool(answer)
-
-
-def _remember(config: Path, tokens: int) -> None:
-    """Write what was found into the run's config, so that the run can be repeated as it was."""
-    if config.is_file():
-        with atomic_write(config) as file:
-            file.write(config.read_text().replace("micro_batch_tokens: auto", f"micro_batch_tokens: {tokens}").encode())
+def _write_micro_batch(run: RunFolder, tokens: int) -> None:
+    """Write the micro-batch into the run's config, so that the run can be repeated as it was."""
+    if run.config.is_file():
+        with atomic_write(run.config) as file:
+            text = run.config.read_text().replace("micro_batch_tokens: auto", f"micro_batch_tokens: {tokens}")
+            file.write(text.encode())

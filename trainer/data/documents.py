@@ -20,12 +20,12 @@ FIELD = "text"
 
 
 def find_files(names: list[str]) -> list[Path]:
-    """Resolve files, folders (all text files below them) and patterns, keeping the order of the names.
+    """Resolve files, folders (all text files below them) and glob patterns, in the order of the names.
 
     Raises:
         UserError: If a name matches nothing, or a file is of another kind.
     """
-    found: list[Path] = []
+    files: list[Path] = []
     for name in names:
         path = Path(name)
         if path.is_dir():
@@ -36,11 +36,11 @@ def find_files(names: list[str]) -> list[Path]:
             matches = [path]
         if not matches or not all(file.is_file() for file in matches):
             raise UserError(f"{name}: there is no such text file; check data.source")
-        found += matches
-    for file in found:
+        files += matches
+    for file in files:
         if _kind(file) not in KINDS:
             raise UserError(f"{file}: only {', '.join(KINDS)} are read, each also as {', '.join(COMPRESSIONS)}")
-    return found
+    return files
 
 
 def _kind(path: Path) -> str:
@@ -48,17 +48,17 @@ def _kind(path: Path) -> str:
 
 
 class TextFiles:
-    """The documents of some files, and how far reading them has come."""
+    """The documents of files, and how much of the files has been read."""
 
     def __init__(self, paths: list[Path]) -> None:
         """Take the files; nothing is opened yet.
 
         Args:
-            paths: Files of the known kinds.
+            paths: Files of the supported kinds.
         """
         self.paths = paths
         self.sizes = [path.stat().st_size for path in paths]
-        self.index = 0  # of the file that the last document came from
+        self.index = 0  # number of the file that the last document came from
         self._done = 0
         self._open: BinaryIO | None = None
 
@@ -69,7 +69,7 @@ class TextFiles:
         return (self._done + here) / max(sum(self.sizes), 1)
 
     def __iter__(self) -> Iterator[str]:
-        """Read on from file to file.
+        """Read the files one after another.
 
         Raises:
             UserError: If a file is empty, damaged, not UTF-8, or not what its name says.
@@ -141,7 +141,7 @@ def _rows(path: Path, file: BinaryIO) -> Iterator[str]:
             f"{path}: parquet files need the package pyarrow; pip install 'golf-trainer[parquet]'"
         ) from error
     with tempfile.TemporaryFile() as whole:
-        if path.suffix != ".parquet":  # its index stands at the end
+        if path.suffix != ".parquet":  # its index is at the end of the file
             shutil.copyfileobj(file, whole)
             whole.seek(0)
             file = cast(BinaryIO, whole)

@@ -1,4 +1,4 @@
-"""What lies in a folder of shards: `manifest.json`, written last, so that a half-made folder has none."""
+"""The content of a folder of shards: `manifest.json`, written last, so that an unfinished folder has none."""
 
 import hashlib
 import json
@@ -23,13 +23,13 @@ class ShardRecord:
     """One shard.
 
     Attributes:
-        file: Its name in the folder.
+        file: Name of the file in the folder.
         split: train or val.
-        documents: Documents in it, each after a BOS.
-        tokens: Tokens in it, BOS included.
-        bytes: UTF-8 bytes of the text the tokens stand for, which bits per byte are counted by.
-        text_bytes: UTF-8 bytes of the text before the tokenizer's normalisation.
-        sha256: Of the file.
+        documents: Number of documents, each after a BOS.
+        tokens: Number of tokens, BOS included.
+        bytes: UTF-8 bytes of the text that the tokens stand for, the denominator of bits per byte.
+        text_bytes: UTF-8 bytes of the text before the tokenizer's normalization.
+        sha256: Hexadecimal sha256 of the file.
     """
 
     file: str
@@ -46,10 +46,10 @@ class Manifest:
     """A folder of shards.
 
     Attributes:
-        source: Class and settings of the source, in plain values.
-        tokenizer_sha256: Of `tokenizer.model` beside the shards.
-        shards: In reading order.
-        versions: Of the libraries that made it.
+        source: Class and settings of the source, as plain values.
+        tokenizer_sha256: Hexadecimal sha256 of `tokenizer.model` beside the shards.
+        shards: The shards in reading order.
+        versions: Versions of the libraries that made the folder.
     """
 
     source: dict[str, Any]
@@ -59,10 +59,7 @@ class Manifest:
 
     @property
     def text_fingerprint(self) -> str:
-        """Equal for the same text under any tokenizer, which changes what a shard holds: 16 digits of a sha256.
-
-        Of the documents and bytes of each split.
-        """
+        """Equal for the same text under any tokenizer: 16 digits of a sha256 of each split's documents and bytes."""
         text = [
             [split, sum(shard.documents for shard in self.of(split)), sum(shard.text_bytes for shard in self.of(split))]
             for split in ("train", "val")
@@ -106,15 +103,15 @@ def documents_of(tokens: TokenArray) -> Iterator[TokenArray]:
         yield tokens[start + 1 : end]
 
 
-def check_vocabulary(path: Path, tokens: TokenArray, pieces: int) -> None:
-    """Look at every token of a shard.
+def check_vocabulary(path: Path, tokens: TokenArray, vocab_size: int) -> None:
+    """Check every token of a shard.
 
     Raises:
-        UserError: If one is beyond the tokenizer.
+        UserError: If one is not in the tokenizer's vocabulary.
     """
-    if (highest := int(np.max(tokens))) >= pieces:
+    if (highest := int(np.max(tokens))) >= vocab_size:
         raise UserError(
-            f"{path}: holds token {highest}, but the tokenizer has only {pieces:,} pieces; "
+            f"{path}: holds token {highest}, but the tokenizer's vocabulary size is {vocab_size:,}; "
             "it was made with another tokenizer, or is damaged: prepare it again"
         )
 
@@ -122,8 +119,8 @@ def check_vocabulary(path: Path, tokens: TokenArray, pieces: int) -> None:
 def verify(folder: Path) -> Manifest:
     """Read every shard again and compare it with the manifest.
 
-    Header, size, checksum, largest token, documents, and the bytes of the text, which are counted by decoding every
-    document: another way than the table that training uses. No document is in both splits.
+    Checks header, size, checksum, largest token, number of documents and the bytes of the text. Bytes are counted by
+    decoding every document, independently of the table that training uses. No document may be in both splits.
 
     Raises:
         UserError: At the first difference.
@@ -134,23 +131,22 @@ def verify(folder: Path) -> Manifest:
     if sha256_of(folder / "tokenizer.model") != manifest.tokenizer_sha256:
         raise UserError(f"{folder / 'tokenizer.model'}: is not the tokenizer of the manifest; prepare the folder again")
     tokenizer = load_tokenizer(folder / "tokenizer.model")
-    pieces = tokenizer.get_piece_size()
+    vocab_size = tokenizer.get_piece_size()
     seen: dict[str, set[bytes]] = {"train": set(), "val": set()}
     for shard in sorted(manifest.shards, key=lambda shard: shard.split == "train"):  # the small split first
         path = folder / shard.file
         tokens = open_shard(path)
-        check_vocabulary(path, tokens, pieces)
-        found = {"tokens": len(tokens), "documents": 0, "bytes": 0}
+        check_vocabulary(path, tokens, vocab_size)
+        counts = {"tokens": len(tokens), "documents": 0, "bytes": 0}
         for document in documents_of(tokens):
-            found["documents"] += 1
-            found["bytes"] += len(tokenizer.decode(document.tolist()).encode())
+            counts["documents"] += 1
+            counts["bytes"] += len(tokenizer.decode(document.tolist()).encode())
             key = hashlib.sha256(document.tobytes()).digest()
             if shard.split == "val":
                 seen["val"].add(key)
             elif key in seen["val"]:
-                raise UserError(f"{path}: document {found['documents']:,} is in the validation split too")
-        found_sha = {**found, "sha256": sha256_of(path)}
-        for name, value in found_sha.items():
+                raise UserError(f"{path}: document {counts['documents']:,} is in the validation split too")
+        for name, value in {**counts, "sha256": sha256_of(path)}.items():
             if value != getattr(shard, name):
                 raise UserError(
                     f"{path}: {name} is {value}, but the manifest says {getattr(shard, name)}; "

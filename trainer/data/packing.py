@@ -1,4 +1,4 @@
-"""Documents packed into sequences: a sequence starts at a document, and none is cut that fits into one.
+"""Packs documents into sequences: every sequence starts at a document, and no document that fits into one is cut.
 
 Best-fit decreasing on a histogram of lengths, so that ten million documents take seconds. Sources: Krell et al. 2021
 (packing by histogram, arXiv 2107.02027), Ding et al. 2024 (best fit instead of cutting, arXiv 2404.10830).
@@ -18,13 +18,13 @@ READ_TOKENS = 16_000_000
 
 @dataclass(frozen=True)
 class Packing:
-    """Rows of stretches of the token stream.
+    """Rows made of segments of the token stream.
 
     Attributes:
-        starts: (pieces,) first token of each piece, row after row.
-        lengths: (pieces,) tokens of each piece.
-        ends: (rows,) number of pieces up to and with each row's last.
-        capacity: Places of a row.
+        starts: (segments,) first token of each segment, row after row.
+        lengths: (segments,) tokens of each segment.
+        ends: (rows,) number of segments up to and including each row's last.
+        capacity: Tokens that a row has room for.
     """
 
     starts: Positions
@@ -37,35 +37,35 @@ class Packing:
 
     @property
     def filled(self) -> float:
-        """Share of the places in all rows that hold a token."""
+        """Share of the capacity of all rows that holds tokens."""
         return float(self.lengths.sum() / (len(self) * self.capacity))
 
     def row(self, index: int) -> list[tuple[int, int]]:
-        """Start and length of each piece of a row."""
+        """Start and length of each segment of a row."""
         first = self.ends[index - 1] if index else 0
-        pieces = slice(first, self.ends[index])
-        return list(zip(self.starts[pieces].tolist(), self.lengths[pieces].tolist(), strict=True))
+        segments = slice(first, self.ends[index])
+        return list(zip(self.starts[segments].tolist(), self.lengths[segments].tolist(), strict=True))
 
 
 def document_starts(files: TokenFiles) -> Positions:
     """Position of every BOS, and of the first token; reads all tokens."""
-    found = [np.zeros(1, dtype=np.int64)]
+    positions = [np.zeros(1, dtype=np.int64)]
     for shard, end in zip(files.shards, files.ends, strict=True):
         for start in range(0, len(shard), READ_TOKENS):
-            places = np.flatnonzero(shard[start : start + READ_TOKENS] == BOS)
-            found.append(places + (int(end) - len(shard) + start))
-    starts = np.concatenate(found)
+            offsets = np.flatnonzero(shard[start : start + READ_TOKENS] == BOS)
+            positions.append(offsets + (int(end) - len(shard) + start))
+    starts = np.concatenate(positions)
     return starts[1:] if len(starts) > 1 and starts[1] == 0 else starts
 
 
 def pack(starts: Positions, total: int, sequence_length: int) -> Packing:
     """Put documents into rows of `sequence_length` + 1 tokens, each token of the stream into one row.
 
-    A document longer than a row is cut into full rows and a rest; a rest stands behind the whole documents of its row.
-    A row's first token, a BOS unless a long document goes on there, is the only one that is no target.
+    A document longer than a row is cut into full rows and a remainder, which follows the whole documents of its row. A
+    row's first token, a BOS unless a long document continues there, is the only one that is not a target.
 
     Args:
-        starts: (documents,) ascending.
+        starts: (documents,) first token of each document, ascending.
         total: Tokens of the stream.
         sequence_length: Targets of a row.
     """
@@ -73,27 +73,27 @@ def pack(starts: Positions, total: int, sequence_length: int) -> Packing:
     lengths = np.diff(starts, append=total)
     parts = -(-lengths // capacity)  # of each document
     number = np.arange(parts.sum()) - np.repeat(np.cumsum(parts) - parts, parts)
-    piece_starts = np.repeat(starts, parts) + number * capacity
-    piece_lengths = np.minimum(capacity, np.repeat(starts + lengths, parts) - piece_starts)
-    falling = np.argsort(-piece_lengths, kind="stable")
-    rows = np.empty(len(falling), dtype=np.int64)
-    rows[falling] = _best_fit(np.bincount(piece_lengths, minlength=capacity + 1))
+    segment_starts = np.repeat(starts, parts) + number * capacity
+    segment_lengths = np.minimum(capacity, np.repeat(starts + lengths, parts) - segment_starts)
+    descending = np.argsort(-segment_lengths, kind="stable")
+    rows = np.empty(len(descending), dtype=np.int64)
+    rows[descending] = _best_fit(np.bincount(segment_lengths, minlength=capacity + 1))
     order = np.lexsort((number > 0, rows))
-    return Packing(piece_starts[order], piece_lengths[order], np.cumsum(np.bincount(rows)), capacity)
+    return Packing(segment_starts[order], segment_lengths[order], np.cumsum(np.bincount(rows)), capacity)
 
 
 def _best_fit(histogram: Positions) -> Positions:
-    """Rows for pieces in order of falling length: the fullest row that a piece fits into, else a new one.
+    """Rows for segments in order of descending length: the fullest row that a segment fits into, else a new one.
 
     Args:
-        histogram: (capacity + 1,) pieces of each length.
+        histogram: (capacity + 1,) number of segments of each length.
 
     Returns:
-        (pieces,) row of each.
+        (segments,) row of each.
     """
     capacity = len(histogram) - 1
     count = 0
-    spaces: dict[int, Positions] = {}  # rows by the tokens that still fit in
+    spaces: dict[int, Positions] = {}  # rows by the tokens that they still have room for
     sizes: list[int] = []  # its keys in order, for bisection
     rows: list[Positions] = []
 
@@ -109,18 +109,18 @@ def _best_fit(histogram: Positions) -> Positions:
     for length in np.flatnonzero(histogram)[::-1].tolist():
         left = int(histogram[length])
         while left:
-            place = bisect_left(sizes, length)
-            if place == len(sizes):
+            position = bisect_left(sizes, length)
+            if position == len(sizes):
                 new = np.arange(count, count + -(-left // (capacity // length)))
                 put(capacity, new)
                 count += len(new)
                 continue
-            space = sizes[place]
+            space = sizes[position]
             members = spaces.pop(space)
-            del sizes[place]
-            taken, rest = members[:left], members[left:]
-            rows.append(taken)
-            left -= len(taken)
-            put(space, rest)
-            put(space - length, taken)
+            del sizes[position]
+            filled, unused = members[:left], members[left:]
+            rows.append(filled)
+            left -= len(filled)
+            put(space, unused)
+            put(space - length, filled)
     return np.concatenate(rows)

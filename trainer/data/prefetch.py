@@ -10,7 +10,7 @@ from trainer.data.stream import TrainStream
 
 
 class Prefetcher:
-    """The batches from the first step that is not done; the position is f(step), so no batch is lost on resume."""
+    """The batches from the next step on; the position is a function of the step, so resuming loses no batch."""
 
     def __init__(
         self, dataset: TrainStream, first_step: Callable[[], int], pin_memory: bool = False, depth: int = 4
@@ -19,9 +19,9 @@ class Prefetcher:
 
         Args:
             dataset: Batches by step number.
-            first_step: Called when iteration begins.
-            pin_memory: Put batches where a GPU copies from without stopping the host.
-            depth: Batches that lie ready.
+            first_step: Called when iteration begins, for the number of the first batch.
+            pin_memory: Pin batches, so that a GPU copies them without stopping the host.
+            depth: Number of batches read ahead.
         """
         self.dataset = dataset
         self.first_step = first_step

@@ -11,15 +11,16 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from trainer.data.shards import open_shard
 from trainer.data.sources import PreparedText, Source
 from trainer.errors import UserError
+from trainer.logging import logger
 
 MANIFEST = "datasets/manifest.json"
 
 
 class PublishedFineWeb(Source):
-    """The challenge's tokenised FineWeb, downloaded once.
+    """The challenge's tokenized FineWeb, downloaded once.
 
-    The files lie in the Hub's cache, and its settings count: HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE. The names
-    and the layout are those of the manifest in openai/parameter-golf's dataset.
+    The files stay in the Hub's cache, whose settings apply: HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE. Names and
+    layout come from the manifest in openai/parameter-golf's dataset.
     """
 
     def __init__(
@@ -33,11 +34,11 @@ class PublishedFineWeb(Source):
         """Fetch the first training shards and the whole validation split of one export.
 
         Args:
-            variant: Name of the export, which tells its tokenizer.
-            train_shards: Training shards, of 100 million tokens (200 MB) each; null for all.
-            repo_id: Dataset on the Hub.
+            variant: Name of the export, which determines its tokenizer.
+            train_shards: Number of training shards, each of 100 million tokens (200 MB); null: all.
+            repo_id: Name of the dataset on the Hub.
             revision: Branch, tag or commit of the dataset.
-            parallel_files: Files downloaded at once.
+            parallel_files: Number of files downloaded at once.
         """
         self.variant = variant
         self.train_shards = train_shards
@@ -46,16 +47,16 @@ class PublishedFineWeb(Source):
         self.parallel_files = parallel_files
 
     def prepare(self) -> None:
-        """Download what is missing; look at the size and header of every shard, and fetch a damaged one again.
+        """Download what is missing; check size and header of every shard, and download a damaged one again.
 
         Raises:
-            UserError: If the export or so many shards do not exist, or the download fails.
+            UserError: If the export or that number of shards does not exist, or the download fails.
         """
         text = self._find(local=False)
         damaged = [path for path in [*text.train, *text.val] if not _is_whole(path)]
         for path in damaged:
-            print(f"{path}: is damaged; it is downloaded again", flush=True)
-            path.resolve().unlink()  # the cache keeps contents and names apart
+            logger.warning(f"{path}: is damaged; it is downloaded again")
+            path.resolve().unlink()  # the cache stores contents and names separately
             path.unlink(missing_ok=True)
         if damaged:
             self._find(local=False)
@@ -71,26 +72,26 @@ class PublishedFineWeb(Source):
         folder = self._fetch([MANIFEST], self.revision, local)
         dataset, tokenizer = self._entries(folder / MANIFEST)
         available, validation = dataset["stats"]["files_train"], dataset["stats"]["files_val"]
-        wanted = available if self.train_shards is None else self.train_shards
-        if not 1 <= wanted <= available:
+        count = available if self.train_shards is None else self.train_shards
+        if not 1 <= count <= available:
             raise UserError(
-                f"data.source.train_shards is {wanted}, but {self.variant} in {self.repo_id} has {available} of them; "
+                f"data.source.train_shards is {count}, but {self.variant} in {self.repo_id} has {available}; "
                 f"give 1 to {available}, or null for all"
             )
         names = {
-            "train": [f"{self.variant}/fineweb_train_{number:06d}.bin" for number in range(wanted)],
+            "train": [f"{self.variant}/fineweb_train_{number:06d}.bin" for number in range(count)],
             "val": [f"{self.variant}/fineweb_val_{number:06d}.bin" for number in range(validation)],
             "tokenizer": [tokenizer["model_path"]],
         }
-        # The snapshot's folder is named by its commit: the files belong together even if the branch moves meanwhile.
+        # The snapshot's folder is named by its commit, so the files belong together even if the branch moves meanwhile.
         self._fetch([f"*/{name}" for group in names.values() for name in group], folder.name, local)
-        found = {group: [self._only(folder, name) for name in members] for group, members in names.items()}
-        return PreparedText(found["train"], found["val"], found["tokenizer"][0])
+        paths = {group: [self._only(folder, name) for name in members] for group, members in names.items()}
+        return PreparedText(paths["train"], paths["val"], paths["tokenizer"][0])
 
     def _entries(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         """The manifest's entries of the export and of its tokenizer."""
         if not path.is_file():
-            raise UserError(f"{self.repo_id}: holds no {MANIFEST}; check data.source.repo_id and data.source.revision")
+            raise UserError(f"{self.repo_id}: has no {MANIFEST}; check data.source.repo_id and data.source.revision")
         try:
             manifest = json.loads(path.read_text())
             datasets = {entry["name"]: entry for entry in manifest["datasets"]}
@@ -105,16 +106,16 @@ class PublishedFineWeb(Source):
         raise UserError(f"data.source.variant {self.variant!r} is not in {self.repo_id}; there are: {known}")
 
     def _only(self, folder: Path, name: str) -> Path:
-        found = list(folder.rglob(name))
-        if len(found) != 1:
+        matches = list(folder.rglob(name))
+        if len(matches) != 1:
             raise UserError(
-                f"{self.repo_id}: its manifest promises {name}, but the repository holds {len(found)} such files; "
+                f"{self.repo_id}: its manifest promises {name}, but the repository has {len(matches)} such files; "
                 "try another data.source.revision"
             )
-        return found[0]
+        return matches[0]
 
     def _fetch(self, patterns: list[str], revision: str, local: bool) -> Path:
-        """Folder of the snapshot that holds the files of these patterns."""
+        """Folder of the snapshot with the files of these patterns."""
         try:
             folder = huggingface_hub.snapshot_download(
                 self.repo_id,
@@ -126,7 +127,7 @@ class PublishedFineWeb(Source):
             )
         except LocalEntryNotFoundError as error:
             raise UserError(
-                f"{self.repo_id}: is not (wholly) in the Hub's cache and {constants.ENDPOINT} cannot be reached; "
+                f"{self.repo_id}: is not completely in the Hub's cache and {constants.ENDPOINT} cannot be reached; "
                 "go online once and run `trainer prepare`, or use another data.source"
             ) from error
         except RevisionNotFoundError as error:
@@ -139,7 +140,7 @@ class PublishedFineWeb(Source):
         except Exception as error:  # the Hub's HTTP library, and with it the classes, differs between its versions
             reason = str(error).strip().split("\n")[0]
             raise UserError(
-                f"{self.repo_id}: the download failed ({reason}); run it again, what is whole is kept"
+                f"{self.repo_id}: the download failed ({reason}); run it again, complete files are kept"
             ) from error
         return Path(folder)
 

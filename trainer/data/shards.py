@@ -19,7 +19,6 @@ HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
 MAX_VOCAB = 2**16
 
-
 TokenArray = np.ndarray[tuple[int], np.dtype[np.uint16]]
 
 
@@ -86,8 +85,8 @@ class TokenFiles:
             raise UserError("no token shards to read; prepare the data first")
         self.paths = [Path(path) for path in paths]
         self.shards = [open_shard(path) for path in paths]
-        # Not from mapped memory: beyond the end of a file that was cut meanwhile, a touch kills the process without a
-        # word. A read comes back short instead.
+        # Not from mapped memory: access beyond the end of a file that was cut meanwhile kills the process silently. A
+        # read comes back short instead.
         self._files = [path.open("rb", buffering=0) for path in self.paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
 
@@ -95,7 +94,7 @@ class TokenFiles:
         return int(self.ends[-1])
 
     def read(self, start: int, count: int) -> TokenArray:
-        """Copy `count` tokens from position `start`, going on at the first token after the last.
+        """Copy `count` tokens from position `start`, continuing with the first token after the last.
 
         Returns:
             (count,) uint16.
@@ -109,34 +108,35 @@ class TokenFiles:
         while filled < count:
             index = int(np.searchsorted(self.ends, position, side="right"))
             offset = position - int(self.ends[index] - len(self.shards[index]))
-            wanted = min(count - filled, len(self.shards[index]) - offset)
-            piece = os.pread(self._files[index].fileno(), 2 * wanted, HEADER_BYTES + 2 * offset)
-            self._check_unchanged(index, len(piece) == 2 * wanted)
-            out[filled : filled + wanted] = np.frombuffer(piece, dtype="<u2")
-            filled += wanted
-            position = (position + wanted) % len(self)
+            length = min(count - filled, len(self.shards[index]) - offset)
+            block = os.pread(self._files[index].fileno(), 2 * length, HEADER_BYTES + 2 * offset)
+            self._check_unchanged(index, len(block) == 2 * length)
+            out[filled : filled + length] = np.frombuffer(block, dtype="<u2")
+            filled += length
+            position = (position + length) % len(self)
         return out
 
     def _check_unchanged(self, index: int, is_whole: bool) -> None:
-        """Say what became of a shard, if a read came back short or the file has another size by now."""
+        """Refuse a shard that was cut or replaced: a read came back short, or the file has another size."""
         path, expected = self.paths[index], HEADER_BYTES + 2 * len(self.shards[index])
         try:
             size = path.stat().st_size
         except OSError as error:
-            raise UserError(f"{path}: was there when the run began, but not now ({error.strerror})") from error
+            raise UserError(f"{path}: existed when the run began, but not now ({error.strerror})") from error
         if size != expected or not is_whole:
             raise UserError(
                 f"{path}: had {expected:,} bytes when the run began, but has {size:,} now; prepare it again"
             )
 
 
-def check_size(tokenizer: Path, pieces: int) -> None:
-    """Refuse a tokenizer whose pieces do not fit into 16 bits.
+def check_vocab_size(tokenizer: Path, vocab_size: int) -> None:
+    """Refuse a tokenizer whose tokens do not fit into 16 bits.
 
     Raises:
-        UserError: If it has more than 65,536.
+        UserError: If its vocabulary is larger than 65,536.
     """
-    if pieces > MAX_VOCAB:
+    if vocab_size > MAX_VOCAB:
         raise UserError(
-            f"{tokenizer}: has {pieces:,} pieces, but shards hold at most {MAX_VOCAB:,}; use another tokenizer"
+            f"{tokenizer}: has a vocabulary of {vocab_size:,} tokens, but shards support at most {MAX_VOCAB:,}; use "
+            "another tokenizer"
         )

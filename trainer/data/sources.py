@@ -1,4 +1,4 @@
-"""Where text comes from: a source makes a folder of token shards once, and says what lies in it."""
+"""Sources of text: each makes a folder of token shards once, and lists the shards in it."""
 
 import ast
 import hashlib
@@ -15,15 +15,16 @@ from pathlib import Path
 
 from trainer.data.documents import TextFiles, find_files
 from trainer.data.manifest import NAME, Manifest
-from trainer.data.tokenise import SHARD_TOKENS, Document, clear, finished, is_prepared, split_of, tokenise
+from trainer.data.shard_writer import SHARD_TOKENS, Document, clear, is_prepared, mark_finished, split_of, tokenize
 from trainer.data.tokenizer import load_tokenizer, train_tokenizer
 from trainer.errors import UserError
 from trainer.files import atomic_write, sha256_of
+from trainer.logging import logger
 
 TRAIN_PATTERN = "*_train_*.bin"
 VAL_PATTERN = "*_val_*.bin"
 SAMPLE_BYTES = 50_000_000  # of training text, for a tokenizer
-MOST_READERS = 4  # processes: each imports the main module anew, which on many cores takes longer than the reading
+MAX_READERS = 4  # processes; each imports the main module, which on many cores takes longer than the reading
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Source(ABC):
 
     @abstractmethod
     def prepare(self) -> None:
-        """Make the shards if they are not there yet. Called by one process only."""
+        """Make the shards if they do not exist yet. Called by one process only."""
 
     @abstractmethod
     def prepared(self) -> PreparedText:
@@ -58,17 +59,17 @@ def list_shards(folder: Path, tokenizer: Path) -> PreparedText:
         UserError: If the folder, the training shards or the validation shards are missing.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: is no folder; name one with token shards, in fit with --data.source.folder")
+        raise UserError(f"{folder}: is not a folder; name one with token shards, in fit with --data.source.folder")
     train, val = sorted(folder.glob(TRAIN_PATTERN)), sorted(folder.glob(VAL_PATTERN))
-    for found, pattern in ((train, TRAIN_PATTERN), (val, VAL_PATTERN)):
-        if not found:
-            raise UserError(f"{folder}: holds no shard named {pattern}; prepare it or point to another folder")
+    for shards, pattern in ((train, TRAIN_PATTERN), (val, VAL_PATTERN)):
+        if not shards:
+            raise UserError(f"{folder}: holds no shard named {pattern}; prepare it or name another folder")
     if (manifest := Manifest.read(folder)) is not None:
-        named, there = {shard.file for shard in manifest.shards}, {path.name for path in (*train, *val)}
-        for name in sorted(named - there):
-            raise UserError(f"{folder / name}: is gone, the folder's {NAME} names it; prepare the folder again")
-        for name in sorted(there - named):
-            raise UserError(f"{folder / name}: the folder's {NAME} does not name it; take it away")
+        listed, present = {shard.file for shard in manifest.shards}, {path.name for path in (*train, *val)}
+        for name in sorted(listed - present):
+            raise UserError(f"{folder / name}: is missing, but the folder's {NAME} lists it; prepare the folder again")
+        for name in sorted(present - listed):
+            raise UserError(f"{folder / name}: is not listed in the folder's {NAME}; remove it")
     return PreparedText(train, val, tokenizer)
 
 
@@ -86,23 +87,23 @@ class Shards(Source):
         self.tokenizer = Path(tokenizer) if tokenizer else self.folder / "tokenizer.model"
 
     def prepare(self) -> None:
-        """Nothing to make."""
+        """Do nothing: the shards exist."""
 
     def prepared(self) -> PreparedText:
         """The shards of the folder."""
         return list_shards(self.folder, self.tokenizer)
 
 
-def _state(path: Path) -> list[str | int]:
-    """What tells whether a file was changed since."""
-    state = path.stat()
-    return [str(path), state.st_size, state.st_mtime_ns]
+def _file_state(path: Path) -> list[str | int]:
+    """Path, size and time of change, which tell whether a file was changed."""
+    status = path.stat()
+    return [str(path), status.st_size, status.st_mtime_ns]
 
 
 class LocalText(Source):
-    """Your own text: `.txt` (a document a file), `.jsonl` (a `text` field a line), `.parquet` (a `text` column).
+    """Your own text: `.txt` (one document per file), `.jsonl` (a `text` field per line), `.parquet` (a `text` column).
 
-    Each also compressed as `.gz`, `.zst` or `.xz`.
+    Each may be compressed as `.gz`, `.zst` or `.xz`.
     """
 
     def __init__(
@@ -115,18 +116,19 @@ class LocalText(Source):
         vocab_size: int = 1024,
         shard_tokens: int = SHARD_TOKENS,
     ) -> None:
-        """Tokenise files into a folder of shards.
+        """Tokenize files into a folder of shards.
 
         Args:
-            train_files: Files, folders and patterns, in reading order.
-            folder: Where the shards go; made anew when the files or these settings change.
-            val_files: The same for validation; training documents that are among them are left out. Default: a split of
-                the training files.
-            val_every: Without val_files, about one document in this many is for validation, chosen by its sha256.
-            tokenizer: SentencePiece model; default: one is trained on the first 50 MB of training documents, an equal
-                part of each file.
-            vocab_size: Pieces of a tokenizer trained here.
-            shard_tokens: Longest shard.
+            train_files: Files, folders and glob patterns with training text, in reading order.
+            folder: Folder for the shards; it is made again when the files or these settings change.
+            val_files: Files, folders and glob patterns with validation text. Training documents that are among them are
+                left out. null: a part of the training documents becomes the validation split.
+            val_every: Without val_files, about one document in this many goes to the validation split, chosen by its
+                sha256 (at least 2).
+            tokenizer: SentencePiece model. null: one is trained on the first 50 MB of training documents, an equal part
+                of each file.
+            vocab_size: Vocabulary size of a tokenizer that is trained here.
+            shard_tokens: Most tokens of a shard.
         """
         self.train_files = train_files
         self.val_files = val_files
@@ -137,15 +139,15 @@ class LocalText(Source):
         self.shard_tokens = shard_tokens
 
     def prepare(self) -> None:
-        """Tokenise every file, unless the manifest says that this was done."""
+        """Tokenize every file, unless the manifest says that this was done."""
         if self.val_every < 2:
             raise UserError(f"data.source.val_every must be at least 2, not {self.val_every}")
         train = find_files(self.train_files)
         val = find_files(self.val_files or [])
         record: dict[str, object] = {
             "class": "LocalText",
-            "train_files": [_state(path) for path in train],
-            "val_files": [_state(path) for path in val],
+            "train_files": [_file_state(path) for path in train],
+            "val_files": [_file_state(path) for path in val],
             "val_every": self.val_every,
             "tokenizer": sha256_of(self.given_tokenizer) if self.given_tokenizer else self.vocab_size,
             "shard_tokens": self.shard_tokens,
@@ -159,37 +161,35 @@ class LocalText(Source):
             with atomic_write(model) as file:
                 file.write(self.given_tokenizer.read_bytes())
         else:
-            print(f"training a tokenizer of {self.vocab_size:,} pieces", flush=True)
+            logger.info(f"training a tokenizer with a vocabulary of {self.vocab_size:,}")
             sample = itertools.chain.from_iterable(_beginning(path, SAMPLE_BYTES // len(train)) for path in train)
             train_tokenizer(_sentences(sample), self.vocab_size, model, os.cpu_count() or 1)
         files = TextFiles([*val, *train])
-        print(
-            f"tokenising {len(files.paths):,} files ({sum(files.sizes) / 1e6:,.1f} MB) into {self.folder}", flush=True
-        )
-        tokenise(
+        logger.info(f"tokenizing {len(files.paths):,} files ({sum(files.sizes) / 1e6:,.1f} MB) into {self.folder}")
+        tokenize(
             self._documents(files, len(val)), model, self.folder, record, lambda: files.fraction, self.shard_tokens
         )
-        finished(self.folder)
+        mark_finished(self.folder)
 
     def _documents(self, files: TextFiles, val_count: int) -> Iterator[Document]:
-        """Validation files first; of the rest, documents that are not among them. Without such files, by hash."""
-        known: set[bytes] = set()
+        """The validation files, then the training documents that are not in them; without such files, split by hash."""
+        validation: set[bytes] = set()
         left_out = 0
         for text in files:
-            place = str(files.paths[files.index])
+            origin = str(files.paths[files.index])
             if not val_count:
-                yield Document(split_of(text, self.val_every), text, place)
+                yield Document(split_of(text, self.val_every), text, origin)
                 continue
             key = hashlib.sha256(text.encode()).digest()
             if files.index < val_count:
-                known.add(key)
-                yield Document("val", text, place)
-            elif key in known:
+                validation.add(key)
+                yield Document("val", text, origin)
+            elif key in validation:
                 left_out += 1
             else:
-                yield Document("train", text, place)
+                yield Document("train", text, origin)
         if left_out:
-            print(f"left out {left_out:,} training documents that are in the validation files", flush=True)
+            logger.info(f"left out {left_out:,} training documents that are in the validation files")
 
     def prepared(self) -> PreparedText:
         """The shards of the folder."""
@@ -199,7 +199,7 @@ class LocalText(Source):
 class PythonDocumentation(Source):
     """Python's own documentation: the docstrings of the standard library and of the installed packages.
 
-    Real English that every machine with Python already has, so the first run downloads nothing.
+    It is real English that every machine with Python has, so the first run downloads nothing.
     """
 
     def __init__(
@@ -210,14 +210,14 @@ class PythonDocumentation(Source):
         val_every: int = 40,
         roots: list[str] | None = None,
     ) -> None:
-        """Collect docstrings; a document is a stretch of a module's.
+        """Collect docstrings; a document joins a few neighbors of one module.
 
         Args:
-            folder: Where the shards go; made anew when these arguments change.
-            vocab_size: Pieces of the tokenizer trained on them.
+            folder: Folder for the shards; it is made again when these settings change.
+            vocab_size: Vocabulary size of the tokenizer that is trained on the text.
             max_bytes: Stop collecting at this many bytes of text.
-            val_every: About one document in this many is for validation, chosen by the hash of its text.
-            roots: Folders with Python files; default: the standard library, then the installed packages.
+            val_every: About one document in this many goes to the validation split, chosen by its sha256 (at least 2).
+            roots: Folders with Python files. null: the standard library, then the installed packages.
         """
         paths = sysconfig.get_paths()
         self.folder = Path(folder)
@@ -227,7 +227,7 @@ class PythonDocumentation(Source):
         self.roots = [Path(root) for root in (roots or [paths["stdlib"], paths["purelib"]])]
 
     def prepare(self) -> None:
-        """Collect, train the tokenizer, tokenise; unless the folder records that this was done."""
+        """Collect docstrings, train the tokenizer and tokenize, unless the manifest says that this was done."""
         if self.val_every < 2:
             raise UserError(f"data.source.val_every must be at least 2, not {self.val_every}")
         record: dict[str, object] = {
@@ -240,33 +240,33 @@ class PythonDocumentation(Source):
         if is_prepared(self.folder, record):
             return
         clear(self.folder)
-        print(f"collecting Python's own documentation into {self.folder}", flush=True)
-        documents = list(itertools.chain.from_iterable(map(_stretches, self._modules())))
-        # Neighbours in one module are alike: a small batch of them would be many times the same lesson.
+        logger.info(f"collecting Python's own documentation into {self.folder}")
+        documents = list(itertools.chain.from_iterable(map(_join_neighbors, self._modules())))
+        # Neighbors in one module are alike: a small batch of them would hold the same text many times.
         documents.sort(key=_text_hash)
         splits = [Document(split_of(text, self.val_every), text, "the documentation") for text in documents]
         train = [document.text for document in splits if document.split == "train"]
         if not train or len(train) == len(splits):
-            places = ", ".join(map(str, self.roots))
-            raise UserError(f"{places}: too few docstrings found for two splits; use another data.source")
+            roots = ", ".join(map(str, self.roots))
+            raise UserError(f"{roots}: too few docstrings for two splits; use another data.source")
         model = self.folder / "tokenizer.model"
         train_tokenizer(_sentences(train), self.vocab_size, model, os.cpu_count() or 1)
-        tokenise(splits, model, self.folder, record)
-        finished(self.folder)
+        tokenize(splits, model, self.folder, record)
+        mark_finished(self.folder)
 
     def prepared(self) -> PreparedText:
         """The shards of the folder."""
         return list_shards(self.folder, self.folder / "tokenizer.model")
 
     def _modules(self) -> Iterator[list[str]]:
-        """Docstrings of modules that have at least a paragraph, each text once, in an order fixed by the paths."""
+        """Docstrings of modules with at least a paragraph of them, each once, in an order that the paths determine."""
         files: list[Path] = []
         for root in self.roots:
             inside = (path for path in root.rglob("*.py") if "site-packages" not in path.relative_to(root).parts)
             files += sorted(inside, key=partial(_path_hash, root=root))
         seen: set[str] = set()
         total = 0
-        workers = min(os.cpu_count() or 1, MOST_READERS)
+        workers = min(os.cpu_count() or 1, MAX_READERS)
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             for batch in _batches(files, 128 * workers):
                 for docstrings in pool.map(docstrings_of, batch, chunksize=32):
@@ -280,16 +280,16 @@ class PythonDocumentation(Source):
                         return
 
 
-def _stretches(docstrings: list[str], longest: int = 1000) -> Iterator[str]:
-    """Join neighbours into documents of at most so many characters, where one is not longer itself."""
-    waiting = ""
+def _join_neighbors(docstrings: list[str], max_length: int = 1000) -> Iterator[str]:
+    """Join neighbors into documents of at most `max_length` characters, where one is not longer itself."""
+    document = ""
     for text in docstrings:
-        if waiting and len(waiting) + len(text) > longest:
-            yield waiting
-            waiting = ""
-        waiting += f"\n\n{text}" if waiting else text
-    if waiting:
-        yield waiting
+        if document and len(document) + len(text) > max_length:
+            yield document
+            document = ""
+        document += f"\n\n{text}" if document else text
+    if document:
+        yield document
 
 
 def _text_hash(text: str) -> int:
@@ -320,11 +320,13 @@ def docstrings_of(path: Path) -> list[str]:
 
 
 def _is_clean(text: str) -> bool:
-    return not any((ord(letter) < 32 and letter not in "\n\t") or 0xD800 <= ord(letter) <= 0xDFFF for letter in text)
+    return not any(
+        (ord(character) < 32 and character not in "\n\t") or 0xD800 <= ord(character) <= 0xDFFF for character in text
+    )
 
 
 def _beginning(path: Path, size: int) -> Iterator[str]:
-    """Documents of a file up to so many bytes, at least one."""
+    """The first documents of a file, of about `size` bytes, at least one."""
     total = 0
     for text in TextFiles([path]):
         yield text
@@ -333,9 +335,9 @@ def _beginning(path: Path, size: int) -> Iterator[str]:
             return
 
 
-def _sentences(documents: Iterable[str], longest: int = 2000) -> Iterator[str]:
-    """Lines for the tokenizer's training, cut where they would be dropped for their length."""
+def _sentences(documents: Iterable[str], max_length: int = 2000) -> Iterator[str]:
+    """Lines for training a tokenizer, cut where SentencePiece would drop them for their length."""
     for document in documents:
         for line in document.splitlines():
-            for start in range(0, len(line), longest):
-                yield line[start : start + longest]
+            for start in range(0, len(line), max_length):
+                yield line[start : start + max_length]

@@ -17,7 +17,7 @@ from trainer.data.shards import TokenFiles
 from trainer.errors import UserError
 
 Order = Literal["sequential", "shuffled", "documents"]
-PADDING = -1  # a place without a token
+PADDING = -1  # a position without a token
 
 
 class TrainStream(Dataset[Tensor]):
@@ -38,26 +38,26 @@ class TrainStream(Dataset[Tensor]):
 
         Args:
             files: The training tokens.
-            batch_tokens: Tokens of one step over all ranks.
+            batch_tokens: Tokens of one step over all processes.
             sequence_length: Tokens of one training sequence.
             num_steps: Length of the dataset, in steps.
-            rank: This process.
+            rank: Number of this process.
             world_size: Number of processes.
-            order: sequential reads one running stream, shard after shard, and goes on with the first token after the
-                last; shuffled reads pieces of a sequence's length from anywhere, each once an epoch, in an order that
-                seed and epoch determine; documents does so with sequences that are packed from whole documents.
-            seed: Of the orders that shuffle.
+            order: sequential reads one running stream, shard after shard, and continues with the first token after the
+                last. shuffled reads every sequence of the shards once per epoch, in an order that seed and epoch
+                determine; documents does so with sequences that are packed from whole documents.
+            seed: Seed of the orders that shuffle (at least 0).
 
         Raises:
-            UserError: If the batch is not a whole number of sequences per rank, or longer than the data.
+            UserError: If the batch is not a whole number of sequences per process, or longer than the data.
         """
-        for name, value, least in (
+        for name, value, minimum in (
             ("batch_tokens", batch_tokens, 1),
             ("sequence_length", sequence_length, 1),
             ("seed", seed, 0),
         ):
-            if value < least:
-                raise UserError(f"data.{name} must be at least {least}, not {value}")
+            if value < minimum:
+                raise UserError(f"data.{name} must be at least {minimum}, not {value}")
         if batch_tokens % (sequence_length * world_size):
             raise UserError(
                 f"data.batch_tokens {batch_tokens:,} is not a multiple of data.sequence_length {sequence_length:,} "
@@ -76,41 +76,41 @@ class TrainStream(Dataset[Tensor]):
         self.seed = seed
         self.batch_sequences = batch_tokens // sequence_length
         self.local_sequences = self.batch_sequences // world_size
-        self.pieces = (len(files) - 1) // sequence_length  # each with the token after it, its last target
+        self.sequences = (len(files) - 1) // sequence_length  # of an epoch, each with the token after it as last target
         self.packing: Packing | None = None
         if order == "documents":
             self.packing = pack(document_starts(files), len(files), sequence_length)
-            self.pieces = len(self.packing)
+            self.sequences = len(self.packing)
 
     def __len__(self) -> int:
         return self.num_steps
 
     def __getitem__(self, step: int) -> Tensor:
-        """Tokens of one step and rank, each sequence with one look-ahead token for its last target.
+        """Tokens of one step and process, each sequence with one look-ahead token for its last target.
 
         Returns:
-            (sequences, sequence_length + 1) int32; PADDING after the last token of a sequence that is not full.
+            (sequences, sequence_length + 1) int32, with PADDING after the last token of a sequence that is not full.
         """
         first = step * self.batch_sequences + self.rank * self.local_sequences
         if self.order == "sequential":
-            run = self.files.read(first * self.length, self.local_sequences * self.length + 1)
-            rows = np.lib.stride_tricks.sliding_window_view(run, self.length + 1)[:: self.length]
+            tokens = self.files.read(first * self.length, self.local_sequences * self.length + 1)
+            rows = np.lib.stride_tricks.sliding_window_view(tokens, self.length + 1)[:: self.length]
             return torch.from_numpy(rows.astype(np.int32))
-        filled = np.full((self.local_sequences, self.length + 1), PADDING, dtype=np.int32)
-        for row, number in zip(filled, range(first, first + self.local_sequences), strict=True):
-            place = int(permutation(self.seed, number // self.pieces, self.pieces)[number % self.pieces])
-            at = 0
-            for start, count in self._piece(place):
-                row[at : at + count] = self.files.read(start, count)
-                at += count
-        return torch.from_numpy(filled)
+        rows = np.full((self.local_sequences, self.length + 1), PADDING, dtype=np.int32)
+        for row, number in zip(rows, range(first, first + self.local_sequences), strict=True):
+            sequence = int(permutation(self.seed, number // self.sequences, self.sequences)[number % self.sequences])
+            filled = 0
+            for start, count in self._segments(sequence):
+                row[filled : filled + count] = self.files.read(start, count)
+                filled += count
+        return torch.from_numpy(rows)
 
-    def _piece(self, place: int) -> list[tuple[int, int]]:
-        """Start and length of the stretches that make up a sequence."""
-        return self.packing.row(place) if self.packing else [(place * self.length, self.length + 1)]
+    def _segments(self, sequence: int) -> list[tuple[int, int]]:
+        """Start and length of the segments that make up a sequence."""
+        return self.packing.row(sequence) if self.packing else [(sequence * self.length, self.length + 1)]
 
 
-@lru_cache(maxsize=2)  # a batch may lie across the end of an epoch
+@lru_cache(maxsize=2)  # a batch may cross the end of an epoch
 def permutation(seed: int, epoch: int, count: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """The order of an epoch's pieces, (count,); 8 bytes a piece: 40 MB for 10 billion tokens in pieces of 2,048."""
+    """The order of an epoch's sequences, (count,) int64: 40 MB for 10 billion tokens in sequences of 2,048."""
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(count)

@@ -1,4 +1,4 @@
-"""The SentencePiece tokenizer and the price of each of its pieces in UTF-8 bytes."""
+"""The SentencePiece tokenizer, and how many UTF-8 bytes of text each token stands for."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ def load_tokenizer(path: str | Path) -> sentencepiece.SentencePieceProcessor:
     """Open a SentencePiece model.
 
     Raises:
-        UserError: If the file is missing, is no SentencePiece model, or begins documents with another piece than 1.
+        UserError: If the file is missing, is not a SentencePiece model, or its BOS is not token 1.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: there is no tokenizer; give the path of a SentencePiece .model file")
@@ -28,7 +28,7 @@ def load_tokenizer(path: str | Path) -> sentencepiece.SentencePieceProcessor:
     except (RuntimeError, OSError) as error:
         raise UserError(f"{path}: is not a SentencePiece model ({error})") from error
     if tokenizer.bos_id() != BOS:
-        raise UserError(f"{path}: begins documents with piece {tokenizer.bos_id()}, but shards use {BOS}")
+        raise UserError(f"{path}: its BOS is token {tokenizer.bos_id()}, but shards use {BOS}; use another tokenizer")
     return tokenizer
 
 
@@ -36,13 +36,13 @@ def train_tokenizer(sentences: Iterator[str], vocab_size: int, path: str | Path,
     """Train a model of the challenge's kind: BPE, byte fallback, split digits, NFKC, no dummy prefix.
 
     Args:
-        sentences: The text, in pieces of at most a few thousand characters.
-        vocab_size: Number of pieces, the 256 byte pieces and 4 control pieces included.
+        sentences: The text, in sentences of at most a few thousand characters.
+        vocab_size: Vocabulary size, the 256 byte tokens and 4 control tokens included.
         path: The model file to write.
         num_threads: Threads for SentencePiece.
 
     Raises:
-        UserError: If the text is too small for so many pieces, or where reading it fails.
+        UserError: If the text is too small for the vocabulary, or reading it fails.
     """
     failures: list[UserError] = []
 
@@ -78,23 +78,24 @@ def train_tokenizer(sentences: Iterator[str], vocab_size: int, path: str | Path,
             raise failures[0] from error
         reason = str(error).splitlines()[-1].rpartition("] ")[2]  # after the place in SentencePiece's sources
         raise UserError(
-            f"a tokenizer of {vocab_size:,} pieces cannot be trained on this text: {reason} Give more text or set "
-            "data.source.vocab_size and model.vocab_size"
+            f"a tokenizer with a vocabulary of {vocab_size:,} cannot be trained on this text: {reason} Give more text "
+            "or set data.source.vocab_size and model.vocab_size"
         ) from error
 
 
 @dataclass(frozen=True)
 class ByteTable:
-    """What every piece costs in UTF-8 bytes of the text it stands for.
+    """The UTF-8 bytes of the text that every token stands for.
 
-    A piece costs its text without one leading space; that space costs 1 unless the piece before is a boundary (a
-    control, unknown or unused piece), because no text precedes a document's first piece. Byte pieces cost 1.
-    Source: openai/parameter-golf. A space inside a piece counts as the one byte it is, not as the marker's three.
+    A token counts the bytes of its text without one leading space. That space counts 1 byte unless the token before is
+    a boundary (a control, unknown or unused token), because no text precedes the first token of a document. Byte tokens
+    count 1. Source: openai/parameter-golf. A space inside a token counts as the one byte it is, not as the three of
+    SentencePiece's marker.
 
     Attributes:
         text_bytes: (V,) int64, bytes without the leading space.
-        leading_space: (V,) bool.
-        boundary: (V,) bool.
+        leading_space: (V,) bool, whether it starts with a space.
+        boundary: (V,) bool, whether it is a control, unknown or unused token.
     """
 
     text_bytes: Tensor
@@ -103,7 +104,7 @@ class ByteTable:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: sentencepiece.SentencePieceProcessor) -> "ByteTable":
-        """Price every piece of a tokenizer."""
+        """Count the bytes of every token of a tokenizer."""
         size = tokenizer.get_piece_size()
         text_bytes = torch.zeros(size, dtype=torch.int64)
         leading_space = torch.zeros(size, dtype=torch.bool)
@@ -123,22 +124,22 @@ class ByteTable:
         """The same table on another device."""
         return ByteTable(self.text_bytes.to(device), self.leading_space.to(device), self.boundary.to(device))
 
-    def total(self, tokens: np.ndarray[tuple[int], np.dtype[np.uint16]], piece: int = 1_000_000) -> int:
-        """Bytes of all targets of a row of tokens, its first token not among them; `count` without a device.
+    def total(self, tokens: np.ndarray[tuple[int], np.dtype[np.uint16]], chunk: int = 1_000_000) -> int:
+        """Bytes of all tokens but the first, each given the one before; the same as `count`, in numpy.
 
         Args:
             tokens: (n,) uint16.
-            piece: Tokens looked at together, to bound memory.
+            chunk: Tokens processed at once, to bound memory.
         """
         text_bytes, leading = self.text_bytes.numpy(), self.leading_space.numpy()
         inside = ~self.boundary.numpy()
-        found = 0
-        for start in range(1, len(tokens), piece):
-            targets = tokens[start : start + piece]
+        total = 0
+        for start in range(1, len(tokens), chunk):
+            targets = tokens[start : start + chunk]
             previous = tokens[start - 1 : start - 1 + len(targets)]
-            found += int(np.bincount(targets, minlength=len(text_bytes)) @ text_bytes)
-            found += int(np.count_nonzero(leading.take(targets) & inside.take(previous)))
-        return found
+            total += int(np.bincount(targets, minlength=len(text_bytes)) @ text_bytes)
+            total += int(np.count_nonzero(leading.take(targets) & inside.take(previous)))
+        return total
 
     def count(self, previous: Tensor, targets: Tensor) -> Tensor:
         """Bytes of each target, given the token before it.

@@ -1,6 +1,6 @@
-"""Test-time training that scores first: the model learns a piece of text only after all of its targets were scored.
+"""Score-first test-time training: the model trains on a segment of text only after all of its targets were scored.
 
-So every target is still predicted from what comes before it, in one pass, by a distribution that sums to one (as in
+Every target is still predicted from the text before it, in one pass, by a distribution that sums to one (as in
 openai/parameter-golf #461).
 """
 
@@ -13,20 +13,20 @@ from trainer.evaluation.sliding import NllFn
 from trainer.step import clip_gradients, train_step
 
 MOMENTUM = 0.9
-LARGEST_NORM = 1.0
+MAX_NORM = 1.0
 
 
 class Adapter:
-    """Learns stretches of the text it is given; changes the model."""
+    """Trains the model on segments of text."""
 
     def __init__(self, parameters: Iterable[Tensor], nll_fn: NllFn, rate: float, length: int) -> None:
-        """Begin without momentum.
+        """Start without momentum.
 
         Args:
-            parameters: Of the model.
-            nll_fn: Its losses, as `Transformer.nll`.
+            parameters: Parameters of the model.
+            nll_fn: Losses of the model, as `Transformer.nll`.
             rate: Learning rate of SGD with momentum 0.9.
-            length: Tokens of a sequence to learn; a stretch is cut into such.
+            length: Tokens of a sequence; a segment is cut into sequences.
         """
         self.parameters = list(parameters)
         self.nll_fn = nll_fn
@@ -34,17 +34,17 @@ class Adapter:
         self.optimizer = torch.optim.SGD(self.parameters, lr=rate, momentum=MOMENTUM)
 
     def learn(self, tokens: Tensor) -> None:
-        """One step on a stretch.
+        """Take one step on a segment.
 
         Args:
-            tokens: (n + 1,), the token before the first target and all targets; what does not fill a sequence is left
-                out, unless it is all there is.
+            tokens: (n + 1,), the token before the first target and all targets. An incomplete last sequence is left
+                out, unless it is the only one.
         """
         length = min(self.length, len(tokens) - 1)
         sequences = tokens.unfold(0, length + 1, length)
 
         def update() -> None:
-            clip_gradients(self.parameters, LARGEST_NORM)
+            clip_gradients(self.parameters, MAX_NORM)
             self.optimizer.step()
             self.optimizer.zero_grad()
 

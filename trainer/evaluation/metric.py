@@ -9,13 +9,13 @@ from torchmetrics import Metric
 
 
 class Score(NamedTuple):
-    """What an evaluation found.
+    """The result of an evaluation.
 
     Attributes:
         bpb: Bits per UTF-8 byte.
         loss: Nats per token.
-        tokens: Targets scored.
-        bytes: Their UTF-8 bytes.
+        tokens: Number of targets scored.
+        bytes: UTF-8 bytes of their text.
     """
 
     bpb: float
@@ -43,12 +43,12 @@ class BitsPerByte(Metric):
         self.add_state("bytes", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, nll: Tensor, num_bytes: Tensor, scored: Tensor) -> None:
-        """Add some targets.
+        """Add targets.
 
         Args:
             nll: Nats of each target.
-            num_bytes: UTF-8 bytes of each target, same shape.
-            scored: bool, which of them count, same shape.
+            num_bytes: UTF-8 bytes of each target, of the same shape.
+            scored: bool, which of them count, of the same shape.
         """
         self.nll += torch.where(scored, nll.double(), 0.0).sum()
         self.tokens += scored.sum()

@@ -1,4 +1,4 @@
-"""Scoring windows of resident validation tokens; the one implementation for fit, validate and export."""
+"""Scores windows of validation tokens that stay on the device; fit, validate and export all use it."""
 
 from collections.abc import Callable
 
@@ -14,15 +14,15 @@ NllFn = Callable[[Tensor, Tensor, int], Tensor]
 
 
 class WindowScorer:
-    """Validation tokens on a device, and how to score a batch of windows of them."""
+    """Holds validation tokens on a device and scores batches of windows of them."""
 
     def __init__(self, tokens: Tensor, table: ByteTable, window: int) -> None:
         """Hold the tokens.
 
         Args:
             tokens: (n + 1,) int32 on the device that scores: n targets and the token before the first.
-            table: What each piece costs.
-            window: Length of every window.
+            table: UTF-8 bytes of each token.
+            window: Tokens of every window.
         """
         self.tokens = tokens
         self.table = table.to(tokens.device)
@@ -39,18 +39,18 @@ class WindowScorer:
         """Score a batch into a metric; nothing waits for the device.
 
         Args:
-            metric: Where the sums go.
+            metric: Accumulates the sums.
             nll_fn: Losses of (B, T) inputs and targets from a first position on, as `Transformer.nll`.
-            batch: Windows of the plan.
+            batch: Windows to score.
         """
         device = self.tokens.device
         starts = batch.starts.to(device, non_blocking=True)
         scored_from = batch.scored_from.to(device, non_blocking=True)
         positions = starts[:, None] + self.offsets  # (B, T)
         inputs, targets = self.tokens[positions], self.tokens[positions + 1]
-        nll = nll_fn(inputs, targets, batch.first)
-        num_bytes = self.table.count(inputs[:, batch.first :], targets[:, batch.first :])
-        metric.update(nll, num_bytes, self.offsets[batch.first :] >= scored_from[:, None])
+        nll = nll_fn(inputs, targets, batch.start_pos)
+        num_bytes = self.table.count(inputs[:, batch.start_pos :], targets[:, batch.start_pos :])
+        metric.update(nll, num_bytes, self.offsets[batch.start_pos :] >= scored_from[:, None])
 
 
 def score(
@@ -62,16 +62,16 @@ def score(
     world_size: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Score:
-    """Score tokens as the config says, sharing the windows between processes.
+    """Score tokens; several processes share the windows.
 
     Args:
         nll_fn: As `Transformer.nll`.
         tokens: (n + 1,) int32 on the device that scores.
-        table: What each piece costs.
-        evaluation: Window, stride, batch; `max_tokens` limits the targets.
-        rank: This process.
-        world_size: Processes that all call this together.
-        progress: Told how many of this process's batches the device has done, and of how many.
+        table: UTF-8 bytes of each token.
+        evaluation: Window, stride and batch; `max_tokens` limits the targets.
+        rank: Number of this process.
+        world_size: Number of processes, all of which call this.
+        progress: Called with the number of batches that the device has completed, and the number of all batches.
     """
     tokens = tokens[: evaluation.max_tokens + 1] if evaluation.max_tokens else tokens
     plan = plan_windows(len(tokens) - 1, evaluation.window, evaluation.stride)

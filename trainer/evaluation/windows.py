@@ -1,4 +1,4 @@
-"""The plan of an evaluation: which windows are read and which of their targets are scored."""
+"""The plan of an evaluation: its windows, and which of their targets are scored."""
 
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -14,57 +14,64 @@ class EvaluationConfig:
     """How validation text is scored.
 
     Args:
-        window: Tokens the model sees at once.
-        stride: Targets that each window after the first adds (sliding window); 0, or at least the window, scores every
-            window whole (plain evaluation).
-        batch_windows: Windows a batch.
-        fit_tokens: Validation tokens scored (plain) at each check during training; 0 takes all.
-        max_tokens: Validation tokens scored at the end and by `validate`; 0 takes all.
-        band: Tokens that a position looks back at; 0: its whole window. With it a window can be longer than the
-            training sequences, and a text is read about once (streaming evaluation): with window 8192, stride 6144 and
-            band 2048 every token looks back at no fewer than with window 2048 and stride 64, for a 24th of the tokens
-            that go through the model.
-        adapt_rate: Of `validate`, in the last evaluation it makes: after each batch of windows is scored, learn the
-            text of its targets with this learning rate (score-first test-time training); 0: learn nothing.
+        window: Tokens that the model reads at once (at least 1).
+        stride: New targets that each window after the first scores (sliding-window evaluation, at least 1). null, or at
+            least the window: every window is scored whole (plain evaluation).
+        batch_windows: Windows per batch (at least 1).
+        fit_tokens: Validation tokens that each validation during training scores, in plain evaluation; null: all.
+        max_tokens: Validation tokens that `validate` and the end of a run score; null: all.
+        attention_window: Tokens that each position attends to, itself included; null: its whole window. It allows
+            windows longer than the training sequences, so that the text is read about once (streaming evaluation): with
+            window 8192, stride 6144 and attention_window 2048, every token has at least the context of window 2048 with
+            stride 64, for a 24th of the tokens that pass through the model.
+        adapt_rate: Learning rate of score-first test-time training: `validate` trains on the targets of each batch of
+            windows after it has scored them, in its last evaluation (above 0). null: no training.
     """
 
     window: int = 2048
-    stride: int = 64
+    stride: int | None = 64
     batch_windows: int = 64
-    fit_tokens: int = 1_048_576
-    max_tokens: int = 0
-    band: int = 0
-    adapt_rate: float = 0.0
+    fit_tokens: int | None = 1_048_576
+    max_tokens: int | None = None
+    attention_window: int | None = None
+    adapt_rate: float | None = None
 
     def __post_init__(self) -> None:
-        if self.window < 1 or self.batch_windows < 1 or min(self.stride, self.fit_tokens, self.max_tokens) < 0:
-            raise ValueError("eval: window and batch_windows must be at least 1, the others at least 0")
-        if self.adapt_rate < 0:
-            raise ValueError(f"eval.adapt_rate must be at least 0, not {self.adapt_rate}")
-        if self.band < 0 or (self.band and not 0 < self.stride <= self.window - self.band):
+        for name in ("window", "stride", "batch_windows", "fit_tokens", "max_tokens", "attention_window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                may_be_null = "" if name in ("window", "batch_windows") else ", or null,"
+                raise ValueError(f"eval.{name} must be at least 1{may_be_null} not {value}")
+        if self.adapt_rate is not None and not self.adapt_rate > 0:
+            raise ValueError(f"eval.adapt_rate must be above 0, or null for no training, not {self.adapt_rate}")
+        if self.attention_window is not None and (
+            self.stride is None or self.stride > self.window - self.attention_window
+        ):
             raise ValueError(
-                f"eval.band {self.band} and eval.stride {self.stride}, at least 1, must fit into eval.window "
-                f"{self.window}"
+                f"eval.attention_window {self.attention_window} and eval.stride {self.stride} together must not exceed "
+                f"eval.window {self.window}"
             )
 
     @property
     def plain(self) -> "EvaluationConfig":
         """The same text in windows of the training length, each scored whole."""
-        return replace(self, window=self.band or self.window, stride=0, band=0, adapt_rate=0.0)
+        return replace(
+            self, window=self.attention_window or self.window, stride=None, attention_window=None, adapt_rate=None
+        )
 
     @property
     def is_plain(self) -> bool:
         """Whether every window is scored whole."""
-        return self.stride == 0 or self.stride >= self.window
+        return self.stride is None or self.stride >= self.window
 
 
 class WindowPlan(NamedTuple):
-    """Windows of one length, read from left to right.
+    """Windows of equal length, from left to right.
 
     Attributes:
         starts: (n,) int64, first token of each window.
-        scored_from: (n,) int64, first position in it whose target is scored; all after it are too.
-        window: Their length.
+        scored_from: (n,) int64, first position of each window whose target is scored, as are all targets after it.
+        window: Tokens of a window.
     """
 
     starts: Tensor
@@ -73,14 +80,14 @@ class WindowPlan(NamedTuple):
 
 
 class WindowBatch(NamedTuple):
-    """Some windows of a plan; logits are needed from position `first` on."""
+    """Some windows of a plan; logits are needed from position `start_pos` on."""
 
     starts: Tensor
     scored_from: Tensor
-    first: int
+    start_pos: int
 
 
-def plan_windows(n_targets: int, window: int, stride: int) -> WindowPlan:
+def plan_windows(n_targets: int, window: int, stride: int | None) -> WindowPlan:
     """Lay windows over the targets so that each is scored exactly once.
 
     The first window scores all its targets, each later one its last `stride`. The last window ends at the last
@@ -88,9 +95,9 @@ def plan_windows(n_targets: int, window: int, stride: int) -> WindowPlan:
     repeated tail.
 
     Args:
-        n_targets: Targets to score.
-        window: Tokens a window; fewer if there are fewer targets.
-        stride: Targets each later window adds; 0 or at least the window means the whole window.
+        n_targets: Number of targets to score.
+        window: Tokens of a window; fewer if there are fewer targets.
+        stride: New targets of each later window; None or at least the window: the whole window.
 
     Raises:
         UserError: If there is nothing to score.
@@ -107,7 +114,7 @@ def plan_windows(n_targets: int, window: int, stride: int) -> WindowPlan:
 
 
 def batch_plan(plan: WindowPlan, batch_windows: int, rank: int = 0, world_size: int = 1) -> list[WindowBatch]:
-    """Cut a rank's contiguous share of a plan into batches of one size, padded with windows that score nothing.
+    """Cut a process's contiguous share of a plan into batches of equal size, padded with windows that score nothing.
 
     Windows that score more than their successors (the first one) have batches of their own, so that all other batches
     compute logits at the last `stride` positions only.
@@ -116,14 +123,14 @@ def batch_plan(plan: WindowPlan, batch_windows: int, rank: int = 0, world_size: 
     low, high = rank * count // world_size, (rank + 1) * count // world_size
     starts, scored_from = plan.starts[low:high], plan.scored_from[low:high]
     usual = int(plan.scored_from[1]) if count > 1 else 0
-    batch_windows = min(batch_windows, -(-count // world_size))  # not more than any rank has
+    batch_windows = min(batch_windows, -(-count // world_size))  # no more than any process has
     batches: list[WindowBatch] = []
     for wide in (True, False):
         chosen = (scored_from < usual) == wide
-        first = 0 if wide else usual
-        some, scored = starts[chosen], scored_from[chosen]  # once: by batch, a long split takes minutes
-        missing = -len(some) % batch_windows
-        some = torch.cat((some, some[-1:].expand(missing))).view(-1, batch_windows)
+        start_pos = 0 if wide else usual
+        selected, scored = starts[chosen], scored_from[chosen]  # once: by batch, a long split takes minutes
+        missing = -len(selected) % batch_windows
+        selected = torch.cat((selected, selected[-1:].expand(missing))).view(-1, batch_windows)
         scored = torch.cat((scored, torch.full((missing,), plan.window))).view(-1, batch_windows)
-        batches += [WindowBatch(*pair, first) for pair in zip(some, scored, strict=True)]
+        batches += [WindowBatch(*pair, start_pos) for pair in zip(selected, scored, strict=True)]
     return batches

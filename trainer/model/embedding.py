@@ -1,27 +1,53 @@
-"""What a token brings into the model: its embedding, a hashed bigram, and a gate that mixes in the token before."""
+"""The input of the model: token embedding, hashed bigram, and the SmearGate that mixes in the previous token."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from trainer.data.tokenizer import BOS
 from trainer.model.layers import Linear
+
+BOS = 1  # begins every document in the challenge's shards
 
 
 @dataclass(frozen=True)
 class BigramConfig:
-    """The hashed bigram embedding.
+    """The hashed bigram embedding (BigramHash).
 
     Args:
-        buckets: Rows of the table; the last is for a sequence's first token. 0: no table.
-        dim: Width of the table, projected to the model's.
-        scale_init: First value of the learned scale.
+        buckets: Rows of the table (at least 2); the last row is for the first token of a sequence. null: no table.
+        dim: Width of the table, which is projected to the model width.
+        scale_init: Initial value of the learned scale.
     """
 
-    buckets: int = 10240
+    buckets: int | None = 10240
     dim: int = 128
     scale_init: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.buckets is not None and self.buckets < 2:
+            raise ValueError(f"bigram.buckets must be at least 2, or null for no table, not {self.buckets}")
+        if self.dim < 1:
+            raise ValueError(f"bigram.dim must be at least 1, not {self.dim}")
+
+
+@dataclass(frozen=True)
+class SmearConfig:
+    """The SmearGate, which mixes each position with the one before.
+
+    Args:
+        gate: per_channel: one learned gate per channel, the same for all tokens (the reference). per_token: one gate
+            per position, computed from its token, closed at the start of a document (KellerJordan/modded-nanogpt).
+        dims: How many channels of the embedding a per_token gate reads (at least 1).
+    """
+
+    gate: Literal["per_channel", "per_token"] = "per_channel"
+    dims: int = 12
+
+    def __post_init__(self) -> None:
+        if self.dims < 1:
+            raise ValueError(f"smear.dims must be at least 1, not {self.dims}")
 
 
 def bigram_buckets(ids: Tensor, buckets: int) -> Tensor:
@@ -40,12 +66,12 @@ def bigram_buckets(ids: Tensor, buckets: int) -> Tensor:
 
 
 class BigramHash(nn.Module):
-    """An embedding of each token with its predecessor, by hash; starts at zero."""
+    """An embedding of each token with its predecessor, by hash; initialized to zero."""
 
-    def __init__(self, config: BigramConfig, dim: int) -> None:
+    def __init__(self, buckets: int, config: BigramConfig, model_dim: int) -> None:
         super().__init__()
-        self.table = nn.Embedding(config.buckets, config.dim)
-        self.proj = Linear(config.dim, dim)
+        self.table = nn.Embedding(buckets, config.dim)
+        self.proj = Linear(config.dim, model_dim)
         self.scale = nn.Parameter(torch.tensor(config.scale_init))
 
     def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -57,16 +83,17 @@ class BigramHash(nn.Module):
 class SmearGate(nn.Module):
     """Mix each position with the one before.
 
-    Without `dims`, per channel as in the reference: (1 - g) x_i + g x_{i-1}, g = sigmoid(gate), x_{-1} = 0. With them,
-    x_i + scale sigmoid(gate . x_i[:dims]) x_{i-1}, which begins as x_i and takes nothing across the start of a document
-    (KellerJordan/modded-nanogpt).
+    per_channel: (1 - g) x_i + g x_{i-1} with g = sigmoid(gate) and x_{-1} = 0, as in the reference. per_token:
+    x_i + scale sigmoid(gate . x_i[:dims]) x_{i-1}; it starts as x_i and takes nothing across the start of a document.
     """
 
-    def __init__(self, dim: int, dims: int = 0) -> None:
+    def __init__(self, config: SmearConfig, model_dim: int, bos: int = BOS) -> None:
         super().__init__()
-        self.dims = dims
-        self.gate = nn.Parameter(torch.zeros(dims or dim))
-        self.scale = nn.Parameter(torch.zeros(())) if dims else None
+        is_per_token = config.gate == "per_token"
+        self.dims = config.dims
+        self.bos = bos
+        self.gate = nn.Parameter(torch.zeros(config.dims if is_per_token else model_dim))
+        self.scale = nn.Parameter(torch.zeros(())) if is_per_token else None
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
         """Map (B, T, D) of the tokens (B, T) to (B, T, D)."""
@@ -75,5 +102,5 @@ class SmearGate(nn.Module):
             g = self.gate.sigmoid().to(x.dtype)
             return (1 - g) * x + g * before
         g = (x[..., : self.dims] * self.gate.to(x.dtype)).sum(-1, keepdim=True).sigmoid()
-        g = torch.where((ids == BOS)[..., None], 0.0, self.scale * g)
+        g = torch.where((ids == self.bos)[..., None], 0.0, self.scale * g)
         return x + g.to(x.dtype) * before  # autocast sums in float32

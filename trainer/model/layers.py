@@ -1,4 +1,4 @@
-"""The two layers everything is made of: a matrix that computes in its input's type, and RMS normalisation."""
+"""What every part of the model uses: a matrix that computes in its input's type, and RMS normalization."""
 
 import torch
 import torch.nn.functional as F
@@ -8,9 +8,9 @@ EPS = torch.finfo(torch.float32).eps  # also in bfloat16, as in the reference
 
 
 class Linear(nn.Linear):
-    """A matrix without bias, kept in float32 and used in the type of its input.
+    """A matrix without bias, stored in float32 and used in the type of its input.
 
-    The explicit cast makes the result independent of which operations autocast happens to list.
+    The explicit cast makes the result independent of the list of operations that autocast converts.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -21,10 +21,10 @@ class Linear(nn.Linear):
         return F.linear(x, self.cast(x.dtype, scale))
 
     def cast(self, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
-        """The matrix as it is multiplied with.
+        """The matrix as it is multiplied.
 
-        The scale goes into the matrix: its gradient then comes out of the matrix's, and no pass over all positions is
-        made for it.
+        The scale is multiplied into the matrix: its gradient then follows from the matrix's gradient, without a pass
+        over all positions.
         """
         weight = self.weight if scale is None else scale[:, None] * self.weight
         return weight.to(dtype)
@@ -35,21 +35,21 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=EPS)
 
 
-@torch.library.custom_op("golf_trainer::kept", mutates_args=())
-def kept(x: Tensor) -> Tensor:
-    """A copy that a compiled backward pass reads, instead of computing it again in every kernel that needs it."""
+@torch.library.custom_op("golf_trainer::materialize", mutates_args=())
+def materialize(x: Tensor) -> Tensor:
+    """A copy that a compiled backward pass reads, instead of recomputing it in every kernel that needs it."""
     return x.clone(memory_format=torch.contiguous_format)
 
 
-@kept.register_fake
+@materialize.register_fake
 def _(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-kept.register_autograd(lambda ctx, grad: grad)
+materialize.register_autograd(lambda ctx, grad: grad)
 
 
 def activation_dtype(weight: Tensor) -> torch.dtype:
-    """The type activations are kept in: autocast's where it is on, else the weights' own."""
-    kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    """The type of the activations: autocast's where it is on, else that of the weights."""
+    device_type = weight.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype

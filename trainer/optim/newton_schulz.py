@@ -1,11 +1,15 @@
-"""Orthogonalisation of Muon's updates: Newton-Schulz on batches of matrices, divided between processes.
+"""Muon's orthogonalization: Newton-Schulz iterations on batches of matrices, divided between processes.
 
 Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon.
 """
 
+from collections import defaultdict
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from trainer.distributed import gather_from_ranks
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -15,7 +19,7 @@ def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
 
     Args:
         matrices: (N, rows, cols) with rows <= cols, in the precision to compute in.
-        steps: Iterations.
+        steps: Number of iterations.
 
     Returns:
         (N, rows, cols) of the same type.
@@ -28,24 +32,39 @@ def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
     return x
 
 
-def orthogonalisation_dtype(parameter: Tensor) -> torch.dtype:
-    """Low precision where the hardware gains from it: bfloat16 on a GPU that has it, else the parameter's own."""
-    low = parameter.is_cuda and parameter.dtype == torch.float32
-    return torch.bfloat16 if low and torch.cuda.is_bf16_supported(including_emulation=False) else parameter.dtype
+def compute_dtype(parameter: Tensor) -> torch.dtype:
+    """Precision of the iterations: bfloat16 on a GPU that has it, else that of the parameter."""
+    is_lowered = parameter.is_cuda and parameter.dtype == torch.float32
+    return torch.bfloat16 if is_lowered and torch.cuda.is_bf16_supported(including_emulation=False) else parameter.dtype
 
 
-def orthogonalise(batches: list[Tensor], steps: int) -> list[Tensor]:
-    """`newton_schulz` of every batch; several processes each take a part, and one collective hands all parts round.
+def orthogonalize(stacks: list[Tensor], steps: int) -> list[Tensor]:
+    """`newton_schulz` of every stack of matrices, wide or tall.
 
-    All processes get the same bits, so their weights stay equal.
+    Tall matrices are transposed, and stacks that then have one shape become one batch. Several processes each compute a
+    share, and one collective distributes all shares: all processes get the same bits, so their weights stay equal.
 
     Args:
-        batches: (N, rows, cols) each, of one type, the same on all processes.
-        steps: Iterations.
+        stacks: (N, rows, cols) each, on the same device and the same on all processes.
+        steps: Number of iterations.
 
     Returns:
-        Batches of the same shapes.
+        Stacks of the same shapes, in the precision of the iterations.
     """
+    dtype = compute_dtype(stacks[0])
+    wide = [stack.to(dtype).mT if stack.size(1) > stack.size(2) else stack.to(dtype) for stack in stacks]
+    members: dict[torch.Size, list[int]] = defaultdict(list)
+    for index, stack in enumerate(wide):
+        members[stack.shape[1:]].append(index)
+    batches = _divided([torch.cat([wide[index] for index in indices]) for indices in members.values()], steps)
+    results: dict[int, Tensor] = {}
+    for indices, batch in zip(members.values(), batches, strict=True):
+        results |= zip(indices, batch.split([len(wide[index]) for index in indices]), strict=True)
+    return [results[i].mT if stack.size(1) > stack.size(2) else results[i] for i, stack in enumerate(stacks)]
+
+
+def _divided(batches: list[Tensor], steps: int) -> list[Tensor]:
+    """`newton_schulz` of every batch, divided between the processes if there are several."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world == 1:
         return [newton_schulz(batch, steps) for batch in batches]
@@ -54,13 +73,11 @@ def orthogonalise(batches: list[Tensor], steps: int) -> list[Tensor]:
     for batch in batches:
         size = -(-len(batch) // world)  # rounded up: equal shares, the last ones padded
         share = batch.new_zeros(size, *batch.shape[1:])
-        mine = batch[rank * size : (rank + 1) * size]
-        if len(mine):
-            share[: len(mine)] = newton_schulz(mine, steps)
+        local = batch[rank * size : (rank + 1) * size]
+        if len(local):
+            share[: len(local)] = newton_schulz(local, steps)
         shares.append(share.flatten())
-    sent = torch.cat(shares)
-    gathered = sent.new_empty(world * len(sent))
-    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its new name, from torch 2.13 on
-    gather(gathered, sent)
-    parts = gathered.view(world, -1).split([len(share) for share in shares], dim=1)  # (world, share) each
-    return [part.reshape(-1, *batch.shape[1:])[: len(batch)] for part, batch in zip(parts, batches, strict=True)]
+    gathered = gather_from_ranks(torch.cat(shares)).split(
+        [len(share) for share in shares], dim=1
+    )  # (world, share) each
+    return [part.reshape(-1, *batch.shape[1:])[: len(batch)] for part, batch in zip(gathered, batches, strict=True)]

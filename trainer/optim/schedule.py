@@ -5,30 +5,27 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """When the learning rates fall.
+    """When the learning rates fall and the momentum rises.
 
     Args:
-        warmdown_steps: Steps of the linear fall to zero at the end; under a time budget, that many mean steps.
-        warmdown_frac: Fall over this fraction of the budget (seconds and steps) instead; right for short budgets,
-            where a fixed number of steps may be the whole run.
-        floor: Share of the full rates that the fall ends at.
+        warmdown_steps: Steps of the linear warmdown to zero at the end (at least 0); under a time budget, the time that
+            this many average steps take.
+        warmdown_frac: Length of the warmdown as a fraction of the budget, in seconds or steps (0 to 1). Right for short
+            budgets, where a fixed number of steps may be the whole run. null: warmdown_steps counts.
         momentum_warmup_start: Muon's momentum at step 0.
-        momentum_warmup_steps: Steps until it reaches its full value.
+        momentum_warmup_steps: Steps until the momentum reaches its full value (at least 0).
     """
 
     warmdown_steps: int = 3000
     warmdown_frac: float | None = None
-    floor: float = 0.0
     momentum_warmup_start: float = 0.92
     momentum_warmup_steps: int = 1500
 
     def __post_init__(self) -> None:
         if self.warmdown_steps < 0 or self.momentum_warmup_steps < 0:
-            raise ValueError("schedule: numbers of steps must not be negative")
+            raise ValueError("schedule: warmdown_steps and momentum_warmup_steps must be at least 0")
         if self.warmdown_frac is not None and not 0 <= self.warmdown_frac <= 1:
             raise ValueError(f"schedule.warmdown_frac must lie between 0 and 1, not {self.warmdown_frac}")
-        if not 0 <= self.floor <= 1:
-            raise ValueError(f"schedule.floor must lie between 0 and 1, not {self.floor}")
 
 
 def lr_multiplier(
@@ -40,7 +37,7 @@ def lr_multiplier(
     whenever a budget was set, so a fast card ended undecayed.
 
     Args:
-        schedule: Its settings.
+        schedule: Lengths of warmdown and warm-up.
         step: Steps done.
         max_steps: Step limit, or None.
         elapsed: Seconds of training done.
@@ -57,7 +54,7 @@ def lr_multiplier(
         seconds = elapsed / step * schedule.warmdown_steps
         warmdown = seconds if schedule.warmdown_frac is None else schedule.warmdown_frac * budget
         multiplier = min(multiplier, _linear(budget - elapsed, warmdown))
-    return schedule.floor + (1 - schedule.floor) * multiplier if schedule.floor else multiplier
+    return multiplier
 
 
 def _linear(remaining: float, warmdown: float) -> float:

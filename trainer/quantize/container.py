@@ -1,4 +1,4 @@
-"""The file that holds a compressed model, without torch: what `docs/artifact.md` specifies. No pickle in it."""
+"""The file of a compressed model, without torch: what `docs/artifact.md` specifies. It holds no pickle."""
 
 import hashlib
 import json
@@ -17,15 +17,15 @@ from trainer.quantize import entropy_coding
 
 MAGIC = b"GOLFLM"
 VERSION = b"02"
-START = len(MAGIC) + len(VERSION) + 32  # where the zstd frame begins, after the sha256 of it
+START = len(MAGIC) + len(VERSION) + 32  # offset of the zstd frame, which follows its sha256
 Codec = Literal["zstd-22", "ans"]
 CODECS = get_args(Codec)
 INTEGERS = {f"int{bits}": bits for bits in range(2, 9)}
 FLOATS: dict[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 SCALE = FLOATS["float16"]
-COLUMN_STEPS = 8  # to a factor of two
+EXPONENTS_PER_OCTAVE = 8  # of a column's scale
 MAX_FILE = 2**28
-MAX_CONTENT = 2**30  # no model of the challenge comes near; a reader must not believe a larger promise
+MAX_CONTENT = 2**30  # more than any model of the challenge needs; a reader must not trust a larger claim
 MAX_SYMBOLS = 2**28
 
 Array = np.ndarray[Any, Any]
@@ -39,7 +39,7 @@ class StoredTensor:
         kind: int2 to int8, float16 or float32.
         values: Symbols (int8) or floats, in the tensor's shape.
         scale: (rows,) float16 of an integer kind: a row's values are its symbols times this.
-        columns: (cols,) int8 or None: a column's values are also times 2^(this / COLUMN_STEPS).
+        columns: (cols,) int8 or None: a column's values are also multiplied by 2^(this / EXPONENTS_PER_OCTAVE).
     """
 
     kind: str
@@ -53,7 +53,7 @@ class StoredTensor:
             return self.values.astype(np.float32)
         rows = self.values.reshape(len(self.scale), -1).astype(np.float32) * self.scale.astype(np.float32)[:, None]
         if self.columns is not None:
-            rows *= np.exp2(self.columns.astype(np.float32) / COLUMN_STEPS)
+            rows *= np.exp2(self.columns.astype(np.float32) / EXPONENTS_PER_OCTAVE)
         return rows.reshape(self.values.shape)
 
 
@@ -65,9 +65,8 @@ def write_container(
     Args:
         path: The file.
         header: Plain values for the reader; `tensors` and `codec` are added.
-        tensors: By name. Sorted by kind: neighbours of one kind share statistics, which the codec profits from.
-        codec: What makes symbols short: zstd, or the entropy coder of `entropy_coding`, whose words zstd then leaves
-            as they are.
+        tensors: Tensors by name. The file sorts them by kind: neighbors of one kind share statistics, which helps zstd.
+        codec: Entropy coder of the symbols: zstd itself, or `entropy_coding`, whose output zstd cannot shorten.
 
     Returns:
         Bytes of the file.
@@ -103,20 +102,20 @@ def write_container(
 
 
 def compressed_size(tensors: list[StoredTensor], codec: Codec) -> int:
-    """Bytes that some tensors take by themselves, without a header."""
+    """Bytes of tensors that are compressed without the others and without a header."""
     parts = [encode(tensor) for tensor in tensors]
     if codec != "ans":
         return len(compress(b"".join(stream for part in parts for stream in part)))
     coded = [tensor.values.reshape(len(tensor.scale), -1) for tensor in tensors if tensor.scale is not None]
-    rest = [
+    others = [
         stream for tensor, part in zip(tensors, parts, strict=True) for stream in part[int(tensor.scale is not None) :]
     ]
     if not coded:
-        return len(compress(b"".join(rest)))
+        return len(compress(b"".join(others)))
     classes = [entropy_coding.classes_of(rows) for rows in coded]
     tables, words = entropy_coding.encode(coded, classes)
-    rest += [*_planes(tables), *(each.tobytes() for pair in classes for each in pair)]
-    return len(compress(b"".join(rest))) + words.nbytes
+    others += [*_planes(tables), *(each.tobytes() for pair in classes for each in pair)]
+    return len(compress(b"".join(others))) + words.nbytes
 
 
 def read_container(path: str | Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
@@ -126,7 +125,7 @@ def read_container(path: str | Path) -> tuple[dict[str, Any], dict[str, StoredTe
         Its header and its tensors by name.
 
     Raises:
-        UserError: If it is damaged, unknown or not what its header says.
+        UserError: If it is damaged, of an unknown version, or contradicts its header.
     """
     try:
         if (size := Path(path).stat().st_size) > MAX_FILE:
@@ -156,7 +155,7 @@ def read_container(path: str | Path) -> tuple[dict[str, Any], dict[str, StoredTe
 
 
 def encode(tensor: StoredTensor) -> list[bytes]:
-    """A tensor's bytes in the payload, in parts of one kind: symbols, planes of floats, exponents of columns."""
+    """A tensor's bytes in the file, in parts of one type: symbols, byte planes of floats, exponents of columns."""
     if tensor.scale is None:
         return _planes(tensor.values.astype(FLOATS[tensor.kind]))
     columns = [] if tensor.columns is None else [tensor.columns.tobytes()]
@@ -179,29 +178,29 @@ def _decompress(frame: memoryview) -> bytes:
         raise ValueError(f"its content of {size:,} bytes is not between 1 and {MAX_CONTENT:,}")
     if not zstandard.get_frame_parameters(frame).has_checksum:
         raise ValueError("its frame has no checksum")
-    # Into a buffer of that size: blocks that hold more than their frame's header says are an error, not memory.
+    # Into a buffer of that size: blocks that hold more than the frame's header claims are an error, not memory.
     return zstandard.ZstdDecompressor().decompress(frame, max_output_size=size, allow_extra_data=False)
 
 
 def _planes(values: Array) -> list[bytes]:
-    """Floats as byte planes: all first bytes, then all second bytes, ..., which compress better apart."""
+    """Floats as byte planes: all first bytes, then all second bytes, and so on, which compress better separately."""
     flat = np.ascontiguousarray(values).reshape(-1)
     return [plane.tobytes() for plane in flat.view(np.uint8).reshape(-1, flat.itemsize).T]
 
 
 class _Reader:
-    """Takes slices off the content, never past its end."""
+    """Reads the content from front to back, never past its end."""
 
     def __init__(self, content: memoryview) -> None:
         self.content = content
         self.position = 0
 
     def take(self, count: int) -> memoryview:
-        piece = self.content[self.position : self.position + count]
-        if len(piece) != count:
+        block = self.content[self.position : self.position + count]
+        if len(block) != count:
             raise ValueError("it holds fewer bytes than its tensors need")
         self.position += count
-        return piece
+        return block
 
     def planes(self, count: int, dtype: np.dtype[Any]) -> Array:
         planes = np.frombuffer(self.take(count * dtype.itemsize), dtype=np.uint8).reshape(dtype.itemsize, count)
@@ -211,55 +210,55 @@ class _Reader:
 def _tensors(header: dict[str, Any], content: memoryview) -> dict[str, StoredTensor]:
     reader = _Reader(content)
     coded = header["codec"] == "ans"
-    found: dict[str, StoredTensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     classes: dict[str, tuple[Array, Array]] = {}
     symbols_left = MAX_SYMBOLS
     for entry in header["tensors"]:
         name, kind, shape = entry["name"], entry["kind"], entry["shape"]
-        if not isinstance(name, str) or name in found:
-            raise ValueError(f"the tensor name {name!r} is no text, or there twice")
+        if not isinstance(name, str) or name in tensors:
+            raise ValueError(f"the tensor name {name!r} is not a text, or occurs twice")
         if not all(type(size) is int and 0 < size < 2**31 for size in shape):
             raise ValueError(f"tensor {name} has the shape {shape}")
         if entry["offset"] != reader.position:
-            raise ValueError(f"tensor {name} lies at {entry['offset']}, not where the one before it ends")
+            raise ValueError(f"tensor {name} starts at {entry['offset']}, not where the one before it ends")
         count = math.prod(shape)
         if kind in INTEGERS and shape:
             rows = count // shape[-1]
             if coded:
-                if (symbols_left := symbols_left - count) < 0:  # the file need not be large for that
+                if (symbols_left := symbols_left - count) < 0:  # a small file could claim that
                     raise ValueError(f"tensor {name} of shape {shape} is too large")
                 sizes = np.frombuffer(reader.take(rows + shape[-1]), dtype=np.int8)
                 classes[name] = sizes[:rows], sizes[rows:]
-                symbols = np.zeros(0, dtype=np.int8)  # they come behind all tensors
+                symbols = np.zeros(0, dtype=np.int8)  # they follow all tensors
             else:
                 symbols = np.frombuffer(reader.take(count), dtype=np.int8).reshape(shape)
             scale = reader.planes(rows, SCALE)
             exponents = np.frombuffer(reader.take(shape[-1]), dtype=np.int8) if entry.get("columns") is True else None
-            found[name] = StoredTensor(kind, symbols, scale, exponents)
+            tensors[name] = StoredTensor(kind, symbols, scale, exponents)
         elif kind in FLOATS:
-            found[name] = StoredTensor(kind, reader.planes(count, FLOATS[kind]).reshape(shape))
+            tensors[name] = StoredTensor(kind, reader.planes(count, FLOATS[kind]).reshape(shape))
         else:
             raise ValueError(f"tensor {name} of shape {shape} has the unknown kind {kind!r}")
     if coded and classes:
         shapes = {entry["name"]: entry["shape"] for entry in header["tensors"]}
-        tables, words = header["tables"], header["words"]
-        if not all(type(number) is int and 0 <= number < 2**31 for number in (tables, words)):
-            raise ValueError("its numbers of tables and words make no sense")
-        frequencies = reader.planes(tables * entropy_coding.SYMBOLS, np.dtype("<u2"))
-        stream = np.frombuffer(reader.take(4 * words), dtype="<u4").astype(np.uint32)
+        num_tables, num_words = header["tables"], header["words"]
+        if not all(type(number) is int and 0 <= number < 2**31 for number in (num_tables, num_words)):
+            raise ValueError("its numbers of tables and words are out of range")
+        frequencies = reader.planes(num_tables * entropy_coding.SYMBOLS, np.dtype("<u2"))
+        stream = np.frombuffer(reader.take(4 * num_words), dtype="<u4").astype(np.uint32)
         matrices = entropy_coding.decode(
             [(len(rows), len(columns)) for rows, columns in classes.values()],
             list(classes.values()),
-            frequencies.reshape(tables, -1),
+            frequencies.reshape(num_tables, -1),
             stream,
         )
-        for (name, tensor), matrix in zip([(name, found[name]) for name in classes], matrices, strict=True):
-            found[name] = replace(tensor, values=matrix.reshape(shapes[name]))
+        for (name, tensor), matrix in zip([(name, tensors[name]) for name in classes], matrices, strict=True):
+            tensors[name] = replace(tensor, values=matrix.reshape(shapes[name]))
     if reader.position != len(content):
         raise ValueError("its tensors do not fill its content exactly once")
-    for name, tensor in found.items():
+    for name, tensor in tensors.items():
         if tensor.kind in INTEGERS:
             limit = 2 ** (INTEGERS[tensor.kind] - 1)
             if tensor.values.min() < -limit or tensor.values.max() >= limit:
                 raise ValueError(f"tensor {name} holds a symbol that {tensor.kind} does not have")
-    return found
+    return tensors

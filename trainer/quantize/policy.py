@@ -1,4 +1,4 @@
-"""Which tensor is stored in which type."""
+"""The storage type of each tensor."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -9,29 +9,29 @@ from torch import Tensor
 from trainer.model.transformer import TransformerConfig
 from trainer.quantize.container import Codec
 
-TIGHT_PRUNING = 0.08
-Kind = str  # "int2" ... "int8", "float16" or "float32"
+SHRINK_PRUNING = 0.08  # pruned fraction where the file has to shrink
 
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """The reference's mixed precision.
+    """How the weights are stored; the defaults are the reference's mixed precision.
 
     Args:
-        mlp_bits: Bits of the MLP matrices, 2 to 8.
-        attention_bits: Bits of the attention matrices.
-        bigram_bits: Bits of the bigram table and its projection.
-        other_bits: Bits of any other large matrix.
-        fp16_key_blocks: Blocks whose key projection stays float16; negative counts from the end.
-        small_tensor: Tensors of at most this many elements stay float16.
-        prune_frac: Share of the smallest magnitudes of each large matrix set to zero first.
-        prune_above: A matrix is large with more elements than this.
-        rounding: nearest: to the nearest of so many bits, with a row's largest magnitude at the end of the range.
-            sensitive: every matrix product's matrix by what the loss notices, measured on training text (GPTQ with
-            steps of its own for rows and columns); mlp_bits, attention_bits and prune_frac do not apply to them.
-        step: Of sensitive rounding; the expected rise of the loss goes with its square. export.fit searches for it.
-        calibration_sequences: Training sequences that sensitive rounding measures on.
-        codec: What makes symbols short: zstd-22, or ans, an entropy coder with fitted frequencies.
+        mlp_bits: Bits of the MLP matrices (2 to 8).
+        attention_bits: Bits of the attention matrices (2 to 8).
+        bigram_bits: Bits of the bigram table and its projection (2 to 8).
+        other_bits: Bits of any other large matrix (2 to 8).
+        fp16_key_blocks: Blocks whose key projection stays float16; negative numbers count from the end.
+        small_tensor: Largest number of elements of a tensor that stays float16.
+        prune_frac: Fraction of each large matrix's smallest magnitudes that is set to zero before rounding (0 to 1).
+        prune_above: Number of elements above which a matrix is large.
+        rounding: nearest: round to the nearest integer, with each row's largest magnitude at the end of the range.
+            loss_aware: round the matrices with GPTQ and with steps for rows and columns that follow from the loss on
+            training text; mlp_bits, attention_bits and prune_frac do not apply to them.
+        quant_step: Global step of loss-aware rounding (above 0); the expected rise of the loss is proportional to its
+            square. With export.shrink_to_cap it is searched for.
+        calibration_sequences: Number of training sequences that loss-aware rounding measures the loss on (at least 1).
+        codec: Entropy coder of the symbols: zstd-22, or ans with fitted frequencies.
     """
 
     mlp_bits: int = 5
@@ -42,8 +42,8 @@ class QuantizationConfig:
     small_tensor: int = 8192
     prune_frac: float = 0.03
     prune_above: int = 65536
-    rounding: Literal["nearest", "sensitive"] = "nearest"
-    step: float = 2e-4
+    rounding: Literal["nearest", "loss_aware"] = "nearest"
+    quant_step: float = 2e-4
     calibration_sequences: int = 64
     codec: Codec = "zstd-22"
 
@@ -53,34 +53,37 @@ class QuantizationConfig:
                 raise ValueError(f"quantization: bits must lie between 2 and 8, not {bits}")
         if not 0 <= self.prune_frac < 1:
             raise ValueError(f"quantization.prune_frac must lie in [0, 1), not {self.prune_frac}")
-        if self.step <= 0 or self.calibration_sequences < 1:
-            raise ValueError("quantization: step must be positive and calibration_sequences at least 1")
+        if self.quant_step <= 0 or self.calibration_sequences < 1:
+            raise ValueError(
+                "quantization.quant_step must be positive and quantization.calibration_sequences at least 1, not "
+                f"{self.quant_step} and {self.calibration_sequences}"
+            )
 
 
-def tighter(config: QuantizationConfig) -> Iterator[QuantizationConfig]:
-    """Choices that take fewer bytes, each fewer than the one before; the MLP gives first, as in the reference."""
+def smaller_configs(config: QuantizationConfig) -> Iterator[QuantizationConfig]:
+    """Settings that take ever fewer bytes; the MLP loses bits first, as in the reference."""
     for mlp, attention, bigram in ((0, 0, 0), (1, 0, 0), (1, 1, 1), (2, 1, 1), (2, 2, 2)):
         yield replace(
             config,
-            prune_frac=max(config.prune_frac, TIGHT_PRUNING),
+            prune_frac=max(config.prune_frac, SHRINK_PRUNING),
             mlp_bits=max(2, config.mlp_bits - mlp),
             attention_bits=max(2, config.attention_bits - attention),
             bigram_bits=max(2, config.bigram_bits - bigram),
         )
 
 
-def kind_of(name: str, tensor: Tensor, model: TransformerConfig, config: QuantizationConfig) -> Kind:
-    """The stored type of one tensor of the model's state.
+def storage_dtype(name: str, tensor: Tensor, model: TransformerConfig, config: QuantizationConfig) -> str:
+    """The storage type of one tensor: int2 to int8, float16 or float32.
 
     Args:
-        name: Its key in the state dict.
-        tensor: Its value.
+        name: Key of the tensor in the state dict.
+        tensor: Value of the tensor.
         model: The model it belongs to.
-        config: The choices.
+        config: Bits and exceptions.
     """
-    kept_keys = {f"blocks.{block % model.num_layers}.attention.k.weight" for block in config.fp16_key_blocks}
+    fp16_keys = {f"blocks.{block % model.num_layers}.attention.k.weight" for block in config.fp16_key_blocks}
     is_small = tensor.numel() <= config.small_tensor or tensor.ndim == 0  # a number has no row to round
-    if is_small or name == "token_embedding.weight" or name in kept_keys:
+    if is_small or name == "token_embedding.weight" or name in fp16_keys:
         return "float16"
     if name.endswith((".mix", "_scale", "skip_weights", ".gate", "_gain")):
         return "float32"

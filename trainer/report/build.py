@@ -15,39 +15,38 @@ from trainer.loading import load_artifact
 from trainer.quantize.container import Array, read_container
 from trainer.report.byte_use import ByteUse, byte_use
 from trainer.report.page import page
-from trainer.report.run_data import RunData
+from trainer.run_folder import RunFolder
 
-NAME = "report.html"
 PROMPTS = ("", "", "The")
 SAMPLE_TOKENS = 120
 
 
-def build_report(folders: list[Path], path: Path) -> None:
-    """Write the report of one run, or of several over each other.
+def build_report(folders: list[RunFolder], path: Path) -> None:
+    """Write the report of one run, or of several laid over each other.
 
     Args:
-        folders: Run folders; the first one is described in full.
-        path: The file.
+        folders: The runs; the first one is described in full.
+        path: The file to write.
 
     Raises:
         UserError: If one holds no finished run, or the file cannot be written.
     """
-    runs = [RunData.read(folder) for folder in folders]
+    runs = [folder.read() for folder in folders]
     first = folders[0]
     uses: list[ByteUse] = []
     samples: list[str] = []
-    if (first / "artifact.zst").is_file():
-        header, tensors = read_container(first / "artifact.zst")
-        uses = byte_use(tensors, _weights(first / "checkpoints/last.ckpt"), header["codec"])
-        if (first / "tokenizer.model").is_file():
-            samples = _samples(first / "artifact.zst")
-    command = f"trainer fit --config {first / 'config.yaml'}"
+    if first.artifact.is_file():
+        header, tensors = read_container(first.artifact)
+        uses = byte_use(tensors, _weights(first.last_checkpoint), header["codec"])
+        if first.tokenizer.is_file():
+            samples = _samples(first.artifact)
+    command = f"trainer fit --config {first.config}"
     with atomic_write(path) as file:
         file.write(page(runs, uses, samples, command).encode())
 
 
 def _weights(path: Path) -> dict[str, Array] | None:
-    """The weights that were exported, if their checkpoint is still there."""
+    """The weights that were exported, if their checkpoint still exists."""
     try:
         checkpoint = load_checkpoint(path)
     except UserError:
@@ -59,10 +58,10 @@ def _weights(path: Path) -> dict[str, Array] | None:
 def _samples(artifact: Path) -> list[str]:
     model, tokenizer = load_artifact(artifact)
     decoder = Decoder(model)
-    draw = partial(sample, temperature=0.8, top_k=0, top_p=0.95, generator=torch.Generator().manual_seed(0))
+    draw = partial(sample, temperature=0.8, top_k=None, top_p=0.95, generator=torch.Generator().manual_seed(0))
     texts = []
     for prompt in PROMPTS:
         ids = [BOS, *tokenizer.encode(prompt)]
-        written = generate(decoder, ids, SAMPLE_TOKENS, draw)
-        texts.append("".join(itertools.chain([prompt], stream_text(tokenizer, ids, written))))
+        tokens = generate(decoder, ids, SAMPLE_TOKENS, draw)
+        texts.append("".join(itertools.chain([prompt], stream_text(tokenizer, ids, tokens))))
     return texts

@@ -1,4 +1,4 @@
-"""Where an artifact's bytes went, and what rounding did to its tensors."""
+"""How an artifact uses its bytes, and how rounding changed its tensors."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ class ByteUse:
     """One group of tensors.
 
     Attributes:
-        group: Its name.
-        kinds: Stored types.
-        parameters: Numbers it holds.
-        bytes: What it takes when it is compressed alone.
-        entropy_bytes: What an ideal coder would take that knows how often each byte occurs, but not its neighbours.
-        error: Root mean square of what rounding changed, relative to that of the weights; None if those are gone.
+        group: Name of the group.
+        kinds: Storage types of its tensors.
+        parameters: Number of parameters.
+        bytes: Bytes of the group, compressed by itself.
+        entropy_bytes: Bytes of an ideal coder that knows the frequency of each byte, but not its neighbors.
+        error: Root mean square of the rounding error, relative to that of the weights; None if the weights are missing.
     """
 
     group: str
@@ -31,12 +31,12 @@ class ByteUse:
 
     @property
     def bits(self) -> float:
-        """Bits a parameter."""
+        """Bits per parameter."""
         return 8 * self.bytes / self.parameters
 
 
 def group_of(name: str) -> str:
-    """The group a tensor is counted in."""
+    """The group of a tensor."""
     if name.startswith("blocks.") and name.endswith(".weight"):
         _, _, part, matrix, _ = name.split(".")
         return f"{part} {matrix}"
@@ -47,24 +47,24 @@ def group_of(name: str) -> str:
 
 
 def byte_use(tensors: dict[str, StoredTensor], weights: dict[str, Array] | None, codec: Codec) -> list[ByteUse]:
-    """Count every group, the largest first.
+    """Measure every group, the largest first.
 
     Args:
-        tensors: Of an artifact.
-        weights: The same before they were rounded, if they are still there.
-        codec: Of the artifact.
+        tensors: Tensors of an artifact.
+        weights: The same before they were rounded, if they still exist.
+        codec: Entropy coder of the artifact.
     """
     groups: dict[str, list[str]] = defaultdict(list)
     for name in tensors:
         groups[group_of(name)].append(name)
-    found = []
+    uses = []
     for group, names in groups.items():
         streams = [stream for name in names for stream in encode(tensors[name])]
         squares = np.zeros(2)
         for name in names if weights else ():
             assert weights is not None
             squares += [np.square(tensors[name].floats() - weights[name]).sum(), np.square(weights[name]).sum()]
-        found.append(
+        uses.append(
             ByteUse(
                 group,
                 ", ".join(sorted({tensors[name].kind for name in names})),
@@ -74,7 +74,7 @@ def byte_use(tensors: dict[str, StoredTensor], weights: dict[str, Array] | None,
                 float(np.sqrt(squares[0] / squares[1])) if squares[1] else None,
             )
         )
-    return sorted(found, key=lambda use: -use.bytes)
+    return sorted(uses, key=lambda use: -use.bytes)
 
 
 def _entropy_bytes(stream: bytes) -> float:

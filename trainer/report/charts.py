@@ -1,21 +1,21 @@
-"""Line charts as SVG text, in the colours of the page."""
+"""Line charts as SVG, in the colors of the page."""
 
 import math
 from html import escape
 
-from trainer.report.run_data import Series
+from trainer.run_folder import Series
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 250, 58, 26, 10, 12
-MOST_POINTS = 500
+MAX_POINTS = 500
 
 
 def line_chart(title: str, series: list[tuple[str, Series]], log: bool = False) -> str:
-    """A figure with a line for every run.
+    """A figure with one line per run.
 
     Args:
         title: Caption.
         series: Label, steps and values of each line; a series without points is left out.
-        log: Logarithmic values, where all are positive and differ enough.
+        log: Use a logarithmic scale, where all values are positive and differ enough.
     """
     drawn = [(label, *_thinned(points)) for label, points in series if points[0]]
     if not drawn:
@@ -25,7 +25,7 @@ def line_chart(title: str, series: list[tuple[str, Series]], log: bool = False) 
     if not ys:
         return ""
     left, right, low, high = min(xs), max(xs), min(ys), max(ys)
-    log = log and low > 0 and high / low >= 3  # a line that hardly changes reads better on an even scale
+    log = log and low > 0 and high / low >= 3  # an almost flat line reads better on a linear scale
     ticks = _log_ticks(low, high) if log else _ticks(low, high)
     low, high = min(low, ticks[0]), max(high, ticks[-1])
 
@@ -85,11 +85,11 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _thinned(points: Series) -> Series:
-    """Means of neighbours, so that a long run draws as quickly as a short one."""
+    """Means of neighbors, so that a long run is drawn as quickly as a short one."""
     steps, values = points
-    size = -(-len(steps) // MOST_POINTS)
+    size = -(-len(steps) // MAX_POINTS)
     if size <= 1:
         return points
-    pieces = range(0, len(steps), size)
-    mean = [sum(values[at : at + size]) / len(values[at : at + size]) for at in pieces]
-    return [steps[min(at + size, len(steps)) - 1] for at in pieces], mean
+    starts = range(0, len(steps), size)
+    mean = [sum(values[at : at + size]) / len(values[at : at + size]) for at in starts]
+    return [steps[min(at + size, len(steps)) - 1] for at in starts], mean

@@ -1,11 +1,11 @@
-"""The report: one HTML file that needs nothing else, light and dark, on a phone and on paper."""
+"""The report: one HTML file that needs no other, for light and dark screens, phones and paper."""
 
 from html import escape
 from typing import Any
 
 from trainer.report.byte_use import ByteUse
 from trainer.report.charts import line_chart
-from trainer.report.run_data import RunData
+from trainer.run_folder import RunData
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2329; --soft: #59636e; --line: #d9dee3; --paper: #fff; --card: #f5f7f9;
@@ -47,12 +47,12 @@ STAGES = {
     "artifact_sliding": "artifact, sliding window",
 }
 CURVES = (
-    ("train/loss", "Training loss, nats a token", True),
+    ("train/loss", "Training loss, nats per token", True),
     ("val/bpb", "Validation during training, bits per byte (plain)", False),
-    ("train/lr_multiplier", "Learning rate, share of its full value", False),
-    ("perf/tokens_per_second", "Tokens a second", False),
+    ("train/lr_multiplier", "Learning-rate multiplier", False),
+    ("perf/tokens_per_second", "Tokens per second", False),
     ("train/gradient_norm", "Gradient norm before clipping", True),
-    ("perf/utilisation", "Share of the card's peak arithmetic", False),
+    ("perf/mfu", "Model FLOPs utilization (MFU)", False),
 )
 
 
@@ -61,9 +61,9 @@ def page(runs: list[RunData], uses: list[ByteUse], samples: list[str], command: 
 
     Args:
         runs: The first one is described in full.
-        uses: Where its bytes went; empty if its artifact is gone.
-        samples: Texts it wrote.
-        command: What repeats it.
+        uses: How the bytes of its artifact are used; empty if the artifact is missing.
+        samples: Texts that the model generated.
+        command: Command that repeats the run.
     """
     first = runs[0]
     title = ", ".join(run.name for run in runs)
@@ -95,22 +95,22 @@ def page(runs: list[RunData], uses: list[ByteUse], samples: list[str], command: 
 
 
 def _subtitle(run: RunData) -> str:
-    facts = run.summary
+    summary = run.summary
     return (
-        f'<p class="soft">{facts["parameters"]:,} parameters, trained on {escape(facts["versions"]["device"])}; '
-        f"{facts['steps']:,} steps; {facts['weights']} weights</p>"
+        f'<p class="soft">{summary["parameters"]:,} parameters, trained on {escape(summary["versions"]["device"])}; '
+        f"{summary['steps']:,} steps; {summary['weights']} weights</p>"
     )
 
 
 def _cards(run: RunData) -> str:
-    facts = run.summary
-    seconds = max(facts["train_seconds"], 1e-9)
-    what = "artifact" if "bytes_total" in facts else f"{facts['weights']} weights"
+    summary = run.summary
+    seconds = max(summary["train_seconds"], 1e-9)
+    what = "artifact" if "bytes_total" in summary else f"{summary['weights']} weights"
     cards = [
-        (f"{facts['val_bpb']:.4f}", f"bits per byte of the {what}, {facts['val_tokens']:,} tokens", ""),
-        *_size(facts),
-        (_count(facts["train_tokens"]), "tokens learned", ""),
-        (_time(seconds), f"of training, {facts['train_tokens'] / seconds:,.0f} tokens a second", ""),
+        (f"{summary['val_bpb']:.4f}", f"bits per byte of the {what}, {summary['val_tokens']:,} tokens", ""),
+        *_size(summary),
+        (_count(summary["train_tokens"]), "training tokens", ""),
+        (_time(seconds), f"of training, {summary['train_tokens'] / seconds:,.0f} tokens per second", ""),
     ]
     inside = "".join(
         f'<div class="card"><b>{big}</b><span class="soft">{small}</span>{more}</div>' for big, small, more in cards
@@ -118,11 +118,11 @@ def _cards(run: RunData) -> str:
     return f'<div class="cards">{inside}</div>'
 
 
-def _size(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """The card of the bytes, if an artifact was stored."""
-    if "bytes_total" not in facts:
+def _size(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The card with the size, if an artifact was stored."""
+    if "bytes_total" not in summary:
         return []
-    total, cap = facts["bytes_total"], facts["bytes_cap"]
+    total, cap = summary["bytes_total"], summary["bytes_cap"]
     left = f"{abs(cap - total):,} {'over the cap by' if total > cap else 'left'}"
     meter = f'<div class="meter"><i style="width:{min(100 * total / cap, 100):.1f}%"></i></div>'
     return [(f"{total:,}", f"of {cap:,} bytes; {left}", meter)]
@@ -134,7 +134,7 @@ def _legend(runs: list[RunData]) -> str:
 
 
 def _differences(runs: list[RunData]) -> str:
-    facts = [run.summary for run in runs]
+    summaries = [run.summary for run in runs]
     rows = _score_rows(runs)
     for name, key, form in (
         ("total bytes", "bytes_total", "{:,}"),
@@ -142,11 +142,12 @@ def _differences(runs: list[RunData]) -> str:
         ("steps", "steps", "{:,}"),
         ("training seconds", "train_seconds", "{:,.0f}"),
     ):
-        if not all(key in fact for fact in facts):  # a run without an artifact has no size
+        if not all(key in summary for summary in summaries):  # a run without an artifact has no size
             continue
         signed = form.replace("{:", "{:+")
-        changes = [f"{form.format(fact[key])} ({signed.format(fact[key] - facts[0][key])})" for fact in facts[1:]]
-        rows.append([name, form.format(facts[0][key]), *changes])
+        first = summaries[0][key]
+        changes = [f"{form.format(each[key])} ({signed.format(each[key] - first)})" for each in summaries[1:]]
+        rows.append([name, form.format(first), *changes])
     names = dict.fromkeys(name for run in runs for name in run.config)
     for name in names:
         values = [run.config.get(name) for run in runs]
@@ -176,7 +177,7 @@ def _stages(run: RunData) -> str:
     for name, stage in run.summary["stages"].items():
         numbers = (f"{stage['bpb']:.5f}", f"{stage['loss']:.5f}", f"{stage['tokens']:,}", f"{stage['bytes']:,}")
         rows.append([STAGES.get(name, name), *numbers])
-    return _table(["", "bits per byte", "nats a token", "tokens", "bytes of text"], rows)
+    return _table(["", "bits per byte", "nats per token", "tokens", "bytes of text"], rows)
 
 
 def _bytes(run: RunData, uses: list[ByteUse]) -> str:
@@ -200,10 +201,12 @@ def _bytes(run: RunData, uses: list[ByteUse]) -> str:
     code = run.summary["bytes_code"]
     rows.append(["code", "", bar(code), f"{code:,}", "", "", ""])
     note = (
-        '<p class="note">Each group compressed alone. Entropy: an ideal coder that knows how often each byte occurs. '
-        "Rounding: root mean square of the change, of that of the weights.</p>"
+        '<p class="note">Each group is compressed by itself. Entropy: a coder that knows each byte\'s frequency. '
+        "Rounding: root mean square of the change, relative to that of the weights.</p>"
     )
-    return _table(["", "parameters", "", "bytes", "bits each", "entropy", "rounding"], rows, escaped=True) + note
+    return (
+        _table(["", "parameters", "", "bytes", "bits per parameter", "entropy", "rounding"], rows, escaped=True) + note
+    )
 
 
 def _environment(run: RunData) -> str:

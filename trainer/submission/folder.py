@@ -1,4 +1,4 @@
-"""A folder for the challenge, made of finished runs: what ships, what it scored, and how to repeat it."""
+"""A submission folder made of finished runs: the files that ship, their score, and how to reproduce it."""
 
 import datetime
 import json
@@ -8,26 +8,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.environment import PACKAGES
 from trainer.errors import UserError
 from trainer.files import atomic_write
-from trainer.quantize.export import CAP
-from trainer.report.run_data import RunData
+from trainer.quantize.export import SIZE_CAP
+from trainer.run_folder import RunData, RunFolder
+from trainer.versions import PACKAGES
 
 # Settings that may differ between the seeds of one recipe.
-OF_A_RUN = ("seed_everything", "run_name", "data.seed", "model.micro_batch_tokens", "data.source.init_args.folder")
+RUN_SETTINGS = ("seed_everything", "run_name", "data.seed", "model.micro_batch_tokens", "data.source.init_args.folder")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Who submits what.
+    """Author and title of a submission.
 
     Attributes:
         name: Title of the submission.
-        author: Name of its author.
-        github_id: Their account.
+        author: Name of the author.
+        github_id: Account of the author at GitHub.
         track: Track of the challenge.
-        blurb: A sentence on it.
+        blurb: A sentence about the submission.
         date: ISO date.
     """
 
@@ -43,7 +43,7 @@ def make_folder(entry: Entry, folders: list[Path], out: Path) -> RunData:
     """Write a submission of the best of several seeds.
 
     Args:
-        entry: Who submits what.
+        entry: Author and title.
         folders: Run folders of one recipe.
         out: The folder to make.
 
@@ -51,25 +51,28 @@ def make_folder(entry: Entry, folders: list[Path], out: Path) -> RunData:
         The run whose artifact ships.
 
     Raises:
-        UserError: If a run is not finished, the runs are not of one recipe, the files are over the cap, or `out` is
-            there.
+        UserError: If a run is not finished, the runs are not of one recipe, the files are over the cap, or `out`
+            exists.
     """
-    runs = sorted((RunData.read(folder) for folder in folders), key=lambda run: float(run.summary["val_bpb"]))
+    runs = sorted((RunFolder(folder).read() for folder in folders), key=lambda run: float(run.summary["val_bpb"]))
     best = runs[0]
     _check_one_recipe(runs)
-    sizes = {name: _size(best.folder / name) for name in ("artifact.zst", "train_gpt.py")}
-    if (total := sum(sizes.values())) > CAP:
+    shipped = RunFolder(out)
+    sizes = {path.name: _size(path) for path in (best.folder.artifact, best.folder.code)}
+    if (total := sum(sizes.values())) > SIZE_CAP:
         raise UserError(
-            f"{best.folder}: {total:,} bytes are {total - CAP:,} over the cap of {CAP:,}; export it with --fit"
+            f"{best.folder}: {total:,} bytes are {total - SIZE_CAP:,} over the cap of {SIZE_CAP:,}; export it with "
+            "--shrink_to_cap"
         )
     try:
         out.mkdir(parents=True)
-        for name in (*sizes, "config.yaml"):
-            shutil.copyfile(best.folder / name, out / name)
+        shutil.copyfile(best.folder.artifact, shipped.artifact)
+        shutil.copyfile(best.folder.code, shipped.code)
+        shutil.copyfile(best.folder.config, shipped.config)
         for run in runs:
-            shutil.copyfile(run.folder / "train.log", out / _log_name(run, runs))
+            shutil.copyfile(run.folder.log, out / _log_name(run, runs))
     except FileExistsError as error:
-        raise UserError(f"{out}: is there already; choose another --out or remove it") from error
+        raise UserError(f"{out}: exists already; choose another --out or remove it") from error
     except OSError as error:
         raise UserError(f"{error.filename or out}: {error.strerror}; run it again with this version") from error
     record = _record(entry, runs, sizes)
@@ -86,11 +89,11 @@ def make_folder(entry: Entry, folders: list[Path], out: Path) -> RunData:
 def _check_one_recipe(runs: list[RunData]) -> None:
     first = runs[0]
     for run in runs[1:]:
-        for name in sorted({*first.config, *run.config} - set(OF_A_RUN)):
+        for name in sorted({*first.config, *run.config} - set(RUN_SETTINGS)):
             if run.config.get(name) != first.config.get(name):
                 raise UserError(
-                    f"{run.folder}: is of another recipe than {first.folder} ({name}: {run.config.get(name)} there, "
-                    f"{first.config.get(name)} here); submit seeds of one recipe"
+                    f"{run.folder}: has another recipe than {first.folder} ({name}: {run.config.get(name)} instead of "
+                    f"{first.config.get(name)}); submit seeds of one recipe"
                 )
     seeds = [run.config.get("seed_everything") for run in runs]
     if len(set(seeds)) < len(seeds):
@@ -107,7 +110,7 @@ def _size(path: Path) -> int:
 
 
 def _log_name(run: RunData, runs: list[RunData]) -> str:
-    return "train.log" if len(runs) == 1 else f"train_seed{run.config['seed_everything']}.log"
+    return run.folder.log.name if len(runs) == 1 else f"train_seed{run.config['seed_everything']}.log"
 
 
 def _version(run: RunData, name: str) -> str:
@@ -116,8 +119,8 @@ def _version(run: RunData, name: str) -> str:
 
 def _record(entry: Entry, runs: list[RunData], sizes: dict[str, int]) -> dict[str, Any]:
     """What `submission.json` holds; scores of several seeds are means."""
-    facts = [run.summary for run in runs]
-    mean = {key: statistics.fmean(fact[key] for fact in facts) for key in ("val_loss", "val_bpb")}
+    summaries = [run.summary for run in runs]
+    mean = {key: statistics.fmean(summary[key] for summary in summaries) for key in ("val_loss", "val_bpb")}
     record: dict[str, Any] = {
         "author": entry.author,
         "github_id": entry.github_id,
@@ -130,14 +133,14 @@ def _record(entry: Entry, runs: list[RunData], sizes: dict[str, int]) -> dict[st
         "bytes_model": sizes["artifact.zst"],
         "bytes_code": sizes["train_gpt.py"],
         "seeds": [run.config["seed_everything"] for run in runs],
-        "steps": facts[0]["steps"],
-        "wallclock_seconds": facts[0]["train_seconds"],
-        "eval_time_seconds": facts[0]["eval_seconds"],
-        "hardware": facts[0]["versions"]["device"],
-        "versions": facts[0]["versions"],
+        "steps": summaries[0]["steps"],
+        "wallclock_seconds": summaries[0]["train_seconds"],
+        "eval_time_seconds": summaries[0]["eval_seconds"],
+        "hardware": summaries[0]["versions"]["device"],
+        "versions": summaries[0]["versions"],
     }
     if len(runs) > 1:
-        record["val_bpb_deviation"] = statistics.stdev(fact["val_bpb"] for fact in facts)
+        record["val_bpb_deviation"] = statistics.stdev(summary["val_bpb"] for summary in summaries)
         keys = ("val_bpb", "val_loss", "bytes_total", "steps", "train_seconds")
         record["per_seed"] = {
             str(run.config["seed_everything"]): {key: run.summary[key] for key in keys} for run in runs
@@ -158,16 +161,16 @@ def _readme(entry: Entry, runs: list[RunData], record: dict[str, Any]) -> str:
 
 {entry.blurb}
 
-**{record["val_bpb"]:.5f}{spread} bits per byte**, {record["bytes_total"]:,} of {CAP:,} bytes
+**{record["val_bpb"]:.5f}{spread} bits per byte**, {record["bytes_total"]:,} of {SIZE_CAP:,} bytes
 ({record["bytes_model"]:,} model, {record["bytes_code"]:,} code), on {record["hardware"]}.
 {entry.author} (@{entry.github_id}).
 
-| seed | bits per byte | nats a token | bytes | steps | training |
+| seed | bits per byte | nats per token | bytes | steps | training |
 |---|---|---|---|---|---|
 {rows}
 
-`artifact.zst` is the model of seed {best.config["seed_everything"]}. `train_gpt.py` holds all of the code;
-Python runs it as it is:
+`artifact.zst` is the model of seed {best.config["seed_everything"]}. `train_gpt.py` holds all of the code, and Python
+runs it directly:
 
 ```sh
 pip install -r requirements.txt jsonargparse pyyaml

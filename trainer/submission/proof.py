@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from trainer.environment import versions
 from trainer.errors import UserError
+from trainer.versions import versions
 
-SAME = 1e-6  # bits per byte, on the same hardware with the same libraries
-ELSEWHERE = 1e-3
+SAME_TOLERANCE = 1e-6  # bits per byte, on the same hardware with the same libraries
+OTHER_TOLERANCE = 1e-3
 
 
 def prove(folder: Path, data: Path, expected: dict[str, Any]) -> str:
@@ -27,32 +27,34 @@ def prove(folder: Path, data: Path, expected: dict[str, Any]) -> str:
         expected: Summary of the run whose artifact ships.
 
     Returns:
-        What was found, in a line.
+        The result, in one line.
 
     Raises:
-        UserError: If it does not run, or scores something else.
+        UserError: If it does not run, or gives another score.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     with tempfile.TemporaryDirectory() as clean:
-        place = Path(clean) / "submission"
-        shutil.copytree(folder, place)
-        words = ["validate", "--ckpt", "artifact.zst", "--data.source", "Shards"]
-        words += ["--data.source.folder", str(data.resolve())]
-        command = [sys.executable, "train_gpt.py", *words]
-        found = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
-    if found.returncode != 0:
+        copy = Path(clean) / "submission"
+        shutil.copytree(folder, copy)
+        args = ["validate", "--ckpt", "artifact.zst", "--data.source", "Shards"]
+        args += ["--data.source.folder", str(data.resolve())]
+        command = [sys.executable, "train_gpt.py", *args]
+        result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
         raise UserError(
-            f"{folder}: its own code cannot score its artifact: {(found.stderr.strip() or '?').splitlines()[-1]}"
+            f"{folder}: its own code cannot score its artifact: {(result.stderr.strip() or '?').splitlines()[-1]}"
         )
-    values = dict(pair.split("=") for pair in found.stdout.strip().splitlines()[-1].split())
+    values = dict(pair.split("=") for pair in result.stdout.strip().splitlines()[-1].split())
     difference = float(values["val_bpb"]) - float(expected["val_bpb"])
     here = versions(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    same = json.loads((folder / "submission.json").read_text())["versions"] == here
-    allowed = SAME if same else ELSEWHERE
-    if abs(difference) > allowed or int(values["tokens"]) != expected["val_tokens"]:
+    is_same = json.loads((folder / "submission.json").read_text())["versions"] == here
+    if (
+        abs(difference) > (SAME_TOLERANCE if is_same else OTHER_TOLERANCE)
+        or int(values["tokens"]) != expected["val_tokens"]
+    ):
         raise UserError(
-            f"{folder}: scores {values['val_bpb']} on {values['tokens']} tokens of {data}, but the run "
-            f"{expected['val_bpb']:.8f} on {expected['val_tokens']}; is that the data it was scored on?"
+            f"{folder}: scores {values['val_bpb']} on {values['tokens']} tokens of {data}, but the run scored "
+            f"{expected['val_bpb']:.8f} on {expected['val_tokens']}; give the --data that the run was scored on"
         )
-    where = "the hardware and libraries of the run" if same else "other hardware or libraries than the run's"
+    where = "the hardware and libraries of the run" if is_same else "other hardware or libraries than the run's"
     return f"val_bpb {values['val_bpb']} in a clean process on {where}: {difference:+.1e} from the run's"

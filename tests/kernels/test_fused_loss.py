@@ -1,0 +1,103 @@
+"""Softcapped cross-entropy as one operator, against torch's cross-entropy of capped logits."""
+
+import os
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.conftest import TINY
+from trainer.model import fused_loss
+from trainer.kernels.attention_backends import SdpaBackend
+from trainer.kernels.fused_loss import softcapped_nll
+from trainer.kernels.fusion import Fused
+from trainer.model.transformer import Transformer
+
+CPU = torch.device("cpu")
+# Without a GPU, Triton's interpreter runs the kernels: TRITON_INTERPRET=1, and the package triton.
+HERE = torch.device("cuda") if torch.cuda.is_available() else CPU
+DTYPES = [torch.bfloat16, torch.float16] if torch.cuda.is_available() else [torch.bfloat16]  # it is slow
+CAN_RUN = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def forward(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """What the kernel computes, as formulas: how far each logit stays below the cap."""
+    below = 2 * cap / (1 + (2 * logits / cap).exp())
+    sums = (-below).exp().sum(1)
+    own = below.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    return torch.where(targets < 0, 0.0, sums.log() + own), sums
+
+
+def backward(grad: Tensor, logits: Tensor, targets: Tensor, sums: Tensor, cap: float) -> Tensor:
+    """Its derivative as the kernel takes it."""
+    r = 1 / (1 + (2 * logits / cap).exp())
+    wrong = (-2 * cap * r).exp() / sums[:, None]
+    wrong = wrong - (torch.arange(logits.size(1), device=logits.device) == targets[:, None]).to(wrong.dtype)
+    return torch.where(targets < 0, 0.0, grad)[:, None] * wrong * 4 * r * (1 - r)
+
+
+def torchs(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
+    return F.cross_entropy(cap * torch.tanh(logits / cap), targets, ignore_index=-1, reduction="none")
+
+
+@pytest.fixture
+def formulas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, fused_loss.KERNEL, SimpleNamespace(forward=forward, backward=backward))
+
+
+@pytest.mark.usefixtures("formulas")
+def test_operator_and_its_derivative_equal_torchs():
+    torch.manual_seed(0)
+    logits = (20 * torch.randn(9, 30, dtype=torch.float64)).requires_grad_()
+    targets = torch.randint(0, 30, (9,))
+    targets[4] = -1
+    nll = softcapped_nll(logits, targets, 15.0)[0]
+    torch.testing.assert_close(nll, torchs(logits, targets, 15.0), rtol=1e-9, atol=1e-9)
+    assert nll[4] == 0
+    assert torch.autograd.gradcheck(lambda x: softcapped_nll(x, targets, 15.0)[0], logits)
+
+
+@pytest.mark.usefixtures("formulas")
+@pytest.mark.parametrize("first", [0, 5])
+def test_the_model_loses_the_same_with_it(first: int):
+    torch.manual_seed(0)
+    model = Transformer(TINY).double()
+    tokens = torch.randint(0, 300, (2, 9))
+    tokens[1, 7:] = -1
+    found = []
+    for fused in (False, True):
+        model.set_kernels(SdpaBackend(), Fused(loss=fused))
+        nll = model.nll(tokens[:, :-1].clamp(min=0), tokens[:, 1:], first)
+        found.append((nll, *torch.autograd.grad(nll.sin().sum(), tuple(model.parameters()))))
+    assert found[1][0].shape == (2, 8 - first)
+    for plain, fused in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.skipif(not CAN_RUN, reason="the kernel needs a GPU or Triton's interpreter")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("pieces", "cap"), [(1024, 30.0), (8192, 30.0), (3001, 15.0), (50, 40.0)])
+def test_kernel_equals_torchs_loss_also_for_vocabularies_that_no_block_divides(dtype, pieces, cap):
+    assert fused_loss.runs_on(cap, HERE, dtype)
+    torch.manual_seed(0)
+    logits = (12 * torch.randn(37, pieces, device=HERE)).to(dtype)
+    logits[3] = -500.0  # all at the bottom of the cap
+    logits[4, 7] = 60_000.0
+    targets = torch.randint(0, pieces, (37,), device=HERE)
+    targets[9] = -1
+    grad = torch.randn(37, device=HERE)
+    mine, other = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    nll, expected = softcapped_nll(mine, targets, cap)[0], torchs(other, targets, cap)
+    assert (nll - expected).abs().max() < 1e-4
+    (found,), (gradient,) = torch.autograd.grad(nll, mine, grad), torch.autograd.grad(expected, other, grad.double())
+    assert (found.double() - gradient).norm() < 6e-3 * gradient.norm()
+
+
+@pytest.mark.usefixtures("formulas")  # which run with any
+def test_other_types_and_caps_follow_the_formulas():
+    assert fused_loss.runs_on(40.0, CPU, torch.bfloat16)
+    assert not fused_loss.runs_on(30.0, CPU, torch.float32)
+    assert not fused_loss.runs_on(50.0, CPU, torch.bfloat16)

@@ -1,0 +1,65 @@
+"""The band equals masked attention in numpy, at lengths that it divides and at others."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer.model.attention import AttentionConfig
+from trainer.model.kernel_choice import time_attention
+from trainer.kernels.attention_backends import FlashAttention4, SdpaBackend
+from trainer.kernels.windowed_attention import WindowedAttention, with_window
+from trainer.model.transformer import TransformerConfig
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 9), st.data())
+def test_each_position_attends_to_the_last_so_many(total: int, band: int, data: st.DataObject):
+    scored = data.draw(st.integers(1, total))
+    generator = torch.Generator().manual_seed(total * 100 + band)
+    q = torch.randn(2, scored, 4, 8, generator=generator).double()
+    k, v = torch.randn(2, 2, total, 2, 8, generator=generator).double()
+    found = WindowedAttention(SdpaBackend(), band)(q, k, v).numpy()
+    if total <= band:
+        return  # the kernel inside, which has its own test
+    for batch in range(2):
+        for head in range(4):
+            for row in range(scored):
+                at = total - scored + row
+                seen = slice(max(0, at - band + 1), at + 1)
+                scores = k[batch, seen, head // 2].numpy() @ q[batch, row, head].numpy() / np.sqrt(8)
+                weights = np.exp(scores - scores.max())
+                expected = weights / weights.sum() @ v[batch, seen, head // 2].numpy()
+                assert np.allclose(found[batch, row, head], expected)
+
+
+def test_the_smaller_of_two_windows_counts():
+    inner = SdpaBackend()
+    assert with_window(with_window(inner, 8), 5) == with_window(with_window(inner, 5), 8) == WindowedAttention(inner, 5)
+    assert with_window(FlashAttention4(), 5) == with_window(FlashAttention4(5), 8) == FlashAttention4(5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="flash-attn-4 needs a GPU")
+@pytest.mark.parametrize("scored", [300, 64])
+def test_flash_attention_with_a_window_equals_the_band(scored: int):
+    device = torch.device("cuda")
+    config = TransformerConfig(model_dim=256, attention=AttentionConfig(4, 2))
+    if time_attention(FlashAttention4(100), False, config, 256, device, torch.bfloat16, False) is None:
+        pytest.skip("needs flash-attn-4 and a GPU that it runs on")
+    torch.manual_seed(0)
+    q = torch.randn(2, scored, 4, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+    k, v = (torch.randn(2, 300, 2, 64, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    grad = torch.randn_like(q)
+    found = FlashAttention4(100)(q, k, v)
+    inputs = [each.detach().double().requires_grad_() for each in (q, k, v)]
+    expected = WindowedAttention(SdpaBackend("math"), 100)(*inputs)
+    pairs = [(found, expected)]
+    if scored == 300:  # a training step scores every position
+        pairs += zip(
+            torch.autograd.grad(found, (q, k, v), grad),
+            torch.autograd.grad(expected, inputs, grad.double()),
+            strict=True,
+        )
+    for mine, exact in pairs:
+        assert (mine.double() - exact).norm() / exact.norm() < 1e-2

@@ -1,0 +1,218 @@
+"""Moments against autograd, feedback against the formula of optimal brain surgery, steps against their law."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import TINY
+from trainer.errors import UserError
+from trainer.kernels.attention_backends import SdpaBackend
+from trainer.model.transformer import Transformer, TransformerConfig
+from trainer.quantize.calibration import EMBEDDING, Moments, calibrate
+from trainer.quantize.container import COLUMN_STEPS
+from trainer.quantize.export import SIZE_CAP_TOLERANCE, ExportedSize, find_quant_step
+from trainer.quantize.gptq import DAMPING, inverse_factor, round_with_feedback
+from trainer.quantize.policy import QuantizationConfig
+from trainer.quantize.loss_aware import FAINTEST, TRUST, LossAwareRounding
+
+
+def awake(config: TransformerConfig = TINY) -> Transformer:
+    torch.manual_seed(0)
+    model = Transformer(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return awake()
+
+
+@pytest.fixture(scope="module")
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 300, (4, 17), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def moments(model: Transformer, tokens: torch.Tensor) -> dict[str, Moments]:
+    return calibrate(model, tokens.split(3))
+
+
+def test_moments_are_those_of_the_products_inputs_and_of_the_gradients_at_their_outputs(
+    model: Transformer, tokens: torch.Tensor, moments: dict[str, Moments]
+):
+    """The product W x of each position gets an offset of its own; what autograd says of it is the gradient there."""
+    for name in ("blocks.1.attention.q", "blocks.0.attention.out", "blocks.2.mlp.up", "blocks.3.mlp.down"):
+        matrix = model.get_submodule(name)
+        seen = {}
+
+        def offset(module, inputs, output, seen=seen):
+            x, *scale = inputs
+            seen["x"] = x.detach().reshape(-1, x.size(-1)).double().numpy()
+            seen["offset"] = torch.zeros(output.shape, requires_grad=True)
+            return output + (scale[0] if scale else 1) * seen["offset"]
+
+        handle = matrix.register_forward_hook(offset)
+        for block in model.blocks:
+            block.attention.has_hooks = True
+        model.nll(tokens[:, :-1], tokens[:, 1:]).sum().backward()
+        handle.remove()
+        for block in model.blocks:
+            block.attention.has_hooks = False
+        model.zero_grad()
+        found, positions = moments[f"{name}.weight"], 4 * 16
+        assert np.allclose(found.hessian.numpy(), seen["x"].T @ seen["x"] / positions, atol=1e-5)
+        gradient = seen["offset"].grad.reshape(positions, -1).double().numpy()
+        assert np.allclose(found.sensitivity.numpy(), (gradient**2).mean(0), rtol=1e-3, atol=1e-12)
+
+
+def test_the_embedding_counts_as_head_and_by_what_it_brings_in(
+    model: Transformer, tokens: torch.Tensor, moments: dict[str, Moments]
+):
+    with torch.no_grad():
+        hidden = model.hidden(tokens[:, :-1]).reshape(-1, 32).double().numpy()
+        logits = model(tokens[:, :-1]).reshape(-1, 300).double().numpy()
+    probability = np.exp(logits - logits.max(1, keepdims=True))
+    probability /= probability.sum(1, keepdims=True)
+    probability[np.arange(64), tokens[:, 1:].reshape(-1)] -= 1
+    at_logits = probability * (1 - (logits / 30) ** 2)  # through the softcap
+    head = (at_logits**2).mean(0)
+    found = moments[EMBEDDING]
+    second = hidden.T @ hidden / 64
+    brought = found.hessian.numpy() - second * head.mean()
+    level = np.diag(brought).mean()
+    assert level > 0
+    assert np.allclose(brought, level * np.eye(32), atol=1e-3 * level + 1e-6)
+    unused = np.setdiff1d(np.arange(300), tokens[:, :-1].unique().numpy())
+    cost = found.sensitivity.numpy() * np.diag(found.hessian.numpy()).mean()
+    assert np.allclose(cost[unused], head[unused] * np.diag(second).mean(), rtol=1e-3)
+    used = tokens[:, :-1].unique().numpy()
+    assert (cost[used] > head[used] * np.diag(second).mean()).all()
+
+
+def test_a_table_that_is_only_looked_up_counts_by_what_its_rows_bring_in(tokens: torch.Tensor):
+    """Each position's copy of its row as a leaf: what autograd says of it is the gradient there."""
+    model = awake(replace(TINY, value_embedding_blocks=2))
+    found = calibrate(model, [tokens])["value_embedding.weight"]
+    ids = tokens[:, :-1]
+    rows = model.value_embedding.weight.detach()[ids].requires_grad_()
+    model.value_embedding.forward = lambda _: rows
+    model.nll(ids, tokens[:, 1:]).sum().backward()
+    expected = np.zeros(300)
+    np.add.at(expected, ids.flatten().numpy(), (rows.grad.double() ** 2).mean(-1).flatten().numpy())
+    assert np.allclose(found.sensitivity.numpy(), expected / ids.numel(), rtol=1e-3, atol=1e-12)
+    assert torch.equal(found.hessian, torch.eye(16))
+
+
+def test_calibration_leaves_the_model_as_it_was_and_knows_an_untied_head(tokens: torch.Tensor):
+    model = awake(replace(TINY, tied_embeddings=False))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected = model.nll(tokens[:, :-1], tokens[:, 1:])
+    found = calibrate(model, [tokens])
+    assert torch.equal(model.nll(tokens[:, :-1], tokens[:, 1:]), expected)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+    assert not model.blocks[0].attention.has_hooks
+    assert isinstance(model.blocks[0].attention.kernel, SdpaBackend)
+    assert {"head.weight", EMBEDDING, "bigram.proj.weight"} < set(found)
+    assert torch.equal(found[EMBEDDING].hessian, torch.eye(32))
+
+
+def surgery(weight: np.ndarray, step: np.ndarray, hessian: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Optimal brain surgery as first written: after each column, correct the others and shrink the inverse Hessian."""
+    weight = weight.astype(np.float64).copy()
+    inverse = np.linalg.inv(hessian + DAMPING * np.diag(hessian).mean() * np.eye(len(hessian)))
+    symbols = np.zeros_like(weight)
+    left = list(order)
+    for column in order:
+        symbols[:, column] = np.clip(np.round(weight[:, column] / step[:, column]), -127, 127)
+        error = (weight[:, column] - symbols[:, column] * step[:, column]) / inverse[column, column]
+        left.remove(column)
+        weight[:, left] -= error[:, None] * inverse[column, left]
+        inverse -= np.outer(inverse[:, column], inverse[column]) / inverse[column, column]
+    return symbols
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 150), st.integers(1, 4), st.integers(0, 2**31))
+def test_feedback_equals_optimal_brain_surgery_and_beats_rounding(columns: int, rows: int, seed: int):
+    rng = np.random.default_rng(seed)
+    inputs = rng.normal(size=(2 * columns, columns)) @ rng.normal(size=(columns, columns))
+    hessian, weight = inputs.T @ inputs / len(inputs), rng.normal(size=(2, rows, columns))
+    step = np.broadcast_to(rng.uniform(0.2, 0.8, (rows, 1)) * rng.uniform(0.5, 2, (1, columns)), (rows, columns))
+    order, factor = inverse_factor(torch.tensor(hessian).expand(2, -1, -1))
+    assert order[0].tolist() == np.argsort(-np.diag(hessian), kind="stable").tolist()
+    found = round_with_feedback(torch.tensor(weight), torch.tensor(step.copy()).float(), 127, order, factor.float())
+    lost = {"feedback": 0.0, "nearest": 0.0}
+    for index in range(2):
+        expected = surgery(weight[index], step.astype(np.float32).astype(float), hessian, order[index].numpy())
+        # A tie or a last digit can send a symbol the other way, and what follows with it.
+        assert (found[index].numpy() == expected).mean() > 0.9
+        for name, symbols in (("feedback", found[index].numpy()), ("nearest", np.round(weight[index] / step))):
+            error = symbols * step - weight[index]
+            lost[name] += np.einsum("rc,cd,rd->", error, hessian, error)
+    assert lost["feedback"] <= 1.2 * lost["nearest"]
+
+
+def test_steps_follow_the_law_and_halving_them_costs_a_bit_a_weight(model: Transformer, moments: dict[str, Moments]):
+    state = model.state_dict()
+    rounding = LossAwareRounding(state, moments)
+    coarse, fine = rounding.round(0.001), rounding.round(0.0005)
+    assert set(coarse) == set(moments)
+    for name, tensor in coarse.items():
+        hessian, sensitivity = moments[name].hessian.double().numpy(), moments[name].sensitivity.double().numpy()
+        order = np.argsort(-np.diag(hessian), kind="stable")
+        damped = hessian + DAMPING * np.diag(hessian).mean() * np.eye(len(hessian))
+        cost = np.empty(len(hessian))  # of a column's error, once those behind it have made up for what they can
+        for place, column in enumerate(order):
+            behind = order[place:]
+            cost[column] = 1 / np.linalg.inv(damped[np.ix_(behind, behind)])[0, 0]
+        mean = sensitivity.mean()
+        rows = mean * np.maximum(sensitivity / mean, FAINTEST) ** TRUST
+        step = tensor.scale.astype(float)[:, None] * 2 ** (tensor.columns / COLUMN_STEPS)
+        law = step * np.sqrt(rows[:, None] * cost)
+        free = np.abs(tensor.values).max(1) < 120  # elsewhere the range of symbols asked for more
+        if free.any():
+            assert np.allclose(np.log2(law[free] / 0.001), 0, atol=0.5 / COLUMN_STEPS + 0.01), name
+        assert np.abs(tensor.values).max() <= 127
+    wide = [name for name in coarse if np.abs(fine[name].values).max() < 120 and np.abs(coarse[name].values).mean() > 2]
+    assert wide
+    for name in wide:
+        ratio = np.abs(fine[name].values).mean() / np.abs(coarse[name].values).mean()
+        assert ratio == pytest.approx(2, rel=0.1)
+    error = [np.square(tensors[EMBEDDING].floats() - state[EMBEDDING].numpy()).mean() for tensors in (coarse, fine)]
+    assert error[1] < 0.5 * error[0]
+
+
+@pytest.mark.parametrize("cap", [16_000_000, 12_345_678, 3_000_000])
+@pytest.mark.parametrize("bend", [0.0, 0.4])
+def test_the_search_lands_just_under_the_cap(cap: int, bend: float, capsys):
+    """Sizes that fall with the step's logarithm, and that flatten out as they do with an entropy coder."""
+    calls = []
+
+    def write(choice: QuantizationConfig) -> ExportedSize:
+        bits = -np.log2(choice.step) - 8
+        bits = np.logaddexp(0, bits) if bend else max(bits, 0.1)
+        calls.append(choice.step)
+        return ExportedSize(int(30e6 * (1 + bend) * bits / 8) + 50_000, 130_000, choice)
+
+    size = find_quant_step(write, QuantizationConfig(rounding="sensitive"), cap, 30_000_000)
+    assert cap - CAP_TOLERANCE <= size.total <= cap
+    assert calls[-1] == size.quantization.step
+    assert len(calls) <= 8
+    assert capsys.readouterr().out.count("step ") == len(calls)
+
+
+def test_the_search_ends_at_the_finest_step_and_refuses_what_cannot_fit():
+    def write(choice: QuantizationConfig) -> ExportedSize:
+        return ExportedSize(int(-1000 * np.log2(choice.step)), 100_000, choice)
+
+    assert find_quant_step(write, QuantizationConfig(), 16_000_000, 1000).quantization.step == pytest.approx(2e-5)
+    with pytest.raises(UserError, match="over the cap even with"):
+        find_quant_step(write, QuantizationConfig(), 90_000, 1000)

@@ -1,0 +1,106 @@
+"""Stability monitor: a loss or gradient that is not finite ends the run, a spike of the loss is logged as a warning."""
+
+import math
+from collections import deque
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from trainer.errors import UserError
+from trainer.lightning_module import LanguageModel
+from trainer.logging import logger
+
+
+class StabilityMonitor(pl.Callback):
+    """Checks the metrics of each step once the device has completed it, two steps later on a GPU.
+
+    The update of a step with a bad gradient is never made, on any process: the optimizer masks it on the device.
+    """
+
+    def __init__(
+        self,
+        nonfinite: Literal["stop", "skip"] = "stop",
+        max_skipped: int = 20,
+        threshold_std: float = 6.0,
+        history_steps: int = 128,
+    ) -> None:
+        """Check loss and gradients.
+
+        Args:
+            nonfinite: What a loss or gradient that is not finite does: stop the run, or skip the update of its step.
+            max_skipped: Most updates that a run may skip (at least 1). With fp16, where the loss scale adapts, it
+                limits the skipped updates in a row.
+            threshold_std: A warning is logged when the loss is more than this many standard deviations above its recent
+                mean (above 0).
+            history_steps: Number of steps that the recent mean and deviation cover (at least 2).
+        """
+        if max_skipped < 1 or history_steps < 2 or threshold_std <= 0:
+            raise ValueError(
+                "stability.max_skipped must be at least 1, stability.history_steps at least 2 and "
+                f"stability.threshold_std above 0, not {max_skipped}, {history_steps} and {threshold_std}"
+            )
+        self.nonfinite = nonfinite
+        self.max_skipped = max_skipped
+        self.threshold_std = threshold_std
+        self.skipped = 0
+        self._losses: deque[float] = deque(maxlen=history_steps)
+
+    @override
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Check the steps completed by now; between two steps, what was trained can still be saved.
+
+        Raises:
+            UserError: If a step is not finite and may not be skipped.
+        """
+        assert isinstance(pl_module, LanguageModel)
+        self._check(trainer, pl_module, pl_module.completed_metrics, may_stop=True)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, LanguageModel)
+        self._check(trainer, pl_module, [*pl_module.completed_metrics, *pl_module.fence.drain()], may_stop=False)
+
+    def _check(
+        self, trainer: pl.Trainer, module: LanguageModel, steps: list[tuple[int, Tensor]], may_stop: bool
+    ) -> None:
+        for step, values in steps:
+            loss, norm = values[:2].tolist()
+            if torch.isfinite(values[1]):  # unlike the loss the same on all processes, and what the optimizer checks
+                self._check_spike(step, loss)
+                if trainer.precision == "16-mixed":
+                    self.skipped = 0
+                continue
+            self.skipped += 1
+            problem = (
+                f"step {step}: the loss is {loss:.4g}, the gradient norm {norm:.4g}{_bad_tensors(module, values[2:])}"
+            )
+            if trainer.precision == "16-mixed" and self.skipped <= self.max_skipped:
+                continue  # the loss scale halves itself
+            if may_stop and (self.nonfinite == "stop" or self.skipped > self.max_skipped):
+                after = f" after {self.skipped - 1} skipped ones" if self.skipped > 1 else ""
+                raise UserError(
+                    f"{problem}; this update{after} was not made. "
+                    "Lower the learning rate, or resume from an earlier checkpoint with --stability.nonfinite skip"
+                )
+            logger.warning(f"{problem}; skipped ({self.skipped} of at most {self.max_skipped})")
+
+    def _check_spike(self, step: int, loss: float) -> None:
+        if not math.isfinite(loss):
+            return
+        if len(self._losses) == self._losses.maxlen:
+            recent = torch.tensor(self._losses, dtype=torch.float64)
+            mean, std = float(recent.mean()), float(recent.std())
+            if loss > mean + self.threshold_std * std:
+                logger.warning(f"step {step}: the loss jumped to {loss:.4f} ({mean:.4f} +- {std:.4f} before)")
+        self._losses.append(loss)
+
+
+def _bad_tensors(module: LanguageModel, norms: Tensor) -> str:
+    names = [name for name, parameter in module.model.named_parameters() if parameter.grad is not None]
+    bad = [name for name, norm in zip(names, norms.tolist(), strict=True) if not math.isfinite(norm)]
+    if not bad:
+        return ""
+    return f" (bad gradient: {bad[0]}{f' and {len(bad) - 1} more' if len(bad) > 1 else ''})"

@@ -1,0 +1,91 @@
+"""`trainer export`: make the artifact again from a checkpoint, exactly as training does."""
+
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.checkpoint import OWN_KEY, live_state, load_checkpoint, stored_average
+from trainer.cli.parser import CommandParser
+from trainer.data.calibration import calibration_sequences
+from trainer.data.sources import Shards
+from trainer.errors import UserError
+from trainer.model.transformer import Transformer, TransformerConfig
+from trainer.quantize.export import SIZE_CAP
+from trainer.quantize.export import export as export_model
+from trainer.quantize.policy import QuantizationConfig
+from trainer.run_folder import RunFolder
+from trainer.source_bundle import source_bundle
+
+EXAMPLE = "export --ckpt runs/quickstart/1/checkpoints/last.ckpt --shrink_to_cap"
+
+
+def export(
+    ckpt: str, out: str | None = None, cap: int = SIZE_CAP, shrink_to_cap: bool = False, data: str | None = None
+) -> None:
+    """Make the artifact again from a checkpoint, exactly as training does.
+
+    Args:
+        ckpt: Checkpoint to export.
+        out: Folder for the files; default: export in the checkpoint's run folder.
+        cap: Largest size of code and model together, in bytes.
+        shrink_to_cap: Store less until code and model fit under the cap.
+        data: Folder of the training shards, which loss-aware rounding measures the loss on.
+
+    Raises:
+        UserError: If the checkpoint cannot be read, the shards are missing, or the files exceed the cap.
+    """
+    checkpoint = load_checkpoint(ckpt)
+    own = checkpoint[OWN_KEY]
+    run = RunFolder.containing(Path(ckpt))
+    target = RunFolder(out or run.path / "export")
+    try:
+        target.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be made ({error.strerror}); choose another --out") from error
+    quantization = QuantizationConfig(**own["quantization"])
+    config = TransformerConfig.from_dict(own["model"])
+    is_loss_aware = quantization.rounding == "loss_aware"
+    device = torch.device("cuda" if is_loss_aware and torch.cuda.is_available() else "cpu")
+    model = Transformer(config).to(device)
+    model.load_state_dict(stored_average(checkpoint) or live_state(checkpoint))
+    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(own["precision"])
+    exported = export_model(
+        model,
+        quantization,
+        own["tokenizer_sha256"],
+        target.path,
+        source_bundle(),
+        cap,
+        shrink_to_cap,
+        [tokens.to(device) for tokens in _sequences(data, own, config, quantization)] if is_loss_aware else (),
+        partial(torch.autocast, device.type, dtype, enabled=dtype is not None and device.type == "cuda"),
+    )
+    for source, copy in ((run.tokenizer, target.tokenizer), (run.config, target.config)):
+        if source.is_file() and run.path.resolve() != target.path.resolve():
+            shutil.copyfile(source, copy)
+    assert exported is not None
+    size = exported.size
+    print(f"{target.artifact}: {size.model:,} model + {size.code:,} code = {size.total:,} of {cap:,} bytes")
+
+
+def _sequences(
+    data: str | None, own: dict[str, Any], config: TransformerConfig, quantization: QuantizationConfig
+) -> Iterator[Tensor]:
+    """Calibration text of the checkpoint's run."""
+    if data is None:
+        raise UserError("--data is missing: loss-aware rounding needs training text; name the shard folder of the run")
+    if not Path(data).is_dir():
+        raise UserError(f"--data {data}: there is no such folder; name the shard folder that the run trained on")
+    settings = own["batch_tokens"], own["sequence_length"], own["order"], own["seed"]
+    text, count = Shards(data).prepared(), quantization.calibration_sequences
+    return calibration_sequences(text, count, *settings, config.vocab_size, own["tokenizer_sha256"])
+
+
+def make_parser() -> CommandParser:
+    """The options of the command."""
+    return CommandParser(export, EXAMPLE, shrink_to_cap={"action": "store_true"})

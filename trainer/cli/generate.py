@@ -1,0 +1,104 @@
+"""`trainer generate`: text from an artifact or a checkpoint."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from trainer.cli.parser import CommandParser
+from trainer.data.tokenizer import BOS
+from trainer.errors import UserError
+from trainer.generation import Decoder, sample, stream_text
+from trainer.generation import generate as generate_tokens
+from trainer.loading import load_artifact
+
+MAX_CONTEXT = 2**20  # tokens; RoPE tables for all of them are made at once
+
+
+def generate(
+    artifact: str,
+    prompt: list[str],
+    prompts: str | None = None,
+    tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float = 0.95,
+    seed: int = 0,
+    context: int = 2048,
+    tokenizer: str | None = None,
+    device: str = "auto",
+) -> None:
+    """Write text with a trained model.
+
+    Args:
+        artifact: Artifact or checkpoint.
+        prompt: Text to continue; may be given several times.
+        prompts: File with one prompt per line.
+        tokens: Most tokens to generate for each prompt (at least 0).
+        temperature: Divides the logits (0, or at least 1e-6); 0 always takes the most probable token.
+        top_k: Draw from this many of the most probable tokens (at least 1); null: from all.
+        top_p: Draw from the most probable tokens whose probabilities add up to this (above 0, at most 1).
+        seed: Seed of the draws (0 to 2^63 - 1).
+        context: Most tokens of context (2 to 1,048,576).
+        tokenizer: SentencePiece model; default: tokenizer.model in the run's folder.
+        device: Device to run on; auto: cuda if there is one, else cpu.
+
+    Raises:
+        UserError: If a file cannot be used or a number is out of range.
+    """
+    if not (temperature == 0 or 1e-6 <= temperature < float("inf")):
+        raise UserError(f"--temperature must be 0 or at least 1e-6, not {temperature}")
+    if not 0 < top_p <= 1 or tokens < 0 or (top_k is not None and top_k < 1):
+        raise UserError(
+            f"--top_p must lie in (0, 1], --tokens be at least 0 and --top_k at least 1, not {top_p}, {tokens} and "
+            f"{top_k}"
+        )
+    if not 2 <= context <= MAX_CONTEXT:
+        raise UserError(f"--context must lie between 2 and {MAX_CONTEXT:,}, not {context}")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed must lie between 0 and 2^63 - 1, not {seed}")
+    for text in prompt:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError("--prompt: is not UTF-8 text") from error
+    texts = prompt + (_lines(Path(prompts)) if prompts else [])
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        model, processor = load_artifact(artifact, tokenizer, torch.device(device))
+    except (RuntimeError, AssertionError) as error:  # torch's message for a device that does not exist
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    decoder = Decoder(model, context)
+    for number, text in enumerate(texts or [""]):
+        draw = partial(
+            sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        ids = [BOS, *processor.encode(text)]
+        sys.stdout.write(("\n\n" if number else "") + text)
+        for addition in stream_text(processor, ids, generate_tokens(decoder, ids, tokens, draw)):
+            sys.stdout.write(addition)
+            sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {path}: cannot be read as UTF-8 text ({error})") from error
+
+
+def make_parser() -> CommandParser:
+    """The options of the command."""
+    return CommandParser(
+        generate,
+        'generate --artifact runs/quickstart/1/artifact.zst --prompt "Return the" --tokens 100',
+        artifact={"flags": ["--artifact", "--ckpt"], "required": True},  # an alias
+        prompt={"action": "append", "default": []},  # jsonargparse's lists would need brackets
+    )

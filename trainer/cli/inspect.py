@@ -1,0 +1,65 @@
+"""`trainer inspect`: the content of a folder of shards."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from trainer.cli.parser import CommandParser
+from trainer.data.manifest import check_vocabulary, documents_of
+from trainer.data.shards import open_shard
+from trainer.data.sources import list_shards
+from trainer.data.tokenizer import BOS, ByteTable, load_tokenizer
+
+BAR_WIDTH = 40
+
+
+def inspect(folder: str, tokenizer: str | None = None, documents: int = 3) -> None:
+    """Show the content of a folder of token shards.
+
+    Args:
+        folder: Folder with *_train_*.bin and *_val_*.bin.
+        tokenizer: SentencePiece model; default: tokenizer.model in the folder.
+        documents: Number of documents to show (at least 0).
+
+    Raises:
+        UserError: If the folder holds no shards or no tokenizer.
+    """
+    text = list_shards(Path(folder), Path(tokenizer) if tokenizer else Path(folder) / "tokenizer.model")
+    processor = load_tokenizer(text.tokenizer)
+    table = ByteTable.from_tokenizer(processor)
+    lengths: list[np.ndarray] = []
+    for split, paths in (("train", text.train), ("val", text.val)):
+        for path in paths:
+            tokens = open_shard(path)
+            check_vocabulary(path, tokens, processor.get_piece_size())
+            starts = np.flatnonzero(tokens == BOS)
+            lengths.append(np.diff(starts, append=len(tokens)))
+            sample = torch.from_numpy(tokens[:1_000_000].astype(np.int32))
+            bytes_per_token = int(table.count(sample[:-1], sample[1:]).sum()) / len(sample)
+            print(
+                f"{split:<5} {path.name}  {len(tokens):,} tokens  {len(starts):,} documents  "
+                f"{bytes_per_token:.2f} bytes per token (first million)"
+            )
+    print_histogram(np.concatenate(lengths))
+    for index, document in zip(range(documents), documents_of(open_shard(text.train[0])), strict=False):
+        shown = processor.decode(document[:200].tolist())
+        print(f"\ndocument {index + 1}, {len(document):,} tokens: {shown[:500]}{' ...' if len(shown) > 500 else ''}")
+
+
+def print_histogram(lengths: np.ndarray) -> None:
+    """Print how many documents have which length, in powers of two."""
+    if not len(lengths):
+        print("no document starts here: the shards hold no BOS")
+        return
+    print("\ntokens per document")
+    classes = np.floor(np.log2(np.maximum(lengths, 1))).astype(int)
+    counts = np.bincount(classes)
+    for power in range(int(classes.min()), len(counts)):
+        bar = "#" * round(BAR_WIDTH * counts[power] / counts.max())
+        print(f"  {2**power:>9,} to {2 ** (power + 1) - 1:>9,}  {counts[power]:>9,}  {bar}")
+
+
+def make_parser() -> CommandParser:
+    """The options of the command."""
+    return CommandParser(inspect, "inspect data/python-documentation", folder={"nargs": None})

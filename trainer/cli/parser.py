@@ -1,0 +1,78 @@
+"""What the parsers of all commands share: errors in one line, near-miss hints, options from a function's docstring."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+import docstring_parser
+from jsonargparse import ArgumentParser
+
+from trainer.errors import UserError
+
+UNKNOWN = "unrecognized arguments: "
+
+
+class ShortErrors:
+    """Mixed into a parser of jsonargparse, whose own errors print the usage first."""
+
+    prog: str
+    _option_string_actions: dict[str, Any]
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the problem, the option that was probably meant and where all options are listed; exit with code 2."""
+        hint = ""
+        if message.startswith(UNKNOWN):
+            names = [arg.partition("=")[0] for arg in message.removeprefix(UNKNOWN).split() if arg.startswith("-")]
+            near = [match for name in names for match in get_close_matches(name, self._option_string_actions, n=1)]
+            hint = f"; did you mean {' and '.join(near)}?" if near else ""
+        print(f"{self.prog}: {message}{hint} ({self.prog} --help lists the options)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+class CommandParser(ShortErrors, ArgumentParser):
+    """Options of a command that is a function: its signature and its docstring."""
+
+    def __init__(self, command: Callable[..., None], example: str, **by_hand: dict[str, Any]) -> None:
+        """Add the options.
+
+        Args:
+            command: The function. The first paragraph of its docstring is the description.
+            example: Arguments after `trainer` that show a use.
+            by_hand: Settings of argparse for parameters that jsonargparse would parse in another way: positional lists
+                without brackets, options that may be repeated, flags without a value, aliases.
+        """
+        super().__init__(
+            prog=f"trainer {command.__name__}",
+            description=(docstring_parser.parse(command.__doc__ or "").short_description or ""),
+            epilog=f"example: trainer {example}",
+            allow_abbrev=False,
+            default_meta=False,
+        )
+        help_of = {each.arg_name: each.description for each in docstring_parser.parse(command.__doc__ or "").params}
+        for name, settings in by_hand.items():
+            flags = settings.pop("flags", [name if "nargs" in settings else f"--{name}"])
+            self.add_argument(*flags, help=help_of[name], **settings)
+        self.add_function_arguments(command, as_group=False, skip=set(by_hand))
+
+
+def split_options(args: list[str], *flags: str) -> tuple[dict[str, list[str]], list[str]]:
+    """Find some options before all options are known.
+
+    Args:
+        args: Arguments of a command.
+        flags: Options with a value, each with its aliases after a comma: "--ckpt,--ckpt_path".
+
+    Returns:
+        All values of each option by the name of its first flag, and the other arguments.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for flag in flags:
+        names = flag.split(",")
+        parser.add_argument(*names, dest=names[0].lstrip("-"), action="append", default=[])
+    try:
+        known, others = parser.parse_known_args(args)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from error
+    return vars(known), others

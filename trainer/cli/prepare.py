@@ -1,0 +1,78 @@
+"""`trainer prepare`: make the token shards of a recipe's source, or check them."""
+
+import time
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from trainer.cli.parser import ShortErrors, split_options
+from trainer.data import manifest, published  # noqa: F401 - a choice for --data.source
+from trainer.data.sources import Source
+from trainer.errors import UserError
+from trainer.recipes import find_recipe, load_recipe
+
+
+class PrepareParser(ShortErrors, ArgumentParser):
+    """jsonargparse's parser, for the class of the source and its settings."""
+
+
+def make_parser() -> PrepareParser:
+    """The options of the command."""
+    parser = PrepareParser(
+        prog="trainer prepare",
+        description="Make the token shards of a recipe's source, or check them.",
+        epilog="example: trainer prepare --data.source LocalText --data.source.train_files '[texts]' "
+        "--data.source.folder data/mine",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", default="quickstart", help="Recipe, by name or path.")
+    parser.add_argument(
+        "--verify", action="store_true", help="Make nothing: read every shard again and compare it with the manifest."
+    )
+    parser.add_subclass_arguments(Source, "data.source", required=True)
+    return parser
+
+
+def run(args: list[str]) -> None:
+    """Run the command.
+
+    Raises:
+        UserError: If the recipe or its text cannot be used, or the check finds a difference.
+    """
+    parser = make_parser()
+    given, _ = split_options(args, "--config", "--data.source")
+    if given["config"] or not given["data.source"]:  # a source of another class must not inherit the recipe's settings
+        recipe = load_recipe(find_recipe((given["config"] or ["quickstart"])[-1]))
+        parser.set_defaults({"data.source": (recipe.get("data") or {}).get("source")})
+    config = parser.parse_args(args)
+    try:
+        source: Source = parser.instantiate(config).data.source
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    started = time.monotonic()
+    if not config.verify:  # a check must not repair what it is to find
+        source.prepare()
+    folder = source.prepared().train[0].parent
+    if config.verify:
+        shards = manifest.verify(folder).shards
+        print(f"verified {len(shards)} shards in {time.monotonic() - started:.1f} s")
+    print_manifest(folder)
+
+
+def print_manifest(folder: Path) -> None:
+    """Print one line per split."""
+    content = manifest.Manifest.read(folder)
+    if content is None:
+        print(f"{folder}: shards made elsewhere (no {manifest.NAME})")
+        return
+    for split in ("train", "val"):
+        shards = content.of(split)
+        totals = {
+            name: sum(getattr(shard, name) for shard in shards)
+            for name in ("documents", "tokens", "bytes", "text_bytes")
+        }
+        print(
+            f"{split:<5} {len(shards)} shards  {totals['documents']:,} documents  {totals['tokens']:,} tokens  "
+            f"{totals['bytes']:,} bytes ({totals['text_bytes']:,} before normalization)"
+        )
+    print(f"in {folder}")

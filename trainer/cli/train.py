@@ -1,0 +1,358 @@
+"""`trainer fit` and `trainer validate`: Lightning's CLI with named recipes, run folders, precision and checkpoints."""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from typing_extensions import override
+
+from trainer.callbacks import CALLBACKS
+from trainer.callbacks.checkpoint import AtomicCheckpointIO
+from trainer.checkpoint import load_checkpoint
+from trainer.cli.env_aliases import alias_options
+from trainer.cli.parser import ShortErrors, split_options
+from trainer.datamodule import TokenData
+from trainer.distributed import is_lost_process
+from trainer.errors import UserError
+from trainer.evaluation.windows import EvaluationConfig
+from trainer.lightning_module import LanguageModel
+from trainer.loading import stored_weights
+from trainer.logging import logger, logging_to, quiet_libraries
+from trainer.quantize.artifact import Artifact
+from trainer.recipes import find_recipe, load_recipe
+from trainer.run_folder import RunFolder, newest_checkpoint
+
+Precision = Literal["auto", "bf16-mixed", "16-mixed", "32-true", "64-true"]
+
+DESCRIPTIONS = {
+    "fit": "Train a recipe, export it, read the artifact back and score it. Without --config the recipe is quickstart. "
+    "The values of a recipe replace the defaults below (--print_config shows them). "
+    "Example: trainer fit --config int5mlp_10l --wallclock.seconds 300 --model.num_layers 9",
+    "validate": "Score a checkpoint or an artifact with the settings of its run. "
+    "Example: trainer validate --ckpt runs/quickstart/1/artifact.zst --eval.stride null",
+}
+# What a run's own config may not change in a score: it would leave out a part of the split.
+WHOLE_SPLIT = {"limit_val_batches": 1.0, "overfit_batches": 0.0, "fast_dev_run": False}
+
+
+class TrainParser(ShortErrors, LightningArgumentParser):
+    """Lightning's parser, with errors in one line."""
+
+
+class TrainerCLI(LightningCLI):
+    """The options of both commands, and the objects that they configure."""
+
+    def __init__(self, command: str, recipe: str, args: list[str], stored: Artifact | None = None) -> None:
+        """Parse and build everything.
+
+        Args:
+            command: fit or validate.
+            recipe: Name of the recipe, for the run folder.
+            args: Arguments after the command.
+            stored: The weights to score, whose model config replaces that of the arguments.
+        """
+        self.command = command
+        self.recipe = recipe
+        self.stored = stored
+        super().__init__(
+            LanguageModel,
+            TokenData,
+            run=False,
+            args=args,
+            seed_everything_default=42,
+            auto_configure_optimizers=False,
+            save_config_callback=SaveConfigCallback if command == "fit" else None,
+            parser_class=TrainParser,
+            parser_kwargs={
+                "prog": f"trainer {command}",
+                "usage": f"trainer {command} [--config RECIPE] [options]",
+                "description": DESCRIPTIONS[command],
+                "allow_abbrev": False,
+            },
+            trainer_defaults={
+                "default_root_dir": "runs",
+                "max_epochs": -1,
+                "max_steps": -1,
+                "val_check_interval": 1000,
+                "check_val_every_n_epoch": None,
+                "num_sanity_val_steps": 0,
+                "use_distributed_sampler": False,  # its padding would score windows twice
+                "inference_mode": False,  # it would be another mode to compile for
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+            },
+        )
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the given arguments; Lightning would warn about `sys.argv`."""
+        self.config = parser.parse_args(args)
+        if self.stored is not None:
+            self.config = parser.parse_object({"model": self.stored.model.to_dict()}, cfg_base=self.config)
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add evaluation, callbacks, and what Lightning has no option for."""
+        parser.add_class_arguments(EvaluationConfig, "eval")
+        parser.link_arguments("eval", "data.evaluation", apply_on="instantiate")
+        parser.link_arguments("model.vocab_size", "data.vocab_size")
+        for name, callback in CALLBACKS:
+            parser.add_lightning_class_args(callback, name)
+        parser.add_argument(
+            "--precision",
+            type=Precision,
+            default="auto",
+            help="Numerical precision. auto: bf16-mixed where the GPU has it, else 16-mixed; 32-true on a CPU.",
+        )
+        text = "Log to TensorBoard too while training; needs the package tensorboard."
+        parser.add_argument("--tensorboard", type=bool, default=False, help=text)
+        parser.add_argument("--run_name", type=str | None, help="Name of the run's folder; default: the next number.")
+        if self.command == "fit":
+            text = "Checkpoint to resume from; last: the newest one of this recipe."
+        else:
+            text = "Checkpoint or artifact to score."
+        parser.add_argument("--ckpt", type=str | None, help=text)
+        if self.command == "validate":
+            parser.add_argument(
+                "--weights",
+                type=Literal["live", "averaged"],
+                default="live",
+                help="Which weights of a checkpoint to score.",
+            )
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Resolve device and precision, and claim the run's folder."""
+        options = self.config.trainer
+        if options.accelerator == "auto":  # Apple's GPUs have no float64 for exact sums: only when requested
+            kwargs["accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
+            if kwargs["accelerator"] == "cpu" and options.devices == "auto":
+                kwargs["devices"] = 1
+        for limit in ("max_steps", "max_epochs", "limit_train_batches", "log_every_n_steps", "val_check_interval"):
+            if getattr(options, limit) == 0:
+                raise UserError(f"trainer.{limit} must not be 0")
+        if self.command == "fit" and options.fast_dev_run:
+            raise UserError("trainer.fast_dev_run makes no run folder; use --trainer.max_steps 1")
+        if options.precision is None:
+            on_gpu = kwargs.get("accelerator", options.accelerator) in ("cuda", "gpu")
+            has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+            kwargs["precision"] = resolve_precision(self.config.precision, on_gpu, has_bf16)
+        kwargs["plugins"] = [*(options.plugins or []), AtomicCheckpointIO()]
+        run: RunFolder | None = None
+        if self.command == "fit":
+            run = RunFolder.claim(Path(options.default_root_dir) / self.recipe, self.config.run_name)
+            kwargs["logger"] = self._loggers(run)
+        else:
+            kwargs |= {"logger": False, "enable_checkpointing": False, **WHOLE_SPLIT}
+            self.parser.callback_keys = ["progress"]
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ModuleNotFoundError, TypeError) as error:
+            if run is not None:
+                run.remove_if_unused()
+            raise UserError(first_line(error)) from error
+        trainer.fit_loop.__class__ = FitLoop  # Lightning has no argument for its loop
+        return trainer
+
+    def _loggers(self, run: RunFolder) -> list[Logger]:
+        """The run's own loggers, and those of `--trainer.logger`."""
+        root = self.config.trainer.default_root_dir
+        loggers: list[Logger] = [CSVLogger(root, self.recipe, run.path.name, flush_logs_every_n_steps=50)]
+        if self.config.tensorboard:
+            try:
+                loggers.append(TensorBoardLogger(root, self.recipe, run.path.name, default_hp_metric=False))
+            except ModuleNotFoundError as error:
+                raise UserError("--tensorboard needs the package tensorboard; pip install tensorboard") from error
+        requested = self._get(self.config_init, "trainer", default={}).get("logger")
+        requested = requested if isinstance(requested, list) else [requested]
+        return loggers + [each for each in requested if isinstance(each, Logger)]
+
+
+class FitLoop(_FitLoop):
+    """Ends a resumed run properly that has nothing left to train: it exports, as it could not before."""
+
+    @property
+    def skip(self) -> bool:
+        """Whether `on_train_start` and `on_train_end` are skipped too."""
+        return super().skip and not self.restarting
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return str(error).strip().split("\n")[0]
+
+
+def resolve_precision(requested: str, on_gpu: bool, has_bf16: bool) -> str:
+    """The precision that `auto` means here."""
+    if requested != "auto":
+        return requested
+    if not on_gpu:
+        return "32-true"
+    return "bf16-mixed" if has_bf16 else "16-mixed"
+
+
+def run(command: str, args: Sequence[str]) -> None:
+    """Run `fit` or `validate`.
+
+    Args:
+        command: fit or validate.
+        args: Arguments after the command.
+
+    Raises:
+        UserError: If the user has to correct something.
+    """
+    quiet_libraries()
+    # Recipes come first on the command line, aliases after them; a checkpoint tells which recipe and model it needs.
+    options, rest = split_options(list(args), "--config,-c", "--ckpt,--ckpt_path")
+    configs, ckpts = options["config"], options["ckpt"]
+    ckpt = ckpts[-1] if ckpts else None
+    if ckpt and re.match(r"[a-z][a-z0-9+.-]*://", ckpt, re.IGNORECASE):
+        raise UserError(f"--ckpt {ckpt}: addresses are not opened; download the file and give its path")
+    aliases: list[str] = []
+    if configs:
+        aliases, lines = alias_options(os.environ, command)
+        for line in lines:
+            logger.info(f"environment: {line}")
+        alias_ckpts, aliases = split_options(aliases, "--ckpt")
+        ckpt = ckpt or (alias_ckpts["ckpt"][-1] if alias_ckpts["ckpt"] else None)
+    if not configs and command == "fit":
+        configs = ["quickstart"]
+    stored = None
+    if command == "validate" and not any(arg in ("-h", "--help") for arg in rest):
+        ckpt, configs, stored = _to_score(ckpt, configs, rest)
+    paths = [find_recipe(name) for name in configs]
+    recipe = paths[-1].stem if paths else "default"
+    has_source = bool(split_options(rest, "--data.source")[0]["data.source"])
+    recipes = [f"--config={_recipe(path, has_source)}" for path in paths]
+    try:
+        cli = TrainerCLI(command, recipe, [*recipes, *aliases, *rest], stored)
+    except ValueError as error:  # a setting out of range, refused by the part it belongs to
+        raise UserError(str(error)) from error
+    if stored is not None:
+        validate(cli, stored)
+        return
+    run_folder = RunFolder(str(cli.trainer.log_dir))
+    with _removed_if_refused(run_folder) if cli.trainer.is_global_zero else nullcontext():
+        fit(cli, ckpt or cli.config.ckpt, run_folder.log)
+
+
+def _to_score(ckpt: str | None, configs: list[str], rest: list[str]) -> tuple[str, list[str], Artifact]:
+    """The file to score, the recipes of its run, and its weights."""
+    if ckpt is None:
+        raise UserError("validate needs --ckpt with a checkpoint or an artifact")
+    if not Path(ckpt).is_file():
+        raise UserError(f"--ckpt {ckpt}: there is no such file")
+    config = RunFolder.containing(Path(ckpt)).config
+    if not configs and config.is_file():
+        configs = [str(config)]
+    if not configs and not any(arg.startswith("--data.") for arg in rest):
+        raise UserError(f"--ckpt {ckpt}: its run folder has no config.yaml; name its recipe with --config")
+    is_averaged = "averaged" in split_options(rest, "--weights")[0]["weights"]
+    return ckpt, configs, stored_weights(Path(ckpt), "averaged" if is_averaged else "live")
+
+
+def _recipe(path: Path, has_source: bool) -> str:
+    """A recipe for `--config`: its path, or its text without the source if another one is given.
+
+    A source of another class would inherit the recipe's folder, and make it again.
+    """
+    recipe = load_recipe(path)
+    if not has_source or not isinstance(recipe.get("data"), dict):
+        return str(path)
+    recipe["data"].pop("source", None)
+    return yaml.safe_dump(recipe, sort_keys=False)
+
+
+def validate(cli: TrainerCLI, stored: Artifact) -> None:
+    """Score stored weights and print the scores; the last line is for scripts."""
+    cli.model.model.load_state_dict(stored.state)
+    cli.datamodule.expected_tokenizer = stored.tokenizer_sha256
+    cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
+    names = ["plain", "sliding"][: len(cli.model.scores)]
+    for name, score in zip(names, cli.model.scores, strict=True):
+        logger.info(f"{name:<8} {score.line()}")
+    logger.info(f"scored in {cli.model.validation_seconds:.1f} s")
+    logger.info(cli.model.scores[-1].line())
+
+
+def fit(cli: TrainerCLI, ckpt: str | None, log: Path) -> None:
+    """Train, export and report.
+
+    Args:
+        cli: The configured objects.
+        ckpt: Checkpoint to resume from; last: the newest one of the recipe.
+        log: File that messages are copied to.
+
+    Raises:
+        UserError: If the user has to correct something.
+    """
+    if ckpt == "last":
+        ckpt = str(newest_checkpoint(Path(cli.config.trainer.default_root_dir) / cli.recipe))
+    if ckpt is not None:
+        load_checkpoint(ckpt)  # refuse a bad file before any work is done
+        logger.info(f"resuming from {ckpt}")
+        cli.config.ckpt = ckpt  # config.yaml then repeats a resumed run, too
+    try:
+        with logging_to(log) if cli.trainer.is_global_zero else nullcontext():
+            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt, weights_only=True)
+    except SIGTERMException as error:
+        raise SystemExit(143) from error
+    except MisconfigurationException as error:
+        raise UserError(first_line(error)) from error
+    except torch.AcceleratorError as error:
+        raise UserError(
+            f"the device failed at about step {cli.trainer.global_step + 1:,}: {first_line(error)}. Checkpoints are "
+            "kept: resume with --ckpt last. If it fails again, CUDA_LAUNCH_BLOCKING=1 shows where"
+        ) from error
+    except RuntimeError as error:
+        if cli.trainer.world_size == 1 or not is_lost_process(error):
+            raise
+        raise UserError(
+            "another process of this run has ended, and this one with it; its own messages tell why. Checkpoints are "
+            "kept: resume with --ckpt last, on any number of devices"
+        ) from error
+    except OSError as error:  # a full disk or a missing folder, met by a library
+        raise UserError(f"{error.filename or 'a file'}: {error.strerror or error}") from error
+    except SystemExit as error:  # Lightning turns Ctrl-C into exit code 1
+        if cli.trainer.interrupted:
+            raise KeyboardInterrupt from error
+        raise
+
+
+@contextmanager
+def _removed_if_refused(run_folder: RunFolder) -> Iterator[None]:
+    """Remove the folder of a run that was refused before it trained or saved anything."""
+    try:
+        yield
+    except UserError:
+        run_folder.remove_if_unused()
+        raise
+
+
+def make_parser(command: str) -> LightningArgumentParser:
+    """The options of fit or validate, without parsing any."""
+
+    class Parsed(Exception):
+        pass
+
+    class OnlyParser(TrainerCLI):
+        @override
+        def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+            raise Parsed(parser)
+
+    try:
+        OnlyParser(command, "", [])
+    except Parsed as parsed:
+        return parsed.args[0]
+    raise RuntimeError("Lightning no longer parses while it is constructed")

@@ -1,0 +1,94 @@
+"""One logger for a run: what it says goes to the console and to `train.log`; what libraries repeat does not."""
+
+import contextlib
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from trainer.distributed import rank
+
+# Advertisements, device tables and advice that does not apply here; the progress display shows what runs where.
+LIBRARY_MESSAGES = re.compile(
+    r"💡|GPU available|TPU available|HPU available|`Trainer|`weights_only` was not set|Using bfloat16 Auto|"
+    r"Using 16bit Auto|You are using a CUDA device|LOCAL_RANK|An \w+ was raised with message|"
+    r"(\[rank: \d+\] )?Seed set to"
+)
+LIBRARY_WARNINGS = (
+    # One loader without workers is right here: a batch is a slice of a memory map.
+    r"The '\w+_dataloader' does not have many workers",
+    # The position in the data is a function of the step, so a checkpoint in mid-epoch is exact.
+    r"You're resuming from a checkpoint that ended before the epoch ended",
+    # Lightning calls a torch function that was renamed.
+    r".*isinstance\(treespec, LeafSpec\)",
+    # The folder is the run's own and holds nothing but its log.
+    r"Experiment logs directory",
+    # Validation scores the whole split, so there is no batch size to infer.
+    r"Trying to infer the `batch_size`",
+    # Lightning sets up DDP on a stream of its own.
+    r"The AccumulateGrad node's stream does not match",
+    # flash-attn-4 passes itself an argument that its compiler dislikes.
+    r"Argument \w+ \(position \d+\) cannot be converted to a JitArgument",
+)
+
+
+class Console(logging.Handler):
+    """Writes messages to standard output, or wherever the progress display that is active wants them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.write: Callable[[str], None] = self.print
+        self.addFilter(lambda record: rank() == 0 and not getattr(record, "only_file", False))
+        self.setFormatter(_Formatter())
+
+    @staticmethod
+    def print(text: str) -> None:
+        """Print a line at once."""
+        print(text, flush=True)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one message."""
+        self.write(self.format(record))
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{'warning: ' if record.levelno >= logging.WARNING else ''}{record.getMessage()}"
+
+
+logger = logging.getLogger("trainer")
+logger.setLevel(logging.INFO)
+logger.propagate = False
+console = Console()
+logger.addHandler(console)
+
+
+def quiet_libraries() -> None:
+    """Silence what a user can do nothing about; each filter is as narrow as its message."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        for each in (name, f"{name}.utilities.rank_zero", f"{name}.utilities.seed", f"{name}.accelerators.cuda"):
+            logging.getLogger(each).addFilter(lambda record: not LIBRARY_MESSAGES.match(record.getMessage()))
+    for message in LIBRARY_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    if not sys.warnoptions:
+        # Lightning itself uses calls that torch and jsonargparse announce to remove.
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning|jsonargparse|torch")
+
+
+@contextlib.contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """Append every message of this project and of Lightning to a file while the block runs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(_Formatter())
+    loggers = [logging.getLogger(name) for name in ("trainer", "lightning.pytorch")]
+    for each in loggers:
+        each.addHandler(handler)
+    try:
+        yield
+    finally:
+        for each in loggers:
+            each.removeHandler(handler)
+        handler.close()

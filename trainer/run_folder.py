@@ -1,0 +1,185 @@
+"""The folder of a run: the names of its files, claiming one, its newest checkpoint, and what it says of its run."""
+
+import csv
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.checkpoint import verify_checksum
+from trainer.distributed import rank
+from trainer.errors import UserError
+from trainer.files import atomic_write
+from trainer.logging import logger
+
+Series = tuple[list[float], list[float]]  # steps and values
+
+
+class RunFolder:
+    """Paths of a run's files; nothing is read or made until a method says so."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Name the files.
+
+        Args:
+            path: The folder; need not exist.
+        """
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.csv"
+        self.checkpoints = self.path / "checkpoints"
+        self.last_checkpoint = self.checkpoints / "last.ckpt"
+        self.artifact = self.path / "artifact.zst"
+        self.code = self.path / "train_gpt.py"
+        self.tokenizer = self.path / "tokenizer.model"
+        self.summary = self.path / "summary.json"
+        self.log = self.path / "train.log"
+        self.report = self.path / "report.html"
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @classmethod
+    def containing(cls, file: Path) -> "RunFolder":
+        """The run folder of a checkpoint or an artifact."""
+        return cls(file.parent.parent if file.parent.name == "checkpoints" else file.parent)
+
+    @classmethod
+    def claim(cls, parent: Path, name: str | None) -> "RunFolder":
+        """Make a folder for a new run. Rank 0 makes it; Lightning tells the other processes its name.
+
+        Args:
+            parent: Folder of all runs of a recipe.
+            name: Name of the run; default: the next number.
+
+        Raises:
+            UserError: If the name is taken or the folder cannot be made.
+        """
+        if name and name != Path(name).name:
+            raise UserError(f"--run_name {name}: is not the name of a folder in {parent}")
+        if rank() != 0:
+            return cls(parent / (name or "0"))
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            while True:
+                numbers = [int(path.name) for path in parent.iterdir() if path.name.isdigit()]
+                run = cls(parent / (name or str(max(numbers, default=0) + 1)))
+                try:
+                    run.path.mkdir()
+                    return run
+                except FileExistsError as error:  # without a name: another run was faster
+                    if name:
+                        raise UserError(f"{run}: this run exists already; choose another --run_name") from error
+        except OSError as error:
+            raise UserError(f"{parent}: no run folder can be made there ({error.strerror})") from error
+
+    def checkpoint(self, step: int) -> Path:
+        """The file of a checkpoint."""
+        return self.checkpoints / f"step-{step:09d}.ckpt"
+
+    def step_checkpoints(self) -> list[Path]:
+        """The checkpoints that are kept, the oldest first."""
+        return sorted(self.checkpoints.glob("step-*.ckpt"))
+
+    def remove_if_unused(self) -> None:
+        """Remove the folder of a run that was refused before it trained or saved anything."""
+        if set(self.path.glob("*")) <= {self.config, self.log}:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write `summary.json`; the run then counts as finished."""
+        with atomic_write(self.summary) as file:
+            file.write(json.dumps(summary, indent=2).encode())
+
+    def read(self) -> "RunData":
+        """What the folder says of its run.
+
+        Raises:
+            UserError: If the run has not finished.
+        """
+        try:
+            summary = json.loads(self.summary.read_text())
+            config = yaml.safe_load(self.config.read_text())
+            rows = _rows(self.metrics)
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise UserError(
+                f"{self}: holds no finished run ({error}); one has summary.json, metrics.csv and config.yaml"
+            ) from error
+        curves: dict[str, Series] = {}
+        for row in rows:
+            for name, value in row.items():
+                if value and name not in ("step", "epoch"):
+                    steps, values = curves.setdefault(name, ([], []))
+                    steps.append(float(row["step"]) + 1)
+                    values.append(float(value))
+        return RunData(self, summary, curves, dict(flatten(config)))
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A finished run.
+
+    Attributes:
+        folder: Its folder.
+        summary: Content of `summary.json`.
+        curves: Series of every metric in `metrics.csv`, by name.
+        config: Content of `config.yaml`, flat: `data.order` and so on.
+    """
+
+    folder: RunFolder
+    summary: dict[str, Any]
+    curves: dict[str, Series]
+    config: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Recipe and name of the run."""
+        path = self.folder.path.resolve()
+        return f"{path.parent.name}/{path.name}"
+
+
+def newest_checkpoint(parent: Path) -> Path:
+    """The newest whole checkpoint of all runs of a recipe; each newer one that is damaged is named.
+
+    Args:
+        parent: Folder of the recipe's runs.
+
+    Raises:
+        UserError: If there is none.
+    """
+    runs = [RunFolder(path) for path in parent.glob("*")]
+    candidates = [run.last_checkpoint for run in runs] + [path for run in runs for path in run.step_checkpoints()]
+    candidates = [path for path in candidates if path.is_file()]
+    candidates.sort(key=_modified, reverse=True)  # stable: of two names of one file, last.ckpt comes first
+    for path in candidates:
+        if (problem := verify_checksum(path)) is None:
+            return path
+        logger.warning(f"{path}: is damaged ({problem}); looking for an older one")
+    raise UserError(f"--ckpt last: {parent} holds no {'whole ' if candidates else ''}checkpoint; start without --ckpt")
+
+
+def _modified(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:  # another run has just removed it
+        return 0
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    """Rows of a metrics file; none if nothing was logged, as in a very short run."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested settings as (dotted key, value) pairs."""
+    pairs: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        pairs += flatten(value, f"{name}.") if isinstance(value, dict) else [(name, value)]
+    return pairs

@@ -1,0 +1,76 @@
+"""The summary of a finished run: `summary.json`, and its last lines."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from trainer.data.manifest import Manifest
+from trainer.data.shards import TokenFiles
+from trainer.evaluation.metric import Score
+from trainer.logging import logger
+from trainer.run_folder import RunFolder
+from trainer.versions import versions
+
+
+def make_summary(
+    scores: dict[str, Score],
+    more: dict[str, Any],
+    steps: int,
+    batch_tokens: int,
+    train_seconds: float,
+    shards: list[Path],
+    model: nn.Module,
+) -> dict[str, Any]:
+    """Everything that `summary.json` says of a run.
+
+    Args:
+        scores: Score of each stage; the last one is the run's.
+        more: Entries about the export and the averaging.
+        steps: Steps of the run.
+        batch_tokens: Tokens of a step.
+        train_seconds: Time on the training clock.
+        shards: Training shards.
+        model: The model, for its parameters and its device.
+    """
+    final = list(scores.values())[-1]
+    manifest = Manifest.read(shards[0].parent)
+    parameters = list(model.parameters())
+    return {
+        "val_bpb": final.bpb,
+        "val_loss": final.loss,
+        "val_tokens": final.tokens,
+        "val_bytes": final.bytes,
+        "steps": steps,
+        "train_tokens": steps * batch_tokens,
+        "epochs": steps * batch_tokens / len(TokenFiles(shards)),
+        "text_fingerprint": manifest.text_fingerprint if manifest else None,
+        "train_seconds": train_seconds,
+        **more,
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "stages": {name: score._asdict() for name, score in scores.items()},
+        "versions": versions(parameters[0].device),
+    }
+
+
+def log_summary(summary: dict[str, Any], run: RunFolder) -> None:
+    """Log the end of a run in a few lines; the last one is for scripts."""
+    stages = summary["stages"]
+    speed = summary["train_tokens"] / max(summary["train_seconds"], 1e-9)
+    logger.info(f"\nRun finished: {run}")
+    logger.info(
+        f"  trained     {summary['steps']:,} steps, {summary['train_tokens']:,} tokens in "
+        f"{summary['train_seconds']:.0f} s ({speed:,.0f} tokens/s)"
+    )
+    for name, stage in stages.items():
+        logger.info(f"  {name:<17} {stage['bpb']:.4f} bpb  ({stage['tokens']:,} tokens, {stage['bytes']:,} bytes)")
+    if "averaged_plain" in stages and stages["averaged_plain"]["bpb"] > stages["live_plain"]["bpb"]:
+        logger.info("  the average is worse than the live weights; --averaging.method null makes none")
+    if "bytes_total" in summary:
+        logger.info(
+            f"  size        {summary['bytes_model']:,} model + {summary['bytes_code']:,} code = "
+            f"{summary['bytes_total']:,} of {summary['bytes_cap']:,} bytes"
+        )
+        others = (run.tokenizer, run.code, run.summary, run.metrics, run.config)
+        logger.info(f"  files       {run.artifact}, {', '.join(path.name for path in others)}")
+    logger.info(Score(*(summary[f"val_{name}"] for name in Score._fields)).line())

@@ -1,0 +1,16 @@
+"""The libraries and the hardware behind a figure."""
+
+import platform
+from importlib.metadata import version
+
+import torch
+
+PACKAGES = ("torch", "lightning", "numpy", "sentencepiece", "zstandard", "constriction", "torchmetrics")
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """Versions of Python, the packages and the device."""
+    hardware = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    )
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}, "device": hardware}
