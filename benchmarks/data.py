@@ -58,17 +58,17 @@ def main() -> None:
         waited, started = 0.0, time.perf_counter()
         batches = iter(Prefetcher(stream, lambda: 0, on_gpu))
         for _ in range(min(options.steps, 100)):
-            asked = time.perf_counter()
+            requested = time.perf_counter()
             next(batches)
-            waited += time.perf_counter() - asked
+            waited += time.perf_counter() - requested
             time.sleep(data.batch_tokens / CONSUMED_PER_SECOND)
         return waited / (time.perf_counter() - started)
 
-    found, bound = rate(streamed), rate(copied)
+    speed, bound = rate(streamed), rate(copied)
     row = {
-        "stream_tokens_per_second": round(found),
+        "stream_tokens_per_second": round(speed),
         "array_slices_tokens_per_second": round(bound),
-        "ratio": round(found / bound, 2),
+        "ratio": round(speed / bound, 2),
         "waiting_percent_of_2m_tokens_per_second": round(100 * waiting(), 3),
         "order": data.order,
         "batch_tokens": data.batch_tokens,

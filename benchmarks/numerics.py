@@ -55,9 +55,9 @@ class Comparison(pl.Callback):
                 else:
                     with trainer.precision_plugin.forward_context():
                         train_step(nll, rows, 1, backward, lambda: None)
-            found = {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
+            gradients = {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
             model.zero_grad()
-            return found
+            return gradients
 
         def curve(eager: bool) -> Tensor:
             model.load_state_dict(start)
@@ -113,12 +113,13 @@ class Comparison(pl.Callback):
         trainer.should_stop = True
 
 
-def relative_errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+def relative_errors(gradients: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
     """Norm of the difference over the norm, of every tensor and of all as one vector (`all`)."""
     squares = {
-        name: (float((found[name] - exact[name]).square().sum()), float(exact[name].square().sum())) for name in exact
+        name: (float((gradients[name] - exact[name]).square().sum()), float(exact[name].square().sum()))
+        for name in exact
     }
-    errors = {name: (difference / max(own, 1e-30)) ** 0.5 for name, (difference, own) in squares.items()}
+    errors = {name: (difference / max(norm, 1e-30)) ** 0.5 for name, (difference, norm) in squares.items()}
     total = [sum(column) for column in zip(*squares.values(), strict=True)]
     return errors | {"all": (total[0] / total[1]) ** 0.5}
 

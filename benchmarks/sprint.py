@@ -2,10 +2,10 @@
 
 `python -m benchmarks.sprint --config frontier --data data/sp8192 --seeds 3 --set model.mlp.ratio=3` runs `trainer fit`
 on prepared shards (`trainer prepare`). For screening, `--half` trains for 150 s, and `--screen` for 60 s without an
-artifact: its score is that of the averaged weights. `--steps 750` trains for so many steps instead, so that the score
-does not depend on what else the machine does; the table's tokens a second say what a step cost. Rows compare only if
-they saw the same text and the same time or steps and scored the same; a table with other ones is refused before
-anything is trained.
+artifact: its score is that of the averaged weights. `--steps 750` trains for 750 steps instead, so that the score does
+not depend on the load of the machine; the tokens per second in the table show the cost of a step. Rows compare only if
+they have the same text, the same time or number of steps, and the same kind of score. A table with other rows is refused
+before anything is trained.
 """
 
 import argparse
@@ -28,11 +28,11 @@ STAGES = ("live_plain", "averaged_plain", "artifact_plain", "artifact_sliding")
 
 @dataclass(frozen=True)
 class Budget:
-    """How long each run trains: a time, or a number of steps.
+    """Length of each run: a time or a number of steps.
 
     Attributes:
-        seconds: Of the training clock, if that is what ends a run.
-        max_steps: Steps, if they do.
+        seconds: Seconds on the training clock, or None.
+        max_steps: Number of steps, or None.
     """
 
     seconds: float | None = None
@@ -54,9 +54,9 @@ def read_table(path: Path, fingerprint: str, budget: Budget, has_artifact: bool 
 
     Args:
         path: JSON lines; need not exist.
-        fingerprint: Of the text that is compared on.
-        budget: Of training that is compared at.
-        has_artifact: Whether artifacts are compared, or weights.
+        fingerprint: Fingerprint of the text of all rows.
+        budget: Training budget of all rows.
+        has_artifact: Whether the rows score artifacts, or weights.
 
     Raises:
         UserError: If a row saw another text or had another budget or scored something else, or the file is no table.

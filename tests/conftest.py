@@ -15,8 +15,7 @@ from hypothesis import HealthCheck, settings
 from trainer.data.shards import write_shard
 from trainer.data.tokenizer import BOS, load_tokenizer, train_tokenizer
 from trainer.model.attention import AttentionConfig
-from trainer.model.embedding import BigramConfig
-from trainer.model.mlp import MLPConfig
+from trainer.model.embedding import BigramConfig, SmearConfig
 from trainer.model.transformer import LoopConfig, TransformerConfig
 
 torch.set_num_threads(2)
@@ -36,12 +35,9 @@ TINY = TransformerConfig(
 ALL_OPTIONS = replace(
     TINY,
     attention=replace(TINY.attention, rope_dims=4, xsa=True, gate_dims=6, window=3, window_pattern="SL"),
-    mlp=MLPConfig(negative_slope=0.5),
-    bigram=BigramConfig(buckets=0),
+    bigram=BigramConfig(buckets=None),
     smear=SmearConfig("per_token", 5),
-    layer_norm_scale=True,
-    parallel_from=2,
-    loop=LoopConfig(1, 2, 1),
+    loop=LoopConfig(repeats=1, first=1, last=2),
     value_embedding_blocks=3,
 )
 TINY_OPTIONS = [

@@ -1,15 +1,13 @@
-"""The commands as a user runs them, on small data: train, export, load back, score, resume, two processes."""
+"""The commands as a user runs them, on small data: train, export, read back, score, resume, two processes."""
 
 import csv
-import hashlib
-import io
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -17,85 +15,16 @@ import pytest
 import torch
 import yaml
 
-from tests.conftest import ROOT, TINY, TINY_OPTIONS, run_python
-from trainer.__main__ import main
-from trainer.checkpoint import load_checkpoint, seal
+from tests.conftest import ROOT, TINY
+from tests.helpers import RUNS, digest, environment, run_faulty, score_of, small, trainer, trainer_here
+from trainer.checkpoint import append_checksum, load_checkpoint
+from trainer.cli.env_aliases import PLAIN, SPECIAL, ZERO_IS_NULL, alias_options
 from trainer.cli.train import resolve_precision
 from trainer.data.shards import open_shard
-from trainer.cli.env_aliases import PLAIN, SPECIAL, alias_options
 from trainer.errors import UserError
 from trainer.evaluation.windows import plan_windows
 from trainer.quantize.artifact import read_artifact
 from trainer.recipes import recipe_folder, recipe_names
-
-RUN = "runs/int5mlp_10l_parity"
-
-
-def trainer(*words: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if key not in (*PLAIN, *SPECIAL)}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
-    command = [sys.executable, "-m", "trainer", *words]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
-
-
-def trainer_here(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """The same in this process, for what ends before it trains: importing everything would take most of the time."""
-    before, out, err = Path.cwd(), io.StringIO(), io.StringIO()
-    environment = dict(os.environ)
-    os.chdir(cwd)
-    try:
-        with redirect_stdout(out), redirect_stderr(err):
-            code = main(list(words))
-    except SystemExit as end:
-        code = int(end.code or 0)
-    finally:
-        os.chdir(before)
-        os.environ.clear()
-        os.environ.update(environment)
-    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
-
-
-def small(shards: Path, *more: str) -> list[str]:
-    return [
-        "fit",
-        "--config=int5mlp_10l_parity",
-        f"--data.source.folder={shards}",
-        *TINY_OPTIONS,
-        "--trainer.val_check_interval=4",
-        "--model.schedule.warmdown_steps=6",
-        "--trainer.max_steps=8",
-        "--averaging.every=2",
-        "--averaging.start_frac=0.6",
-        "--trainer.log_every_n_steps=1",
-        *more,
-    ]
-
-
-def score_of(output: str) -> dict[str, float]:
-    return {key: float(value) for key, value in (pair.split("=") for pair in output.strip().splitlines()[-1].split())}
-
-
-def digest(checkpoint: Path) -> str:
-    """sha256 of weights, optimizer state and average."""
-    content = load_checkpoint(checkpoint)
-    state = [content["state_dict"], content["optimizer_states"], content["callbacks"]["WeightAveraging"]]
-    sha = hashlib.sha256()
-
-    def add(value) -> None:
-        if isinstance(value, dict):
-            for key in sorted(value, key=str):
-                sha.update(str(key).encode())
-                add(value[key])
-        elif isinstance(value, list | tuple):
-            for item in value:
-                add(item)
-        elif isinstance(value, torch.Tensor):
-            sha.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        else:
-            sha.update(repr(value).encode())
-
-    add(state)
-    return sha.hexdigest()
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +37,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, shard_folder: Path) -> tu
 
 def test_a_run_folder_holds_everything(finished, shard_folder: Path):
     folder, output = finished
-    run = folder / "runs/int5mlp_10l_parity/1"
+    run = folder / RUNS / "1"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 8
     assert summary["train_tokens"] == 8 * 256
@@ -132,7 +61,7 @@ def test_a_run_folder_holds_everything(finished, shard_folder: Path):
 
 def test_validate_scores_artifact_and_checkpoint_without_another_flag_and_writes_nothing(finished):
     folder, output = finished
-    run = folder / "runs/int5mlp_10l_parity/1"
+    run = folder / RUNS / "1"
     before = sorted(path for path in folder.rglob("*"))
     # What a run leaves out of its validations must not be missing in a score.
     result = trainer("validate", "--ckpt", str(run / "artifact.zst"), "--trainer.limit_val_batches=1", cwd=folder)
@@ -144,13 +73,13 @@ def test_validate_scores_artifact_and_checkpoint_without_another_flag_and_writes
     summary = json.loads((run / "summary.json").read_text())
     assert score_of(live.stdout)["val_bpb"] == pytest.approx(summary["stages"]["live_plain"]["bpb"], abs=1e-7)
     assert "sliding" not in live.stdout
-    stream = ["--eval.window=128", "--eval.stride=96", "--eval.band=32"]
+    stream = ["--eval.window=128", "--eval.stride=96", "--eval.attention_window=32"]
     streamed = score_of(trainer("validate", "--ckpt", str(run / "artifact.zst"), *stream, cwd=folder).stdout)
     assert streamed["tokens"] == score_of(output)["tokens"]
     assert streamed["bytes"] == score_of(output)["bytes"]
     assert streamed["val_bpb"] == pytest.approx(score_of(output)["val_bpb"], abs=0.02)
     refused = trainer("validate", "--ckpt", str(run / "artifact.zst"), *stream, "--eval.stride=97", cwd=folder)
-    assert "eval.band 32 and eval.stride 97" in refused.stderr
+    assert "eval.attention_window 32 and eval.stride 97" in refused.stderr
     mean = trainer("validate", "--ckpt", str(run / "checkpoints/last.ckpt"), "--weights=averaged", cwd=folder)
     assert score_of(mean.stdout) != score_of(live.stdout)
     assert sorted(path for path in folder.rglob("*")) == before
@@ -158,7 +87,7 @@ def test_validate_scores_artifact_and_checkpoint_without_another_flag_and_writes
 
 def test_export_makes_the_same_artifact_from_the_checkpoint(finished):
     folder, _ = finished
-    run = folder / "runs/int5mlp_10l_parity/1"
+    run = folder / RUNS / "1"
     result = trainer("export", "--ckpt", str(run / "checkpoints/last.ckpt"), "--out", "again", cwd=folder)
     assert result.returncode == 0, result.stderr
     assert (folder / "again/artifact.zst").read_bytes() == (run / "artifact.zst").read_bytes()
@@ -168,47 +97,42 @@ def test_export_makes_the_same_artifact_from_the_checkpoint(finished):
 
 
 def test_a_loop_begins_in_the_middle_of_the_training_and_stays(tmp_path: Path, shard_folder: Path):
-    """Seen by the time it takes: the blocks that ran at each step."""
-    (tmp_path / "spy.py").write_text(
-        "import sys\n"
-        "from trainer.__main__ import main\n"
-        "from trainer.lightning_module import LanguageModel\n"
-        "old = LanguageModel.training_step\n"
-        "def spy(self, *words):\n"
-        "    old(self, *words)\n"
-        "    print('looped', self.model.is_looped, file=sys.stderr)\n"
-        "LanguageModel.training_step = spy\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    loop = [f"--model.loop.{word}" for word in ("first=1", "last=2", "repeats=1", "start_frac=0.5")]
-    result = run_python("spy.py", *small(shard_folder, *loop), cwd=tmp_path)
+    """Depth recurrence is on in the second half of the steps only."""
+    loop = [f"--model.loop.{option}" for option in ("first=1", "last=2", "repeats=1", "start_frac=0.5")]
+    result = run_faulty("print_loop", {}, *small(shard_folder, *loop), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     seen = [line.split()[1] for line in result.stderr.splitlines() if line.startswith("looped ")]
     assert seen == ["False"] * 4 + ["True"] * 4
-    scored = trainer("validate", "--ckpt", f"{RUN}/1/artifact.zst", cwd=tmp_path)
+    scored = trainer("validate", "--ckpt", f"{RUNS}/1/artifact.zst", cwd=tmp_path)
     assert score_of(scored.stdout) == score_of(result.stdout)
 
 
-def test_loss_aware_rounding_fits_the_cap_measures_on_text_and_can_be_exported_again(tmp_path: Path, shard_folder: Path):
+def test_loss_aware_rounding_shrinks_to_the_cap_and_can_be_exported_again(tmp_path: Path, shard_folder: Path):
     options = ["rounding=loss_aware", "codec=ans", "calibration_sequences=20"]
-    words = [*(f"--export.quantization.{option}" for option in options), "--export.shrink_to_cap=true", "--averaging.horizon=0.2"]
-    words += ["--averaging.start_frac=0", "--wallclock.reserve=5", "--data.order=shuffled", "--data.seed=3"]
-    result = trainer(*small(shard_folder, *words), cwd=tmp_path)
+    args = [*(f"--export.quantization.{option}" for option in options), "--export.shrink_to_cap=true"]
+    args += ["--averaging.method=ema", "--averaging.horizon=0.2", "--wallclock.reserve=5"]
+    args += ["--data.order=shuffled", "--data.seed=3"]
+    result = trainer(*small(shard_folder, *args), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "step 2.000e-05" in result.stdout  # the model is far below the cap
-    run = tmp_path / "runs/int5mlp_10l_parity/1"
+    assert "quant_step 2.000e-05" in result.stdout  # the model is far below the cap
+    run = tmp_path / RUNS / "1"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["calibration_seconds"] > 0
     assert summary["averaged_steps"] == 8
     assert summary["stages"]["artifact_plain"]["bpb"] == pytest.approx(
         summary["stages"]["averaged_plain"]["bpb"], abs=0.001
     )
-    for words, message in (([], "--data is missing"), (["--data=nowhere"], "--data nowhere: there is no such folder")):
-        again = trainer("export", "--ckpt", str(run / "checkpoints/last.ckpt"), "--fit", *words, cwd=tmp_path)
+    for args, message in (([], "--data is missing"), (["--data=nowhere"], "--data nowhere: there is no such folder")):
+        again = trainer("export", "--ckpt", str(run / "checkpoints/last.ckpt"), "--shrink_to_cap", *args, cwd=tmp_path)
         assert again.returncode == 1
         assert message in again.stderr
     again = trainer(
-        "export", "--ckpt", str(run / "checkpoints/last.ckpt"), "--fit", f"--data={shard_folder}", cwd=tmp_path
+        "export",
+        "--ckpt",
+        str(run / "checkpoints/last.ckpt"),
+        "--shrink_to_cap",
+        f"--data={shard_folder}",
+        cwd=tmp_path,
     )
     assert again.returncode == 0, again.stderr
     assert (run / "export/artifact.zst").read_bytes() == (run / "artifact.zst").read_bytes()
@@ -217,38 +141,24 @@ def test_loss_aware_rounding_fits_the_cap_measures_on_text_and_can_be_exported_a
 def test_a_resumed_run_ends_with_the_same_weights_bit_by_bit(finished, tmp_path: Path, shard_folder: Path):
     """Five of eight steps, an error in the sixth, and the rest; SWA's snapshot of step 6 comes after the resume."""
     whole, _ = finished
-    (tmp_path / "crash.py").write_text(
-        "import sys\n"
-        "from trainer.lightning_module import LanguageModel\n"
-        "from trainer.__main__ import main\n"
-        "old = LanguageModel.training_step\n"
-        "def crash(self, batch, index):\n"
-        "    if self.steps_done == 5: raise RuntimeError('planted')\n"
-        "    old(self, batch, index)\n"
-        "LanguageModel.training_step = crash\n"
-        "main(sys.argv[1:])\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    words = small(shard_folder)
-    broken = subprocess.run(
-        [sys.executable, "crash.py", *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
+    args = small(shard_folder)
+    broken = run_faulty("end_a_process", {"how": "error", "step": 5}, *args, cwd=tmp_path)
     assert "planted" in broken.stderr
-    resumed = trainer(*words, "--ckpt=last", cwd=tmp_path)
+    resumed = trainer(*args, "--ckpt=last", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming from" in resumed.stdout
-    one = whole / "runs/int5mlp_10l_parity/1/checkpoints/last.ckpt"
-    two = tmp_path / "runs/int5mlp_10l_parity/2/checkpoints/last.ckpt"
+    one = whole / RUNS / "1/checkpoints/last.ckpt"
+    two = tmp_path / RUNS / "2/checkpoints/last.ckpt"
     assert digest(one) == digest(two)
     clocks = [load_checkpoint(path)["callbacks"]["WallclockCutoff"]["elapsed"] for path in (two,)]
-    first = load_checkpoint(tmp_path / "runs/int5mlp_10l_parity/1/checkpoints/last.ckpt")
+    first = load_checkpoint(tmp_path / RUNS / "1/checkpoints/last.ckpt")
     assert clocks[0] > first["callbacks"]["WallclockCutoff"]["elapsed"] > 0
 
 
 def test_a_run_that_stores_no_artifact_has_the_score_of_its_weights(tmp_path: Path, shard_folder: Path):
     result = trainer(*small(shard_folder, "--export.enabled=false"), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    run = tmp_path / "runs/int5mlp_10l_parity/1"
+    run = tmp_path / RUNS / "1"
     summary = json.loads((run / "summary.json").read_text())
     assert list(summary["stages"]) == ["live_plain", "averaged_plain"]
     assert summary["val_bpb"] == summary["stages"]["averaged_plain"]["bpb"]
@@ -262,12 +172,12 @@ def test_a_run_that_stores_no_artifact_has_the_score_of_its_weights(tmp_path: Pa
 def test_two_processes_train_the_weights_of_one(tmp_path: Path, shard_folder: Path):
     runs = []
     for devices in (1, 2):
-        words = small(shard_folder, f"--trainer.devices={devices}", "--precision=64-true", "--run_name", f"d{devices}")
+        args = small(shard_folder, f"--trainer.devices={devices}", "--precision=64-true", "--run_name", f"d{devices}")
         # Packed documents that leave sequences part empty: the processes have unequal numbers of targets.
-        words += ["--data.order=documents", "--data.sequence_length=200", "--data.batch_tokens=400"]
-        result = trainer(*words, "--trainer.accelerator=cpu", cwd=tmp_path)
+        args += ["--data.order=documents", "--data.sequence_length=200", "--data.batch_tokens=400"]
+        result = trainer(*args, "--trainer.accelerator=cpu", cwd=tmp_path)
         assert result.returncode == 0, result.stderr
-        run = tmp_path / f"runs/int5mlp_10l_parity/d{devices}"
+        run = tmp_path / RUNS / f"d{devices}"
         with (run / "metrics.csv").open() as file:
             losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
         summary = json.loads((run / "summary.json").read_text())
@@ -301,48 +211,43 @@ CUT_DOWN = [
 
 
 def longer_follow_up() -> list[str]:
-    """The published 3,900 s run, as the README shows it."""
-    command = next(line for line in (ROOT / "README.md").read_text().splitlines() if "--wallclock.seconds 3900" in line)
+    """The published 3,900 s run, as docs/runs.md shows it."""
+    text = (ROOT / "docs/runs.md").read_text()
+    command = next(line for line in text.splitlines() if "--wallclock.seconds 3900" in line)
     return command.split("#")[0].split()[2:]
 
 
-@pytest.mark.parametrize("words", [*(["--config", name] for name in recipe_names()), longer_follow_up()])
-def test_every_recipe_runs_cut_down(words: list[str], tmp_path: Path, shard_folder: Path):
+@pytest.mark.parametrize("args", [*(["--config", name] for name in recipe_names()), longer_follow_up()])
+def test_every_recipe_runs_cut_down(args: list[str], tmp_path: Path, shard_folder: Path):
     """The recipe's own model, two steps, at most 4,096 tokens and 16 windows."""
-    fewer = ["--model.num_layers=3"] if words[1] == "frontier" else []  # its rounding takes 4 seconds a block
-    result = trainer("fit", *words, *CUT_DOWN, *fewer, f"--data.source.folder={shard_folder}", cwd=tmp_path)
+    fewer = ["--model.num_layers=3"] if args[1] == "frontier" else []  # its rounding takes 4 seconds a block
+    result = trainer("fit", *args, *CUT_DOWN, *fewer, f"--data.source.folder={shard_folder}", cwd=tmp_path)
     # An untrained reference model does not compress under the cap, and says so.
     assert result.returncode in (0, 1), result.stderr
     assert result.returncode == 0 or "over the cap" in result.stderr
-    run = tmp_path / "runs" / words[1] / "1"
+    run = tmp_path / "runs" / args[1] / "1"
     assert (run / "artifact.zst").exists()
     assert (run / "checkpoints/last.ckpt").exists()
     config = yaml.safe_load((run / "config.yaml").read_text())
-    assert config["eval"]["stride"] == (32 if "3900" in words or words[1] == "quickstart" else 64)
-
-
-def test_every_recipe_opens_with_its_purpose():
-    for path in recipe_folder().glob("*.yaml"):
-        assert path.read_text().startswith("# "), path
-        assert yaml.safe_load(path.read_text())
+    assert config["eval"]["stride"] == (32 if "3900" in args or args[1] == "quickstart" else 64)
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "message"),
+    ("args", "code", "message"),
     [
         (["fit", "--config", "nothing"], 1, "neither a file nor one of the recipes"),
-        (["fit", "--config", "int5mlp_10l"], 1, "is no folder"),
+        (["fit", "--config", "int5mlp_10l"], 1, "is not a folder"),
         (["fit", "--model.num_layer", "3"], 2, "num_layer"),
         (["fit", "--wallclock.seconds", "-1"], 1, "wallclock.seconds must be positive"),
         (["fit", "--model.micro_batch_tokens", "0"], 1, "micro_batch_tokens must be at least 1 or auto"),
         (["fit", "--trainer.devices", "0"], 1, "is not a valid input"),
         (["fit", "--trainer.max_steps", "0"], 1, "trainer.max_steps must not be 0"),
         (["fit", "--trainer.fast_dev_run", "true"], 1, "makes no run folder"),
-        (["fit", "--run_name", "a/b"], 1, "--run_name a/b: is no name of a folder"),
+        (["fit", "--run_name", "a/b"], 1, "--run_name a/b: is not the name of a folder"),
         (["fit", "--model.optimizer.eps", "0"], 1, "optimizer.eps must be positive"),
-        (["fit", "--model.optimizer.momentum", "95"], 1, "optimizer.momentum must lie in [0, 1)"),
-        (["fit", "--config", sys.executable], 1, "is no text; give a recipe in YAML"),
-        (["prepare", "--config", sys.executable], 1, "is no text; give a recipe in YAML"),
+        (["fit", "--model.optimizer.momentum", "95"], 1, "optimizer.momentum must be in [0, 1)"),
+        (["fit", "--config", sys.executable], 1, "is not a text; give a recipe in YAML"),
+        (["prepare", "--config", sys.executable], 1, "is not a text; give a recipe in YAML"),
         (["prepare", "--config", "tests"], 1, "neither a file nor one of the recipes"),
         (["validate"], 1, "validate needs --ckpt"),
         (["validate", "--ckpt", "none.ckpt"], 1, "no such file"),
@@ -352,8 +257,8 @@ def test_every_recipe_opens_with_its_purpose():
         (["train"], 2, "no command 'train'"),
     ],
 )
-def test_a_users_mistake_is_one_line_without_traceback(tmp_path: Path, words: list[str], code: int, message: str):
-    result = trainer_here(*words, cwd=tmp_path)
+def test_a_users_mistake_is_one_line_without_traceback(tmp_path: Path, args: list[str], code: int, message: str):
+    result = trainer_here(*args, cwd=tmp_path)
     assert result.returncode == code, result.stderr
     assert message in result.stderr
     assert not list(tmp_path.glob("runs/*/*"))  # nor a run that never was
@@ -362,7 +267,7 @@ def test_a_users_mistake_is_one_line_without_traceback(tmp_path: Path, words: li
 def test_a_wrong_vocabulary_is_refused_before_the_first_step(tmp_path: Path, shard_folder: Path):
     result = trainer(*small(shard_folder, "--model.vocab_size=400"), cwd=tmp_path)
     assert result.returncode == 1
-    assert "has 300 pieces but the model 400" in result.stderr
+    assert "its vocabulary size is 300, but the model's 400" in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -370,19 +275,19 @@ def test_another_logger_stands_beside_the_runs_own(tmp_path: Path, shard_folder:
     logger = ["--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path}/other", "--report.enabled=false"]
     result = trainer(*small(shard_folder, *logger), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    own = tmp_path / RUN / "1/metrics.csv"
+    own = tmp_path / RUNS / "1/metrics.csv"
     other = next((tmp_path / "other").rglob("metrics.csv"))
     assert own.read_text() == other.read_text()
-    assert (tmp_path / RUN / "1/summary.json").is_file()
+    assert (tmp_path / RUNS / "1/summary.json").is_file()
 
 
 def test_tensorboard_gets_the_same_numbers_with_one_flag(tmp_path: Path, shard_folder: Path):
     result = trainer(*small(shard_folder, "--tensorboard=true", "--report.enabled=false"), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    events = next((tmp_path / RUN / "1").glob("events.out.tfevents.*")).read_bytes()
+    events = next((tmp_path / RUNS / "1").glob("events.out.tfevents.*")).read_bytes()
     for name in ("train/loss", "train/gradient_norm", "train/lr_multiplier", "val/bpb", "perf/tokens_per_second"):
         assert name.encode() in events
-    assert not (tmp_path / RUN / "1/report.html").exists()
+    assert not (tmp_path / RUNS / "1/report.html").exists()
 
 
 def test_an_unknown_option_is_one_line_with_the_near_one(tmp_path: Path):
@@ -398,16 +303,14 @@ def test_an_unknown_option_is_one_line_with_the_near_one(tmp_path: Path):
 
 def test_a_second_run_in_the_same_folder_is_refused(finished, shard_folder: Path):
     folder, _ = finished
-    before = (folder / "runs/int5mlp_10l_parity/1/summary.json").read_bytes()
+    before = (folder / RUNS / "1/summary.json").read_bytes()
     result = trainer(*small(shard_folder, "--run_name=1"), cwd=folder)
     assert result.returncode == 1
     assert "this run exists already; choose another --run_name" in result.stderr
-    assert (folder / "runs/int5mlp_10l_parity/1/summary.json").read_bytes() == before
+    assert (folder / RUNS / "1/summary.json").read_bytes() == before
 
 
 def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path):
-    import pickle
-
     class Bomb:
         def __reduce__(self):
             return (os.system, (f"touch {tmp_path / 'ran'}",))
@@ -429,12 +332,12 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path):
 
 
 def test_environment_aliases_rank_between_recipe_and_command_line(tmp_path: Path, shard_folder: Path):
-    environment = {"ITERATIONS": "3", "SEED": "7", "MAX_WALLCLOCK_SECONDS": "0", "DATA_PATH": str(shard_folder)}
-    words = [word for word in small(shard_folder) if "max_steps" not in word and "folder" not in word]
-    result = trainer(*words, "--seed_everything=9", cwd=tmp_path, env=environment)
+    variables = {"ITERATIONS": "3", "SEED": "7", "MAX_WALLCLOCK_SECONDS": "0", "DATA_PATH": str(shard_folder)}
+    args = [word for word in small(shard_folder) if "max_steps" not in word and "folder" not in word]
+    result = trainer(*args, "--seed_everything=9", cwd=tmp_path, env=variables)
     assert result.returncode == 0, result.stderr
     assert "ITERATIONS=3: --trainer.max_steps=3" in result.stdout
-    config = yaml.safe_load((tmp_path / "runs/int5mlp_10l_parity/1/config.yaml").read_text())
+    config = yaml.safe_load((tmp_path / RUNS / "1/config.yaml").read_text())
     assert config["trainer"]["max_steps"] == 3  # the recipe says 1,500
     assert config["seed_everything"] == 9  # the command line wins
     assert config["wallclock"]["seconds"] is None
@@ -451,13 +354,16 @@ def test_every_alias_of_the_published_port_is_known():
         "WEIGHT_DECAY SWA_ENABLED SWA_START_FRAC SWA_EVERY "
     ).split()
     assert set(published) == {*PLAIN, *SPECIAL}
-    with pytest.raises(UserError, match="MAX_WALLCLOCK_SECONDS=600s is no number"):
+    with pytest.raises(UserError, match="MAX_WALLCLOCK_SECONDS=600s is not a number"):
         alias_options({"MAX_WALLCLOCK_SECONDS": "600s"}, "fit")
-    with pytest.raises(UserError, match="TIE_EMBEDDINGS=true is no number"):  # it would untie them
+    with pytest.raises(UserError, match="TIE_EMBEDDINGS=true is not a number"):  # it would untie them
         alias_options({"TIE_EMBEDDINGS": "true"}, "fit")
-    options, notes = alias_options({"SWA_ENABLED": "0", "LOAD_MODEL_PATH": "m.ckpt", "VAL_LOSS_EVERY": "0"}, "fit")
-    assert options == ["--trainer.limit_val_batches=0", "--averaging.start_frac=0"]
-    assert any("no effect on fit" in note for note in notes)
+    options, lines = alias_options({"SWA_ENABLED": "0", "LOAD_MODEL_PATH": "m.ckpt", "VAL_LOSS_EVERY": "0"}, "fit")
+    assert options == ["--trainer.limit_val_batches=0", "--averaging.method=null"]
+    assert any("no effect on fit" in line for line in lines)
+    for name in ZERO_IS_NULL:  # the published script's 0 is our null
+        assert alias_options({name: "0"}, "fit")[0] == [f"--{key}=null" for key in PLAIN[name]]
+        assert alias_options({name: "7"}, "fit")[0] == [f"--{key}=7" for key in PLAIN[name]]
 
 
 def test_precision_is_chosen_by_what_the_device_has():
@@ -469,7 +375,7 @@ def test_precision_is_chosen_by_what_the_device_has():
 
 def test_the_source_bundle_runs_alone(finished, tmp_path: Path):
     folder, _ = finished
-    bundle = folder / "runs/int5mlp_10l_parity/1/train_gpt.py"
+    bundle = folder / RUNS / "1/train_gpt.py"
     (tmp_path / "train_gpt.py").write_bytes(bundle.read_bytes())
     result = subprocess.run(
         [sys.executable, "train_gpt.py", "fit", "--print_config"],
@@ -491,21 +397,20 @@ def test_the_shards_of_the_tests_hold_enough(shard_folder: Path):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_saves_and_exits_with_the_documented_code(number, code: int, tmp_path: Path, shard_folder: Path):
-    words = small(
+    args = small(
         shard_folder,
         "--trainer.max_steps=1000000",
         "--trainer.val_check_interval=1000000",
         "--wallclock.seconds=100",
         "--progress.every_seconds=0.5",
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "trainer", *words]
+    command = [sys.executable, "-m", "trainer", *args]
     heed = partial(signal.signal, number, signal.SIG_DFL)  # a shell's background jobs ignore Ctrl-C, and hand that on
     pipe = {"stdout": subprocess.PIPE, "text": True, "preexec_fn": heed}
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, **pipe) as process:
+    with subprocess.Popen(command, cwd=tmp_path, env=environment(), **pipe) as process:
         assert process.stdout is not None
         assert any(line.startswith("step") for line in process.stdout)
         process.send_signal(number)
         process.stdout.read()
         assert process.wait(60) == code
-    assert load_checkpoint(tmp_path / "runs/int5mlp_10l_parity/1/checkpoints/last.ckpt")["global_step"] > 0
+    assert load_checkpoint(tmp_path / RUNS / "1/checkpoints/last.ckpt")["global_step"] > 0

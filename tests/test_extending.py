@@ -1,6 +1,5 @@
-"""The examples of docs/extending.md, as they stand there."""
+"""The examples of docs/extending.md, exactly as they are printed there."""
 
-import os
 import re
 import shlex
 import shutil
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, TEXT
+from tests.helpers import environment
 from trainer.quantize.container import read_container
 
 DOCUMENT = (ROOT / "docs/extending.md").read_text()
@@ -22,7 +22,7 @@ PYTHON_TEXT = ["--data.source.max_bytes=200000", "--data.source.vocab_size=512",
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("extending")
     for name, code in FILES.items():
         (folder / name).write_text(code)
@@ -32,40 +32,42 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(command: str, place: Path, *more: str, sources: Path = ROOT) -> str:
-    words = shlex.split(command)
-    assert words[0] == "python"
-    environment = {**os.environ, "PYTHONPATH": str(sources), "OMP_NUM_THREADS": "1"}
-    found = subprocess.run(
-        [sys.executable, *words[1:], *more], cwd=place, env=environment, capture_output=True, text=True, check=False
+def run(command: str, cwd: Path, *more: str, code: Path = ROOT) -> str:
+    args = shlex.split(command)
+    assert args[0] == "python"
+    variables = environment(PYTHONPATH=str(code))
+    result = subprocess.run(
+        [sys.executable, *args[1:], *more], cwd=cwd, env=variables, capture_output=True, text=True, check=False
     )
-    assert found.returncode == 0, found.stderr
-    return found.stdout
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
-def test_the_examples_run(place: Path):
+def test_the_examples_run(workplace: Path):
     stop, poems, store, validate, _ = COMMANDS
-    said = run(stop, place, *SMALL, *PYTHON_TEXT, "--trainer.callbacks.bpb=100")
-    assert "trained     4 steps" in said  # the first validation was good enough
-    run(store, place)
-    kinds = {name: tensor.kind for name, tensor in read_container(place / "eight/artifact.zst")[1].items()}
-    before = {name: tensor.kind for name, tensor in read_container(place / "runs/quickstart/1/artifact.zst")[1].items()}
-    changed = {name: kind for name, kind in kinds.items() if kind != before[name]}
+    output = run(stop, workplace, *SMALL, *PYTHON_TEXT, "--trainer.callbacks.bpb=100")
+    assert "trained     4 steps" in output  # the first validation was good enough
+    run(store, workplace)
+    before, after = (
+        {name: tensor.kind for name, tensor in read_container(workplace / path)[1].items()}
+        for path in ("runs/quickstart/1/artifact.zst", "eight/artifact.zst")
+    )
+    changed = {name: kind for name, kind in after.items() if kind != before[name]}
     assert set(changed.values()) == {"int8"}
     assert all(name.startswith("blocks.0.") for name in changed)
-    assert "val_bpb=" in run(validate, place)
-    said = run(poems, place, *SMALL)
-    assert "trained     12 steps" in said
-    assert (place / "data/poems/manifest.json").is_file()
+    assert "val_bpb=" in run(validate, workplace)
+    output = run(poems, workplace, *SMALL)
+    assert "trained     12 steps" in output
+    assert (workplace / "data/poems/manifest.json").is_file()
 
 
-def test_the_option_of_the_model_is_a_patch_that_applies_trains_and_is_stored(place: Path, tmp_path: Path):
+def test_the_option_of_the_model_is_a_patch_that_applies_trains_and_is_stored(workplace: Path, tmp_path: Path):
     clone = tmp_path / "clone"
     for part in ("trainer", "configs"):
         shutil.copytree(ROOT / part, clone / part)
     (patch,) = re.findall(r"```diff\n(.*?)```", DOCUMENT, re.DOTALL)
     subprocess.run(["git", "apply", "-"], cwd=clone, input=patch, text=True, check=True)
-    said = run(COMMANDS[-1], place, *SMALL, *PYTHON_TEXT, "--run_name=power", sources=clone)
-    assert "trained     12 steps" in said
-    header, _ = read_container(place / "runs/quickstart/power/artifact.zst")
-    assert header["model"]["mlp"]["power"] == 3
+    output = run(COMMANDS[-1], workplace, *SMALL, *PYTHON_TEXT, "--run_name=leaky", code=clone)
+    assert "trained     12 steps" in output
+    header, _ = read_container(workplace / "runs/quickstart/leaky/artifact.zst")
+    assert header["model"]["mlp"]["negative_slope"] == 0.5

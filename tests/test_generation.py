@@ -17,7 +17,7 @@ from trainer.files import sha256_of
 from trainer.generation import Decoder, generate, sample, stream_text
 from trainer.model.transformer import Transformer
 from trainer.quantize.artifact import write_artifact
-from trainer.quantize.policy import QuantizationConfig, kind_of
+from trainer.quantize.policy import QuantizationConfig
 
 
 @pytest.fixture(scope="module", params=[TINY, ALL_OPTIONS], ids=["reference", "all options"])
@@ -135,7 +135,7 @@ def test_the_command_writes_the_same_text_for_the_same_seed(artifact: Path, tmp_
         (["--seed", "-1"], "--seed must lie"),
         (["--prompt", "caf\udce9"], "--prompt: is no UTF-8 text"),
         (["--top_p", "0"], "--top_p lie in"),
-        (["--context", "1"], "--context must lie between 2 and 1,048,576, not 1"),
+        (["--context", "1"], "--context must be between 2 and 1,048,576, not 1"),
         (["--device", "tpu9"], "--device tpu9"),
         (["--prompts", "nowhere"], "--prompts nowhere: cannot be read"),
         (["--artifact", "nowhere"], "nowhere: there is no such file"),

@@ -1,4 +1,4 @@
-"""What is shown of a run: facts in words, in JSON, in a bar; and the log of a run with a bar holds its lines."""
+"""What is shown of a run: its status as text, as JSON, in a bar; and the log of a run with a bar holds its lines."""
 
 import io
 import json
@@ -8,56 +8,72 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tests.conftest import ROOT  # noqa: F401 - one thread setting for all tests
-from tests.test_end_to_end import RUN, small, trainer, trainer_here
-from trainer import progress_view
-from trainer.progress_display import Bar, TrainingStatus, JsonLines, Lines, Quiet, open_display
-from trainer.logging import logging_to
+from tests.helpers import RUNS, small, trainer, trainer_here
+from trainer import progress_display
+from trainer.logging import logger, logging_to
+from trainer.progress_display import Bar, JsonLines, Lines, ProgressDisplay, TrainingStatus, open_display
 
-FACTS = TrainingStatus(120, 12.5, 50.0, 37.5, 2.5, 1.5, 0.25, 123456.0, 0.4, 3.25)
-
-
-def test_facts_in_words_and_as_json(capsys):
-    Lines(1.0).show(FACTS)
-    words = "step    120    12.5/50 s  loss 2.5000  bpb 1.5000  rate x0.250    123,456 tokens/s  40 % of peak  3.2 GiB"
-    assert capsys.readouterr().out == words + "\n"
-    JsonLines(1.0).show(FACTS)
-    JsonLines(1.0).note("a note")
-    facts, note = map(json.loads, capsys.readouterr().out.splitlines())
-    assert facts["tokens_per_second"] == 123456.0
-    assert note == {"note": "a note"}
-    assert FACTS.share == 0.25
+STATUS = TrainingStatus(120, 12.5, 50.0, 37.5, 2.5, 1.5, 0.25, 123456.0, 0.4, 3.25)
+LINE = "step    120    12.5/50 s  loss 2.5000  bpb 1.5000  lr x0.250    123,456 tok/s  MFU 40 %  3.2 GiB"
 
 
-def test_auto_is_a_bar_in_a_terminal_and_lines_elsewhere(monkeypatch: pytest.MonkeyPatch):
-    assert type(open_display("auto", 1.0)) is Lines
-    assert type(open_display("json", 1.0)) is JsonLines
-    assert type(open_display("quiet", 1.0)) is Quiet
+def terminal_of(width: int, monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """A terminal of this width as standard output."""
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stdout", terminal)
+    console = Console(file=terminal, force_terminal=True, width=width, color_system=None)
+    monkeypatch.setattr(progress_display, "Console", lambda: console)
+    return terminal
+
+
+def test_a_status_as_text_and_as_json(capsys):
+    lines = open_display("lines", 1.0)
+    lines.show(STATUS)
+    lines.close()
+    assert capsys.readouterr().out == LINE + "\n"
+    display = open_display("json", 1.0)
+    display.show(STATUS)
+    logger.info("a note")
+    display.close()
+    status, note = map(json.loads, capsys.readouterr().out.splitlines())
+    assert status["tokens_per_second"] == 123456.0
+    assert note == {"note": "a note"}
+    assert STATUS.fraction == 0.25
+
+
+def test_a_closed_display_leaves_messages_as_they_are(capsys):
+    open_display("quiet", 1.0).close()
+    logger.info("after")
+    logger.warning("look")
+    assert capsys.readouterr().out == "after\nwarning: look\n"
+
+
+def test_auto_is_a_bar_in_a_terminal_and_lines_elsewhere(monkeypatch: pytest.MonkeyPatch):
+    for mode, kind in (("auto", Lines), ("json", JsonLines), ("quiet", ProgressDisplay)):
+        display = open_display(mode, 1.0)
+        assert type(display) is kind
+        display.close()
+    terminal_of(80, monkeypatch)
     bar = open_display("auto", 1.0)
     assert type(bar) is Bar
     bar.close()
 
 
 def test_a_bar_shows_everything_and_the_log_gets_plain_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    terminal = io.StringIO()
-    monkeypatch.setattr(sys, "stdout", terminal)
-    monkeypatch.setattr(
-        progress_view, "Console", lambda file: Console(file=file, force_terminal=True, width=160, color_system=None)
-    )
+    terminal = terminal_of(160, monkeypatch)
     with logging_to(tmp_path / "train.log"):
         bar = open_display("bar", 10.0)
-        bar.note("training starts [here]")
-        bar.show(FACTS)
-        bar.part("validation", 1, 4)
+        assert isinstance(bar, Bar)
+        logger.info("training starts [here]")
+        bar.show(STATUS)
+        bar.update_task("validation", 1, 4)
         bar._bar.refresh()
-        bar.part("validation", 4, 4)
-        bar.part("scoring artifact_sliding", 1, 3)
+        bar.update_task("validation", 4, 4)
+        bar.update_task("scoring artifact_sliding", 1, 3)
         bar._bar.refresh()
         bar.close()
-        print("summary")
+        logger.info("summary")
     shown = terminal.getvalue()
     for part in (
         "training starts [here]",
@@ -69,36 +85,36 @@ def test_a_bar_shows_everything_and_the_log_gets_plain_lines(tmp_path: Path, mon
         "summary",
     ):
         assert part in shown
-    log = (tmp_path / "train.log").read_text()
-    assert log.splitlines() == ["training starts [here]", "  ".join(FACTS.words()), "summary"]
+    assert (tmp_path / "train.log").read_text().splitlines() == ["training starts [here]", LINE, "summary"]
 
 
 @pytest.mark.parametrize(
-    ("width", "shown"), [(60, "38 s left  bpb 1.5000"), (80, "123,456 tokens/s"), (200, "3.2 GiB")]
+    ("width", "expected"), [(60, "38 s left  loss 2.5000"), (80, "loss 2.5000  bpb 1.5000"), (200, "3.2 GiB")]
 )
-def test_a_bar_in_a_narrow_terminal_shows_what_matters(width: int, shown: str):
-    terminal = io.StringIO()
-    bar = Bar(1.0, Console(file=terminal, force_terminal=True, width=width, color_system=None))
-    bar.show(FACTS)
+def test_a_bar_in_a_narrow_terminal_shows_what_matters(width: int, expected: str, monkeypatch: pytest.MonkeyPatch):
+    terminal = terminal_of(width, monkeypatch)
+    bar = open_display("bar", 1.0)
+    assert isinstance(bar, Bar)
+    bar.show(STATUS)
     bar._bar.refresh()
     bar.close()
-    assert shown in terminal.getvalue()
+    assert expected in terminal.getvalue()
     assert "25 %" in terminal.getvalue()
     assert "…" not in terminal.getvalue()
 
 
 def test_validate_shows_how_far_it_is(tmp_path: Path, shard_folder: Path):
     assert trainer(*small(shard_folder, "--report.enabled=false"), cwd=tmp_path).returncode == 0
-    words = ["--progress.mode=json", "--progress.every_seconds=0", "--eval.batch_windows=4"]
-    shown = trainer_here("validate", "--ckpt", f"{RUN}/1/artifact.zst", *words, cwd=tmp_path).stdout
-    parts = [json.loads(line) for line in shown.splitlines() if line.startswith("{")]
+    args = ["--progress.mode=json", "--progress.every_seconds=0", "--eval.batch_windows=4"]
+    shown = trainer_here("validate", "--ckpt", f"{RUNS}/1/artifact.zst", *args, cwd=tmp_path).stdout
+    tasks = [json.loads(line) for line in shown.splitlines() if line.startswith("{")]
     for name in ("scoring plain", "scoring sliding"):
-        mine = [part for part in parts if part["part"] == name]
-        assert mine[-1]["done"] == mine[-1]["total"] > 1
+        last = [task for task in tasks if task["task"] == name][-1]
+        assert last["done"] == last["total"] > 1
 
 
 def test_a_quiet_run_prints_its_summary_only(tmp_path: Path, shard_folder: Path):
     result = trainer(*small(shard_folder, "--progress.mode=quiet"), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
-    assert result.stdout.splitlines()[:2] == ["", f"Run finished: {RUN}/1"]
+    assert result.stdout.splitlines()[:2] == ["", f"Run finished: {RUNS}/1"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_end_to_end import RUN, small, trainer
+from tests.helpers import RUNS, small, trainer
 from trainer.__main__ import main
 from trainer.submission import folder as submission_folder
 
@@ -32,7 +32,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shard_folder: Path) -> list[P
     for seed in (42, 43):
         result = trainer(*small(shard_folder, f"--seed_everything={seed}"), cwd=folder)
         assert result.returncode == 0, result.stderr
-    return [folder / RUN / str(number) for number in (1, 2)]
+    return [folder / RUNS / str(number) for number in (1, 2)]
 
 
 def test_a_submission_holds_every_field_and_proves_its_score(
@@ -40,8 +40,8 @@ def test_a_submission_holds_every_field_and_proves_its_score(
 ):
     out = tmp_path / "submission"
     assert main(["submit", str(runs[0]), *WHO, "--data", str(shard_folder), "--out", str(out)]) == 0
-    said = capsys.readouterr().out
-    assert "in a clean process on the hardware and libraries of the run" in said
+    shown = capsys.readouterr().out
+    assert "in a clean process on the hardware and libraries of the run" in shown
     names = {
         "README.md",
         "submission.json",
@@ -101,25 +101,25 @@ def test_what_must_not_ship_is_refused(runs: list[Path], shard_folder: Path, tmp
         assert main(["submit", *words, *WHO, "--out", str(tmp_path / "out"), "--data", str(shard_folder)]) == 1
         error = capsys.readouterr().err
         assert error.count("\n") == 1
-        assert not (tmp_path / "out").exists()  # nothing unproved is left
+        assert not (tmp_path / "out").exists()  # nothing unproved remains
         return error
 
     copy = tmp_path / "copy"
     shutil.copytree(runs[0], copy)
     assert "have the same seed" in refused(str(runs[0]), str(copy))
     (copy / "config.yaml").write_text((copy / "config.yaml").read_text().replace("matrix_lr: 0.02", "matrix_lr: 0.03"))
-    assert "of another recipe than" in refused(str(runs[1]), str(copy))
+    assert "has another recipe than" in refused(str(runs[1]), str(copy))
     summary = json.loads((copy / "summary.json").read_text())
     (copy / "summary.json").write_text(json.dumps({**summary, "val_bpb": summary["val_bpb"] - 0.01}))
-    assert "is that the data it was scored on?" in refused(str(copy))
+    assert "give the --data that the run was scored on" in refused(str(copy))
     (copy / "train_gpt.py").write_bytes(b"raise SystemExit('broken')")
     assert "its own code cannot score its artifact: broken" in refused(str(copy))
     (copy / "artifact.zst").unlink()
     assert "the run did not end with an export" in refused(str(copy))
     assert "holds no finished run" in refused(str(tmp_path))
-    monkeypatch.setattr(submission_folder, "CAP", 1000)
-    assert "over the cap of 1,000; export it with --fit" in refused(str(runs[0]))
+    monkeypatch.setattr(submission_folder, "SIZE_CAP", 1000)
+    assert "over the cap of 1,000; export it with --shrink_to_cap" in refused(str(runs[0]))
     (tmp_path / "out").mkdir()
     monkeypatch.undo()
     assert main(["submit", str(runs[0]), *WHO, "--out", str(tmp_path / "out"), "--data", str(shard_folder)]) == 1
-    assert "is there already; choose another --out" in capsys.readouterr().err
+    assert "exists already; choose another --out" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from torch import Tensor
 from trainer.errors import UserError
 from trainer.files import atomic_write
 
-OWN_KEY = "golf_trainer"  # plain values that let `export` and `validate` use the file alone
+METADATA_KEY = "golf_trainer"  # plain values that let `export` and `validate` use the file alone
 AVERAGING_KEY = "WeightAveraging"  # of `callbacks`: the callback's class
 
 COMMENT = b"sha256:"
@@ -95,7 +95,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: is not a checkpoint that can be read ({reason})") from error
-    if not isinstance(checkpoint, dict) or OWN_KEY not in checkpoint:
+    if not isinstance(checkpoint, dict) or METADATA_KEY not in checkpoint:
         raise UserError(f"{path}: was not written by this trainer")
     return checkpoint
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from trainer.checkpoint import OWN_KEY
+from trainer.checkpoint import METADATA_KEY
 from trainer.clock import TrainingClock
 from trainer.distributed import mean_over_ranks
 from trainer.errors import UserError
@@ -234,14 +234,14 @@ class LanguageModel(pl.LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what `export` needs to use the file alone: plain values only, so that it loads safely."""
-        checkpoint.setdefault(OWN_KEY, {})["model"] = self.model.config.to_dict()
+        checkpoint.setdefault(METADATA_KEY, {})["model"] = self.model.config.to_dict()
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model, before Lightning lists every tensor that differs, or of other data."""
-        own = checkpoint[OWN_KEY]
+        metadata = checkpoint[METADATA_KEY]
         config = self.model.config.to_dict()
-        stored = TransformerConfig.from_dict(own["model"]).to_dict()
+        stored = TransformerConfig.from_dict(metadata["model"]).to_dict()
         different = [
             f"{key}: {stored[key]} in the checkpoint, {config[key]} here"
             for key in config
@@ -254,12 +254,12 @@ class LanguageModel(pl.LightningModule):
             )
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         for name in ("batch_tokens", "sequence_length", "order", "seed"):
-            if (before := own.get(name, getattr(data, name))) != getattr(data, name):
+            if (before := metadata.get(name, getattr(data, name))) != getattr(data, name):
                 raise UserError(
                     f"the checkpoint's run had data.{name} {before}, this one has {getattr(data, name)}, and would "
                     "resume at another position of the text; give the same value"
                 )
-        if own.get("tokenizer_sha256") not in (None, data.tokenizer_sha256):
+        if metadata.get("tokenizer_sha256") not in (None, data.tokenizer_sha256):
             raise UserError(
                 "the checkpoint was trained with another tokenizer; give its run's --data.source, or another --ckpt"
             )

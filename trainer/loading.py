@@ -6,7 +6,7 @@ from typing import NamedTuple
 import sentencepiece
 import torch
 
-from trainer.checkpoint import OWN_KEY, live_state, load_checkpoint, stored_average
+from trainer.checkpoint import METADATA_KEY, live_state, load_checkpoint, stored_average
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import UserError
 from trainer.files import sha256_of
@@ -40,12 +40,14 @@ def stored_weights(path: Path, weights: str = "live") -> Artifact:
     if is_artifact:
         return read_artifact(path)
     checkpoint = load_checkpoint(path)
-    own = checkpoint[OWN_KEY]
+    metadata = checkpoint[METADATA_KEY]
     state = None if weights == "live" else stored_average(checkpoint)
     if state is None and weights == "averaged":
         raise UserError(f"{path}: holds no average of at least two steps; score it with --weights live")
     return Artifact(
-        TransformerConfig.from_dict(own["model"]), state or live_state(checkpoint), own.get("tokenizer_sha256")
+        TransformerConfig.from_dict(metadata["model"]),
+        state or live_state(checkpoint),
+        metadata.get("tokenizer_sha256"),
     )
 
 

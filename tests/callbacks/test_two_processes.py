@@ -1,39 +1,16 @@
-"""Two processes whose clocks disagree: rank 0's reading decides rate and end, and the weights stay equal bit by bit."""
+"""Two processes whose clocks disagree: rank 0's reading decides rates and end, and the weights stay equal bit by bit."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import TINY_OPTIONS, run_python
-
-SCRIPT = """
-import hashlib, json, os, sys, time
-import lightning.pytorch as pl
-from trainer.__main__ import main
-from trainer.callbacks.weight_averaging import WeightAveraging
-from trainer.clock import TrainingClock
-rank = int(os.environ.get("LOCAL_RANK", 0))
-steps = [0]
-# Rank 1 believes that three times as much time has passed.
-TrainingClock.elapsed = property(lambda self: steps[0] * (0.1 if rank == 0 else 0.3))
-seen = []
-old = WeightAveraging.on_train_batch_end
-def spy(self, trainer, module, *rest):
-    old(self, trainer, module, *rest)
-    steps[0] = trainer.global_step
-    seen.append(module.lr_multiplier)
-    sha = hashlib.sha256(b"".join(t.numpy().tobytes() for t in module.model.state_dict().values())).hexdigest()
-    with open(f"rank{rank}.json", "w") as file:
-        json.dump({"rates": seen, "weights": sha}, file)
-WeightAveraging.on_train_batch_end = spy
-raise SystemExit(main(sys.argv[1:]))
-"""
+from tests.conftest import TINY_OPTIONS
+from tests.helpers import run_faulty
 
 
-def test_ranks_with_skewed_clocks_follow_rank_0(tmp_path: Path, shard_folder: Path):
-    (tmp_path / "skewed.py").write_text(SCRIPT)
-    words = [
+def test_processes_with_skewed_clocks_follow_rank_0(tmp_path: Path, shard_folder: Path):
+    args = [
         "fit",
         "--config=int5mlp_10l",
         f"--data.source.folder={shard_folder}",
@@ -44,7 +21,7 @@ def test_ranks_with_skewed_clocks_follow_rank_0(tmp_path: Path, shard_folder: Pa
         "--wallclock.seconds=1.0",
         "--model.schedule.warmdown_frac=0.5",
     ]
-    result = run_python("skewed.py", *words, cwd=tmp_path)
+    result = run_faulty("skewed_clocks", {}, *args, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     one, two = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     assert one["rates"] == two["rates"]

@@ -1,4 +1,4 @@
-"""Operations are those that torch's own counter sees."""
+"""FLOPs are those that torch's own counter sees."""
 
 from dataclasses import replace
 
@@ -7,13 +7,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import TINY
-from trainer.model.flops import PEAK_FLOPS, forward_flops, peak_flops
 from trainer.kernels.attention_backends import SdpaBackend
 from trainer.kernels.fusion import Fused
+from trainer.model.flops import PEAK_FLOPS, forward_flops, peak_flops
 from trainer.model.transformer import Transformer, TransformerConfig
 
 
-def test_a_window_costs_the_keys_inside_it():
+def test_an_attention_window_costs_the_keys_inside_it():
     config = replace(TINY, attention=replace(TINY.attention, window=5, window_pattern="SL"))
     keys = sum(min(position + 1, 5) for position in range(16)) / 16
     heads, _, width = config.heads
@@ -35,7 +35,7 @@ def test_the_count_is_torchs_with_half_of_the_attention(config: TransformerConfi
 
 
 def test_the_reference_model_costs_what_its_authors_counted():
-    """145 MFLOP in matrices and 63 in attention for a token that is learned."""
+    """145 MFLOPs in matrices and 63 in attention per training token."""
     config = TransformerConfig()
     assert 3 * forward_flops(config, 2048) == pytest.approx(208e6, rel=0.01)
 
@@ -54,7 +54,7 @@ def test_the_reference_model_costs_what_its_authors_counted():
         ("NVIDIA Something 5", None),
     ],
 )
-def test_the_peak_is_that_of_the_named_card(monkeypatch: pytest.MonkeyPatch, name: str, key: str | None):
+def test_the_peak_is_that_of_the_named_gpu(monkeypatch: pytest.MonkeyPatch, name: str, key: str | None):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda")) == (PEAK_FLOPS[key] if key else None)
     assert peak_flops(torch.device("cpu")) is None

@@ -1,4 +1,4 @@
-"""Attention kernels agree, and the choice between them is right on cards that are not here."""
+"""Attention backends agree, and the choice between them is right on GPUs that are not here."""
 
 import shutil
 from dataclasses import dataclass
@@ -9,21 +9,21 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from trainer.kernels.compiler import configure_compiler
 from trainer.errors import UserError
-from trainer.model import attention_choice
+from trainer.kernels.attention_backends import AttentionBackend, BackendName, ByGradient, FlashAttention4, SdpaBackend
+from trainer.kernels.compiler import configure_compiler
+from trainer.kernels.flash_attention import cache_folder
+from trainer.kernels.windowed_attention import with_window
+from trainer.model import kernel_choice
 from trainer.model.attention import AttentionConfig
 from trainer.model.kernel_choice import Seconds, choose_attention
-from trainer.kernels.attention_backends import AttentionBackend, BackendName, ByGradient, FlashAttention4, SdpaBackend
-from trainer.kernels.windowed_attention import with_window
-from trainer.kernels.flash_attention import cache_folder
 from trainer.model.transformer import TransformerConfig
 
-CARD = (128, torch.device("cuda"), torch.float16)
+GPU = (128, torch.device("cuda"), torch.float16)
 
 
-def choose(name: BackendName, *rest, **more) -> AttentionBackend:
-    return choose_attention(TransformerConfig(attention=AttentionConfig(backend=name)), *rest, **more)
+def choose(name: BackendName, *args, **options) -> AttentionBackend:
+    return choose_attention(TransformerConfig(attention=AttentionConfig(backend=name)), *args, **options)
 
 
 def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -42,16 +42,16 @@ def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("length", [1, 4, 9])
-@pytest.mark.parametrize("kernel", [SdpaBackend(), SdpaBackend("math"), SdpaBackend("math", expand_kv=True)])
-def test_kernels_equal_numpy(kernel: SdpaBackend, length: int):
+@pytest.mark.parametrize("backend", [SdpaBackend(), SdpaBackend("math"), SdpaBackend("math", expand_kv=True)])
+def test_backends_equal_numpy(backend: SdpaBackend, length: int):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, *shape, 8).double() for shape in ((length, 6), (9, 2), (9, 2)))
-    assert np.allclose(kernel(q, k, v).numpy(), attend(q.numpy(), k.numpy(), v.numpy()))
+    assert np.allclose(backend(q, k, v).numpy(), attend(q.numpy(), k.numpy(), v.numpy()))
 
 
 @dataclass(frozen=True)
 class Scaled:
-    """A kernel that tells itself by what it gives."""
+    """A backend that is recognized by what it returns."""
 
     factor: float
     copies_kv: bool = False
@@ -64,111 +64,112 @@ class Scaled:
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])
-def test_training_and_scoring_each_use_their_kernel(is_compiled: bool):
-    kernel = ByGradient(Scaled(2.0, copies_kv=True), Scaled(3.0))
-    call = torch.compile(kernel, backend="eager", fullgraph=True) if is_compiled else kernel
+def test_training_and_scoring_each_use_their_backend(is_compiled: bool):
+    backend = ByGradient(Scaled(2.0, copies_kv=True), Scaled(3.0))
+    call = torch.compile(backend, backend="eager", fullgraph=True) if is_compiled else backend
     q = torch.ones(1, 4, 2, 8)
     assert float(call(q, q, q)[0, 0, 0, 0]) == 2
-    assert kernel.copies_kv
+    assert backend.copies_kv
     with torch.no_grad():
         assert float(call(q, q, q)[0, 0, 0, 0]) == 3
-        assert not kernel.copies_kv
+        assert not backend.copies_kv
     assert float(call(q, q, q)[0, 0, 0, 0]) == 2
-    assert kernel.describe() == "times 2.0; to score times 3.0"
+    assert backend.describe() == "times 2.0; for scoring times 3.0"
 
 
 def table(**seconds: float | tuple[float, float]):
-    """A fake card that runs only these kernels, each in so many seconds, to score in the second number of two."""
+    """A fake GPU that runs only these backends, each in so many seconds; the second number of two is for scoring."""
 
-    def measure(kernel: AttentionBackend, *_: object) -> Seconds | None:
-        taken = seconds.get(kernel.describe().replace(", keys and values expanded", "_expanded"))
-        return taken and (Seconds(*taken) if isinstance(taken, tuple) else Seconds(taken, taken))
+    def measure(backend: AttentionBackend, *_: object) -> Seconds | None:
+        time = seconds.get(backend.describe().replace(", keys and values expanded", "_expanded"))
+        return time and (Seconds(*time) if isinstance(time, tuple) else Seconds(time, time))
 
     return measure
 
 
-def test_the_fastest_kernel_that_runs_is_taken():
-    assert choose("auto", *CARD, measure=table(cudnn=0.003, flash=0.005, math=0.1)).describe() == "cudnn"
-    assert choose("auto", *CARD, measure=table(cudnn=0.005, flash=0.003, math=0.1)).describe() == "flash"
-    assert choose("efficient", *CARD, measure=table(cudnn=0.003, efficient=0.2)).describe() == "efficient"
+def test_the_fastest_backend_that_runs_is_chosen():
+    assert choose("auto", *GPU, measure=table(cudnn=0.003, flash=0.005, math=0.1)).describe() == "cudnn"
+    assert choose("auto", *GPU, measure=table(cudnn=0.005, flash=0.003, math=0.1)).describe() == "flash"
+    assert choose("efficient", *GPU, measure=table(cudnn=0.003, efficient=0.2)).describe() == "efficient"
 
 
-def test_the_fastest_forward_is_taken_to_score():
-    chosen = choose("auto", *CARD, measure=table(cudnn=(0.003, 0.002), flash=(0.004, 0.001), math=(0.1, 0.1)))
+def test_the_fastest_forward_pass_is_chosen_for_scoring():
+    chosen = choose("auto", *GPU, measure=table(cudnn=(0.003, 0.002), flash=(0.004, 0.001), math=(0.1, 0.1)))
     assert chosen == ByGradient(SdpaBackend("cudnn"), SdpaBackend("flash"))
     windows = with_window(chosen, 64)
     assert windows == ByGradient(with_window(SdpaBackend("cudnn"), 64), with_window(SdpaBackend("flash"), 64))
 
 
-def test_the_unfused_kernel_is_tried_only_where_no_other_runs():
-    assert choose("auto", *CARD, measure=table(cudnn=0.2, math=0.1)).describe() == "cudnn"
-    assert choose("auto", *CARD, measure=table(math=0.1)).describe() == "math"
+def test_the_unfused_backend_is_tried_only_where_no_other_runs():
+    assert choose("auto", *GPU, measure=table(cudnn=0.2, math=0.1)).describe() == "cudnn"
+    assert choose("auto", *GPU, measure=table(math=0.1)).describe() == "math"
 
 
-def test_keys_are_expanded_before_a_slower_kernel_is_taken():
-    """An older card: no cuDNN, and flash has no grouped queries."""
-    chosen = choose("auto", *CARD, measure=table(flash_expanded=0.005, efficient_expanded=0.007, math=0.1))
+def test_keys_are_expanded_before_a_slower_backend_is_chosen():
+    """An older GPU: no cuDNN, and flash has no grouped queries."""
+    chosen = choose("auto", *GPU, measure=table(flash_expanded=0.005, efficient_expanded=0.007, math=0.1))
     assert chosen.describe() == "flash, keys and values expanded"
 
 
 def test_the_optional_package_is_tried_with_and_without_copies_of_keys(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(attention_choice, "is_installed", lambda: True)
-    assert choose("auto", *CARD, measure=table(fa4=0.003, fa4_expanded=0.002)) == FlashAttention4(expand_kv=True)
-    assert choose("auto", *CARD, measure=table(fa4=0.002, fa4_expanded=0.003)) == FlashAttention4()
+    monkeypatch.setattr(kernel_choice, "is_installed", lambda: True)
+    assert choose("auto", *GPU, measure=table(fa4=0.003, fa4_expanded=0.002)) == FlashAttention4(expand_kv=True)
+    assert choose("auto", *GPU, measure=table(fa4=0.002, fa4_expanded=0.003)) == FlashAttention4()
     assert with_window(FlashAttention4(expand_kv=True), 64) == FlashAttention4(64, expand_kv=True)
 
 
-def test_an_optional_package_that_is_installed_in_vain_is_named(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(attention_choice, "is_installed", lambda: True)
+def test_a_warning_names_an_optional_package_that_is_installed_but_does_not_run(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernel_choice, "is_installed", lambda: True)
     with pytest.warns(UserWarning, match="flash-attn-4 is installed but does not run"):
-        assert choose("auto", *CARD, measure=table(cudnn=2.0)).describe() == "cudnn"
+        assert choose("auto", *GPU, measure=table(cudnn=2.0)).describe() == "cudnn"
 
 
 def test_the_optional_package_is_tried_only_where_it_is_installed(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(attention_choice, "is_installed", lambda: True)
-    assert choose("auto", *CARD, measure=table(fa4=0.002, cudnn=0.003)).describe() == "fa4"
-    monkeypatch.setattr(attention_choice, "is_installed", lambda: False)
-    assert choose("auto", *CARD, measure=table(fa4=0.002, cudnn=0.003)).describe() == "cudnn"
+    monkeypatch.setattr(kernel_choice, "is_installed", lambda: True)
+    assert choose("auto", *GPU, measure=table(fa4=0.002, cudnn=0.003)).describe() == "fa4"
+    monkeypatch.setattr(kernel_choice, "is_installed", lambda: False)
+    assert choose("auto", *GPU, measure=table(fa4=0.002, cudnn=0.003)).describe() == "cudnn"
     with pytest.raises(UserError, match="flash-attn-4"):
-        choose("fa4", *CARD, measure=table(fa4=0.002))
+        choose("fa4", *GPU, measure=table(fa4=0.002))
 
 
 def test_windows_count_as_often_as_blocks_have_them(monkeypatch: pytest.MonkeyPatch):
-    """cuDNN may win with all tokens and lose by what it costs to mask them."""
-    monkeypatch.setattr(attention_choice, "is_installed", lambda: True)
+    """cuDNN may win with full attention and lose by the cost of the mask of a window."""
+    monkeypatch.setattr(kernel_choice, "is_installed", lambda: True)
 
-    def measure(kernel: AttentionBackend, *_: object) -> Seconds | None:
-        if isinstance(kernel, FlashAttention4):
-            return Seconds(*2 * [0.001 if kernel.window else 0.003])
-        if kernel.describe() != "cudnn":
+    def measure(backend: AttentionBackend, *_: object) -> Seconds | None:
+        if isinstance(backend, FlashAttention4):
+            return Seconds(*2 * [0.001 if backend.window else 0.003])
+        if backend.describe() != "cudnn":
             return None
-        return Seconds(*2 * [0.002 if isinstance(kernel, SdpaBackend) else 0.005])
+        return Seconds(*2 * [0.002 if isinstance(backend, SdpaBackend) else 0.005])
 
-    def chosen(window: int | None, full_every: int) -> str:
-        attention = AttentionConfig(window=window, full_every=full_every)
-        return choose_attention(TransformerConfig(num_layers=6, attention=attention), *CARD, measure=measure).describe()
+    def chosen(window: int | None, window_pattern: str) -> str:
+        attention = AttentionConfig(window=window, window_pattern=window_pattern)
+        return choose_attention(TransformerConfig(num_layers=6, attention=attention), *GPU, measure=measure).describe()
 
-    assert chosen(None, 3) == "cudnn"
-    assert chosen(64, 3) == "fa4"
-    assert chosen(64, 1) == "cudnn"
+    assert chosen(None, "SSL") == "cudnn"
+    assert chosen(64, "SSL") == "fa4"
+    assert chosen(64, "L") == "cudnn"
 
 
 def test_blocks_with_value_embeddings_are_timed_with_them():
     timed = []
 
-    def measure(kernel: AttentionBackend, has_value_embedding: bool) -> Seconds | None:
-        timed.append((kernel.describe(), has_value_embedding))
-        taken = {"cudnn": 0.002 + 0.01 * has_value_embedding, "flash": 0.003}.get(kernel.describe())
-        return taken and Seconds(taken, taken)
+    def measure(backend: AttentionBackend, has_value_embedding: bool) -> Seconds | None:
+        timed.append((backend.describe(), has_value_embedding))
+        time = {"cudnn": 0.002 + 0.01 * has_value_embedding, "flash": 0.003}.get(backend.describe())
+        return time and Seconds(time, time)
 
-    assert choose_attention(TransformerConfig(num_layers=9), *CARD, measure=measure).describe() == "cudnn"
-    assert choose_attention(TransformerConfig(num_layers=9, value_embedding_blocks=2), *CARD, measure=measure).describe() == "flash"
+    plain, embedded = (TransformerConfig(num_layers=9, value_embedding_blocks=count) for count in (None, 2))
+    assert choose_attention(plain, *GPU, measure=measure).describe() == "cudnn"
+    assert choose_attention(embedded, *GPU, measure=measure).describe() == "flash"
     assert ("cudnn", True) in timed
 
 
-def test_a_named_kernel_that_does_not_run_is_refused_by_name():
+def test_a_named_backend_that_does_not_run_is_refused_by_name():
     with pytest.raises(UserError, match="'cudnn' does not run"):
-        choose("cudnn", *CARD, measure=table(flash=0.005))
+        choose("cudnn", *GPU, measure=table(flash=0.005))
     with pytest.raises(UserError, match="needs a CUDA device"):
         choose("flash", 128, torch.device("cpu"), torch.float32)
 
@@ -178,25 +179,27 @@ def test_a_cpu_lets_torch_choose():
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
-def test_a_compiled_kernel_is_stored_once_per_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_compile_cache_holds_one_graph_per_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     configure_compiler()
     q = torch.randn(1, 8, 2, 16)
 
-    def seen(backend: str) -> dict[str, int]:
+    def cache_counters(backend: str) -> dict[str, int]:
         torch._dynamo.reset()
         counters.clear()
         assert torch.compile(SdpaBackend(backend), fullgraph=True)(q, q, q).shape == q.shape
         return {key: count for key, count in counters["aot_autograd"].items() if key.startswith("autograd_cache")}
 
-    assert [seen(name) for name in ("math", "flash", "math")] == [
+    assert [cache_counters(name) for name in ("math", "flash", "math")] == [
         {"autograd_cache_miss": 1, "autograd_cache_saved": 1},
         {"autograd_cache_miss": 1, "autograd_cache_saved": 1},
         {"autograd_cache_hit": 1},
     ]
 
 
-def test_what_flash_attention_compiles_is_kept_where_that_can_be_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_flash_attention_caches_what_it_compiles_where_files_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     folder = cache_folder()
     assert folder == tmp_path / "caches/golf-trainer/flash-attn-4"

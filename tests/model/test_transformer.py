@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import ALL_OPTIONS, TINY
-from trainer.model.attention import AttentionConfig, rotary_tables, rotate, xsa
+from trainer.data import tokenizer
 from trainer.kernels.attention_backends import SdpaBackend
-from trainer.model.embedding import BigramConfig, SmearGate, bigram_buckets
+from trainer.model import embedding
+from trainer.model.attention import AttentionConfig, rotary_tables, rotate, xsa
+from trainer.model.embedding import BigramConfig, SmearConfig, SmearGate, bigram_buckets
 from trainer.model.layers import Linear
 from trainer.model.mlp import MLPConfig
 from trainer.model.transformer import LoopConfig, Transformer, TransformerConfig
@@ -26,20 +28,17 @@ def reference() -> Transformer:
 
 OPTIONS = {
     "rope_dims": {"attention": replace(TINY.attention, rope_dims=4)},
-    "exclusive": {"attention": replace(TINY.attention, xsa=True)},
+    "xsa": {"attention": replace(TINY.attention, xsa=True)},
     "gate_dims": {"attention": replace(TINY.attention, gate_dims=6)},
     "window": {"attention": replace(TINY.attention, window=3)},
-    "negative_slope": {"mlp": MLPConfig(negative_slope=0.5)},
-    "no bigram": {"bigram": BigramConfig(buckets=0)},
-    "smear_dims": {"smear_dims": 5},
-    "layer_norm_scale": {"layer_norm_scale": True},
-    "parallel_from": {"parallel_from": 2},
-    "loop": {"loop": LoopConfig(1, 2, 2)},
-    "value_blocks": {"value_blocks": 2},
+    "no bigram": {"bigram": BigramConfig(buckets=None)},
+    "per-token smear": {"smear": SmearConfig("per_token", 5)},
+    "loop": {"loop": LoopConfig(repeats=2, first=1, last=2)},
+    "value_embedding_blocks": {"value_embedding_blocks": 2},
 }
 
 
-def awake(seed: int = 0, config: TransformerConfig = TINY) -> Transformer:
+def randomized(seed: int = 0, config: TransformerConfig = TINY) -> Transformer:
     """A tiny model whose zero-initialized parts are random, so that every path counts."""
     torch.manual_seed(seed)
     model = Transformer(config)
@@ -80,7 +79,7 @@ def test_bigram_buckets_equal_numpy_int32(tokens: list[int], buckets: int):
 
 @pytest.mark.parametrize("config", [TINY, ALL_OPTIONS], ids=["reference", "all options"])
 def test_future_tokens_never_change_past_logits(config: TransformerConfig):
-    model = awake(config=config)
+    model = randomized(config=config)
     ids = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(1))
     before = model(ids)
     for t in (1, 11, 23):
@@ -92,7 +91,7 @@ def test_future_tokens_never_change_past_logits(config: TransformerConfig):
 
 
 def test_smear_gate_mixes_in_the_token_before():
-    gate = SmearGate(3).double()
+    gate = SmearGate(SmearConfig(), 3).double()
     gate.gate.data = torch.tensor([-1.0, 0.0, 2.0]).double()
     x = torch.randn(1, 4, 3).double()
     g = 1 / (1 + np.exp(-np.array([-1.0, 0.0, 2.0])))
@@ -103,8 +102,8 @@ def test_smear_gate_mixes_in_the_token_before():
 def test_rotary_positions_only_depend_on_distance():
     tables = rotary_tables(16, 8, 10000.0, torch.device("cpu")).double()
     q, k = torch.randn(2, 8).double()
-    turn = lambda x: rotate(x.expand(1, 16, 1, 8), tables)[0, :, 0]  # noqa: E731
-    products = turn(q) @ turn(k).T
+    rope = lambda x: rotate(x.expand(1, 16, 1, 8), tables)[0, :, 0]  # noqa: E731
+    products = rope(q) @ rope(k).T
     for distance in (0, 1, 5):
         assert torch.allclose(products.diagonal(distance), products[0, distance], atol=1e-5)
 
@@ -112,7 +111,7 @@ def test_rotary_positions_only_depend_on_distance():
 @pytest.mark.parametrize("config", [TINY, ALL_OPTIONS], ids=["reference", "all options"])
 def test_the_whole_model_equals_numpy(config: TransformerConfig):
     """Every formula of the recipe and of its options once more, without torch."""
-    model, options = awake(3, config), config is ALL_OPTIONS
+    model, options = randomized(3, config), config is ALL_OPTIONS
     p = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     ids = np.array([5, 7, 7, 200, 1, 31, 8])
     length, heads, kv_heads, d = len(ids), 4, 2, 8
@@ -123,17 +122,17 @@ def test_the_whole_model_equals_numpy(config: TransformerConfig):
     def norm(x):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1.1920929e-07)
 
-    def turn(x):
-        turning = 4 if options else d
-        angle = np.arange(length)[:, None] * 10000.0 ** (-np.arange(0, turning, 2) / turning)
-        angle = np.pad(angle, ((0, 0), (0, (d - turning) // 2)))
+    def rope(x):
+        rotated = 4 if options else d
+        angle = np.arange(length)[:, None] * 10000.0 ** (-np.arange(0, rotated, 2) / rotated)
+        angle = np.pad(angle, ((0, 0), (0, (d - rotated) // 2)))
         a, b = x[..., : d // 2], x[..., d // 2 :]
         c, s = np.cos(angle)[:, None], np.sin(angle)[:, None]
         return np.concatenate([a * c + b * s, b * c - a * s], -1)
 
     def attention(name, x, window):
-        q = turn(norm((x @ p[name + "q.weight"].T).reshape(length, heads, d))) * p[name + "q_gain"][:, None]
-        k = turn(norm((x @ p[name + "k.weight"].T).reshape(length, kv_heads, d)))
+        q = rope(norm((x @ p[name + "q.weight"].T).reshape(length, heads, d))) * p[name + "q_gain"][:, None]
+        k = rope(norm((x @ p[name + "k.weight"].T).reshape(length, kv_heads, d)))
         v = (x @ p[name + "v.weight"].T).reshape(length, kv_heads, d)
         if name + "value_gain" in p:
             tokens = p["value_embedding.weight"][ids].reshape(length, kv_heads, d)
@@ -146,14 +145,13 @@ def test_the_whole_model_equals_numpy(config: TransformerConfig):
                 weights = np.exp(scores - scores.max())
                 out[t, h] = weights / weights.sum() @ v[seen, h // 2]
                 if options:
-                    own = v[t, h // 2] / np.linalg.norm(v[t, h // 2])
-                    out[t, h] -= out[t, h] @ own * own
+                    direction = v[t, h // 2] / np.linalg.norm(v[t, h // 2])
+                    out[t, h] -= out[t, h] @ direction * direction
                     out[t, h] *= 2 * sigmoid(x[t, :6] @ p[name + "gate"][h])
         return out.reshape(length, -1) @ p[name + "out.weight"].T
 
     def mlp(name, x):
-        up = x @ p[name + "up.weight"].T
-        return np.where(up > 0, up, (0.5 if options else 0) * up) ** 2 @ p[name + "down.weight"].T
+        return np.maximum(x @ p[name + "up.weight"].T, 0) ** 2 @ p[name + "down.weight"].T
 
     x = p["token_embedding.weight"][ids]
     if not options:
@@ -162,7 +160,9 @@ def test_the_whole_model_equals_numpy(config: TransformerConfig):
     x = norm(x)
     before = np.concatenate([np.zeros((1, 32)), x[:-1]])
     if options:
-        g = p["smear.scale"] * sigmoid(x[:, :5] @ p["smear.gate"]) * (ids != 1)  # nothing across a document's start
+        g = (
+            p["smear.scale"] * sigmoid(x[:, :5] @ p["smear.gate"]) * (ids != 1)
+        )  # nothing across the start of a document
         x = x0 = x + g[:, None] * before
     else:
         g = sigmoid(p["smear.gate"])
@@ -170,16 +170,15 @@ def test_the_whole_model_equals_numpy(config: TransformerConfig):
     stack = []
     order = [0, 1, 2, 1, 2, 3] if options else [0, 1, 2, 3]
     half = len(order) // 2
-    for place, i in enumerate(order):
+    for index, i in enumerate(order):
         b = f"blocks.{i}."
-        if place >= half:
-            x = x + p["skip_weights"][place - half] * stack.pop()
+        if index >= half:
+            x = x + p["skip_weights"][index - half] * stack.pop()
         x = p[b + "mix"][0] * x + p[b + "mix"][1] * x0
-        depth = np.sqrt(i + 1) if options else 1
-        read = norm(x) / depth
-        x = x + p[b + "attention_scale"] * attention(b + "attention.", read, 3 if options and i in (0, 2) else length)
-        x = x + p[b + "mlp_scale"] * mlp(b + "mlp.", read if options and i >= 2 else norm(x) / depth)
-        if place < half:
+        window = 3 if options and i in (0, 2) else length
+        x = x + p[b + "attention_scale"] * attention(b + "attention.", norm(x), window)
+        x = x + p[b + "mlp_scale"] * mlp(b + "mlp.", norm(x))
+        if index < half:
             stack.append(x)
     if options:
         assert [f"blocks.{i}.attention.value_gain" in p for i in range(4)] == [False, True, True, True]
@@ -187,22 +186,22 @@ def test_the_whole_model_equals_numpy(config: TransformerConfig):
     assert np.allclose(model(torch.tensor(ids)[None])[0].detach().numpy(), logits, atol=1e-5)
 
 
-def test_a_loss_that_nothing_fuses_is_made_in_slices(monkeypatch: pytest.MonkeyPatch):
-    model = awake(5)
+def test_a_loss_without_a_fused_operator_is_computed_in_chunks(monkeypatch: pytest.MonkeyPatch):
+    model = randomized(5)
     ids, targets = torch.randint(0, 300, (2, 3, 20))
-    made: list[int] = []
-    monkeypatch.setattr("trainer.model.transformer.LOGITS_AT_ONCE", 7 * 300)
+    rows: list[int] = []
+    monkeypatch.setattr("trainer.model.transformer.MAX_LOGITS", 7 * 300)
     softcap = model.softcap
-    monkeypatch.setattr(model, "softcap", lambda logits: (made.append(len(logits)), softcap(logits))[1])
+    monkeypatch.setattr(model, "softcap", lambda logits: (rows.append(len(logits)), softcap(logits))[1])
     with torch.no_grad():
-        sliced = model.nll(ids, targets)
-    assert made == [7] * 8 + [4]
-    assert torch.allclose(sliced, model.nll(ids, targets), rtol=1e-12)  # with gradients: all at once
-    assert made[9:] == [60]
+        chunked = model.nll(ids, targets)
+    assert rows == [7] * 8 + [4]
+    assert torch.allclose(chunked, model.nll(ids, targets), rtol=1e-12)  # with gradients: all at once
+    assert rows[9:] == [60]
 
 
-def test_nll_is_the_log_softmax_of_the_logits_from_the_first_position_on():
-    model = awake()
+def test_nll_is_the_log_softmax_of_the_logits_from_a_position_on():
+    model = randomized()
     ids, targets = torch.randint(0, 300, (2, 2, 12))
     logits = model(ids).detach().numpy()
     log_probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -215,17 +214,17 @@ def test_nll_is_the_log_softmax_of_the_logits_from_the_first_position_on():
     "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 )
 def test_activations_follow_autocast(device: str, config: TransformerConfig):
-    """On a GPU autocast sums and normalizes in float32, which must not leak: kernels take one type."""
+    """On a GPU autocast sums and normalizes in float32, which must not leak: backends take one type."""
     model = Transformer(config).to(device)
     seen = set()
 
-    class Kernel(SdpaBackend):
+    class Spy(SdpaBackend):
         def __call__(self, q, k, v):
             seen.update((q.dtype, k.dtype, v.dtype))
             return super().__call__(q, k, v)
 
     for block in model.blocks:
-        block.attention.kernel = Kernel()
+        block.attention.backend = Spy()
     ids = torch.randint(0, 300, (1, 8), device=device)
     with torch.autocast(device, torch.bfloat16):
         assert model.hidden(ids).dtype == torch.bfloat16
@@ -240,14 +239,14 @@ def test_activations_follow_autocast(device: str, config: TransformerConfig):
 @pytest.mark.parametrize("option", OPTIONS)
 def test_an_option_switches_the_compiled_model_and_trains_all_its_parameters(option: str):
     config = replace(TINY, **OPTIONS[option])
-    model, ids = awake(config=config), torch.randint(0, 300, (2, 12), generator=torch.Generator().manual_seed(2))
+    model, ids = randomized(config=config), torch.randint(0, 300, (2, 12), generator=torch.Generator().manual_seed(2))
     torch._dynamo.reset()
     compiled = torch.compile(model.nll, fullgraph=True, dynamic=False, backend="aot_eager")
     nll = compiled(ids[:, :-1], ids[:, 1:])
     assert torch.allclose(nll, model.nll(ids[:, :-1], ids[:, 1:]))
-    plain = awake(7)
-    own = plain.state_dict()
-    shared = {key: value for key, value in model.state_dict().items() if key in own and own[key].shape == value.shape}
+    plain = randomized(7)
+    shapes = {key: value.shape for key, value in plain.state_dict().items()}
+    shared = {key: value for key, value in model.state_dict().items() if shapes.get(key) == value.shape}
     plain.load_state_dict(shared, strict=False)
     assert not torch.allclose(nll, plain.nll(ids[:, :-1], ids[:, 1:]), atol=1e-4)
     nll.sum().backward()
@@ -255,32 +254,39 @@ def test_an_option_switches_the_compiled_model_and_trains_all_its_parameters(opt
 
 
 def test_a_loop_that_is_off_is_the_model_without_it():
-    model = awake(config=replace(TINY, loop=LoopConfig(1, 2, 2)))
+    model = randomized(config=replace(TINY, loop=LoopConfig(repeats=2, first=1, last=2)))
     plain, ids = Transformer(TINY).double(), torch.randint(0, 300, (2, 12))
     state = model.state_dict()
     plain.load_state_dict(state | {"skip_weights": state["skip_weights"][:2]})
     assert not torch.allclose(model(ids), plain(ids), atol=1e-3)
     model.is_looped = False
     assert torch.equal(model(ids), plain(ids))
-    assert model.config.order() == [0, 1, 2, 1, 2, 1, 2, 3]
+    assert model.config.block_order() == [0, 1, 2, 1, 2, 1, 2, 3]
+    assert model.config.block_order(is_looped=False) == [0, 1, 2, 3]
+
+
+def test_a_window_pattern_repeats_over_the_blocks():
+    attention = AttentionConfig(window=5, window_pattern="SSL")
+    assert [attention.window_of(block) for block in range(7)] == [5, 5, None, 5, 5, None, 5]
+    assert [AttentionConfig(window_pattern="SSL").window_of(block) for block in range(3)] == [None] * 3
 
 
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 2**31))
-def test_nothing_is_left_of_a_positions_own_value(kv_heads: int, group: int, seed: int):
+def test_xsa_removes_the_component_along_the_positions_value(kv_heads: int, group: int, seed: int):
     generator = torch.Generator().manual_seed(seed)
     y = torch.randn(2, 3, kv_heads * group, 8, generator=generator).double()
     v = torch.randn(2, 3, kv_heads, 8, generator=generator).double()
-    left = xsa(y, v)
-    assert (left * v.repeat_interleave(group, 2)).sum(-1).abs().max() < 1e-9
-    assert torch.allclose(xsa(left, v), left)
+    remainder = xsa(y, v)
+    assert (remainder * v.repeat_interleave(group, 2)).sum(-1).abs().max() < 1e-9
+    assert torch.allclose(xsa(remainder, v), remainder)
 
 
 @pytest.mark.parametrize("config", [TINY, ALL_OPTIONS], ids=["reference", "all options"])
-@pytest.mark.parametrize("first", [1, 7, 11])
-def test_states_from_a_position_on_equal_the_whole_ones(first: int, config: TransformerConfig):
-    model = awake(5, config).double()
+@pytest.mark.parametrize("start_pos", [1, 7, 11])
+def test_states_from_a_position_on_equal_the_whole_ones(start_pos: int, config: TransformerConfig):
+    model = randomized(5, config).double()
     ids = torch.randint(0, 300, (3, 12))
-    assert torch.allclose(model.hidden(ids, first), model.hidden(ids)[:, first:], atol=1e-12)
+    assert torch.allclose(model.hidden(ids, start_pos), model.hidden(ids)[:, start_pos:], atol=1e-12)
 
 
 def test_a_channel_scale_in_the_matrix_has_the_gradient_of_one_behind_it():
@@ -291,37 +297,63 @@ def test_a_channel_scale_in_the_matrix_has_the_gradient_of_one_behind_it():
     assert all(torch.allclose(a, b) for a, b in zip(folded, behind, strict=True))
 
 
-def test_a_config_survives_the_round_trip_and_bad_ones_are_refused():
-    assert TransformerConfig.from_dict(TINY.to_dict()) == TINY
-    for bad in (
-        {"model_dim": 100},
-        {"num_layers": 1},
-        {"attention": AttentionConfig(8, 3)},
-        {"attention": AttentionConfig(rope_dims=66)},
-        {"attention": AttentionConfig(rope_dims=7)},
-        {"attention": AttentionConfig(window=0)},
-        {"attention": AttentionConfig(full_every=0)},
-        {"smear_dims": 513},
-        {"bigram": BigramConfig(buckets=1)},
-        {"loop": LoopConfig(2, 1, 1)},
-        {"value_blocks": 11},
-        {"loop": LoopConfig(0, 10, 1)},
-        {"loop": LoopConfig(0, 1, 10**9)},
-    ):
-        with pytest.raises(ValueError, match="."):
-            TransformerConfig(**bad)
-    with pytest.raises(ValueError, match="negative_slope must lie between 0 and 1, not -0.5"):
-        MLPConfig(negative_slope=-0.5)
-    with pytest.raises(ValueError, match="not a model config"):
-        TransformerConfig.from_dict({"depth": 3})
-    for bad in ({"value_blocks": 0.5}, {"attention": {"window": 2.5}}, {"vocab_size": True}, {"mlp": {"ratio": 2.5}}):
-        with pytest.raises(ValueError, match=r"not a model config: \w+ must be a whole number, not"):
-            TransformerConfig.from_dict(bad)
+@pytest.mark.parametrize("config", [TINY, ALL_OPTIONS, TransformerConfig()], ids=["tiny", "all options", "reference"])
+def test_a_config_survives_the_round_trip(config: TransformerConfig):
+    assert TransformerConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"vocab_size": 0}, "vocab_size must be at least 1, not 0"),
+        ({"model_dim": 100}, "model_dim 100 does not give 8 heads of an even width"),
+        ({"num_layers": 1}, "num_layers must be at least 2, not 1"),
+        ({"attention": {"num_heads": 0}}, r"attention\.num_heads must be at least 1, not 0"),
+        ({"attention": {"num_heads": 8, "num_kv_heads": 3}}, "num_heads 8 is not a multiple of num_kv_heads 3"),
+        ({"attention": {"rope_dims": 66}}, "rope_dims 66 is more than the head's 64"),
+        ({"attention": {"rope_dims": 7}}, "rope_dims must be even and at least 2, or null for all, not 7"),
+        ({"attention": {"rope_dims": 0}}, "rope_dims must be even and at least 2, or null for all, not 0"),
+        ({"attention": {"window": 0}}, "window must be at least 1, or null for none, not 0"),
+        ({"attention": {"window_pattern": ""}}, r"window_pattern must consist of S \(window\) and L \(full\), not ''"),
+        ({"attention": {"window_pattern": "SX"}}, "window_pattern must consist of S .*, not 'SX'"),
+        ({"attention": {"gate_dims": 0}}, "gate_dims must be at least 1, or null for none, not 0"),
+        ({"attention": {"gate_dims": 513}}, "gate_dims 513 is more than model_dim 512"),
+        ({"mlp": {"ratio": 0}}, r"mlp\.ratio must be at least 1, not 0"),
+        ({"smear": {"dims": 0}}, r"smear\.dims must be at least 1, not 0"),
+        ({"smear": {"dims": 513}}, r"smear\.dims 513 is more than model_dim 512"),
+        ({"bigram": {"buckets": 0}}, r"bigram\.buckets must be at least 2, or null for no table, not 0"),
+        ({"bigram": {"buckets": 1}}, r"bigram\.buckets must be at least 2, or null for no table, not 1"),
+        ({"bigram": {"dim": 0}}, r"bigram\.dim must be at least 1, not 0"),
+        ({"loop": {"repeats": 0}}, r"loop\.repeats must be between 1 and 16, or be null, not 0"),
+        ({"loop": {"repeats": 10**9}}, r"loop\.repeats must be between 1 and 16, or be null, not 1000000000"),
+        ({"loop": {"repeats": 1, "first": 2, "last": 1}}, r"loop\.first must be between 0 and loop\.last"),
+        ({"loop": {"repeats": 1, "start_frac": 1.0}}, r"loop\.start_frac in \[0, 1\), not 0, 0 and 1\.0"),
+        ({"loop": {"repeats": 1, "last": 10}}, r"loop\.last 10 is not one of the 10 blocks"),
+        ({"value_embedding_blocks": 0}, "value_embedding_blocks must be between 1 and num_layers 10, or be null"),
+        ({"value_embedding_blocks": 11}, "value_embedding_blocks must be between 1 and num_layers 10, or be null"),
+        ({"embedding_init_std": -0.1}, "embedding_init_std must be at least 0, not -0.1"),
+        ({"depth": 3}, "not a model config"),
+        ({"attention": 3}, "not a model config"),
+        ({"value_embedding_blocks": 1.5}, "not a model config: value_embedding_blocks must be a whole number, not 1.5"),
+        ({"attention": {"window": 2.5}}, "not a model config: window must be a whole number, not 2.5"),
+        ({"vocab_size": True}, "not a model config: vocab_size must be a whole number, not True"),
+        ({"mlp": {"ratio": 2.5}}, "not a model config: ratio must be a whole number, not 2.5"),
+        ({"smear": {"gate": "loud"}}, r"not a model config: gate must be one of \(.*\), not 'loud'"),
+    ],
+)
+def test_a_bad_config_is_refused(values: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        TransformerConfig.from_dict(values)
 
 
 def test_stored_config_is_the_model_and_not_the_machine():
-    """A file trained with one card's kernels must load on a card without them."""
+    """A file trained with one GPU's kernels must load on a GPU without them."""
     attention = AttentionConfig(qk_gain_init=2.0, backend="cudnn")
     config = TransformerConfig(attention=attention, mlp=MLPConfig(4), fused="on")
     expected = TransformerConfig(attention=AttentionConfig(qk_gain_init=2.0), mlp=MLPConfig(4))
     assert TransformerConfig.from_dict(config.to_dict()) == expected
+
+
+def test_the_model_and_the_tokenizer_mean_the_same_bos():
+    """The model cannot import it from the data, and the other way around."""
+    assert embedding.BOS == tokenizer.BOS

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from trainer.callbacks.wallclock import WallclockCutoff
 from trainer.callbacks.weight_averaging import WeightAveraging
-from trainer.checkpoint import OWN_KEY
+from trainer.checkpoint import METADATA_KEY
 from trainer.datamodule import TokenData
 from trainer.errors import UserError
 from trainer.evaluation.metric import Score
@@ -60,11 +60,11 @@ class PostTrainExport(pl.Callback):
     ) -> None:
         """Let `trainer export --ckpt` do exactly what this callback would."""
         data = trainer.datamodule  # type: ignore[attr-defined]
-        own = checkpoint.setdefault(OWN_KEY, {})
+        metadata = checkpoint.setdefault(METADATA_KEY, {})
         for name in ("tokenizer_sha256", "batch_tokens", "sequence_length", "order", "seed"):
-            own[name] = getattr(data, name)
-        own["precision"] = str(trainer.precision)
-        own["quantization"] = asdict(self.quantization)
+            metadata[name] = getattr(data, name)
+        metadata["precision"] = str(trainer.precision)
+        metadata["quantization"] = asdict(self.quantization)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

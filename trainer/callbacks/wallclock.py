@@ -29,7 +29,7 @@ class WallclockCutoff(pl.Callback):
         if seconds is not None and seconds <= 0:
             raise ValueError(f"wallclock.seconds must be positive or null, not {seconds}")
         if reserve < 0 or (seconds is not None and reserve >= seconds):
-            raise ValueError(f"wallclock.reserve must lie between 0 and wallclock.seconds, not {reserve}")
+            raise ValueError(f"wallclock.reserve must be between 0 and wallclock.seconds, not {reserve}")
         self.reserve = reserve
         self.clock = TrainingClock(seconds if seconds is None else seconds - reserve)
         self._channel: HostChannel | None = None

@@ -39,12 +39,12 @@ class WeightAveraging(pl.Callback):
         """
         if not 0 < start_frac <= 1 or every < 1:
             raise ValueError(
-                f"averaging.start_frac {start_frac} must lie in (0, 1] and averaging.every {every} be at least 1; "
+                f"averaging.start_frac {start_frac} must be in (0, 1] and averaging.every {every} be at least 1; "
                 "averaging.method null makes no average"
             )
         if not 0 < horizon <= 1:
             raise ValueError(
-                f"averaging.horizon must lie in (0, 1], not {horizon}; averaging.method null makes no average"
+                f"averaging.horizon must be in (0, 1], not {horizon}; averaging.method null makes no average"
             )
         self.method = method
         self.start_frac = start_frac

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.checkpoint import OWN_KEY, live_state, load_checkpoint, stored_average
+from trainer.checkpoint import METADATA_KEY, live_state, load_checkpoint, stored_average
 from trainer.cli.parser import CommandParser
 from trainer.data.calibration import calibration_sequences
 from trainer.data.sources import Shards
@@ -40,29 +40,29 @@ def export(
         UserError: If the checkpoint cannot be read, the shards are missing, or the files exceed the cap.
     """
     checkpoint = load_checkpoint(ckpt)
-    own = checkpoint[OWN_KEY]
+    metadata = checkpoint[METADATA_KEY]
     run = RunFolder.containing(Path(ckpt))
     target = RunFolder(out or run.path / "export")
     try:
         target.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{target}: cannot be made ({error.strerror}); choose another --out") from error
-    quantization = QuantizationConfig(**own["quantization"])
-    config = TransformerConfig.from_dict(own["model"])
+    quantization = QuantizationConfig(**metadata["quantization"])
+    config = TransformerConfig.from_dict(metadata["model"])
     is_loss_aware = quantization.rounding == "loss_aware"
     device = torch.device("cuda" if is_loss_aware and torch.cuda.is_available() else "cpu")
     model = Transformer(config).to(device)
     model.load_state_dict(stored_average(checkpoint) or live_state(checkpoint))
-    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(own["precision"])
+    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(metadata["precision"])
     exported = export_model(
         model,
         quantization,
-        own["tokenizer_sha256"],
+        metadata["tokenizer_sha256"],
         target.path,
         source_bundle(),
         cap,
         shrink_to_cap,
-        [tokens.to(device) for tokens in _sequences(data, own, config, quantization)] if is_loss_aware else (),
+        [tokens.to(device) for tokens in _sequences(data, metadata, config, quantization)] if is_loss_aware else (),
         partial(torch.autocast, device.type, dtype, enabled=dtype is not None and device.type == "cuda"),
     )
     for source, copy in ((run.tokenizer, target.tokenizer), (run.config, target.config)):
@@ -74,16 +74,16 @@ def export(
 
 
 def _sequences(
-    data: str | None, own: dict[str, Any], config: TransformerConfig, quantization: QuantizationConfig
+    data: str | None, metadata: dict[str, Any], config: TransformerConfig, quantization: QuantizationConfig
 ) -> Iterator[Tensor]:
     """Calibration text of the checkpoint's run."""
     if data is None:
         raise UserError("--data is missing: loss-aware rounding needs training text; name the shard folder of the run")
     if not Path(data).is_dir():
         raise UserError(f"--data {data}: there is no such folder; name the shard folder that the run trained on")
-    settings = own["batch_tokens"], own["sequence_length"], own["order"], own["seed"]
+    settings = metadata["batch_tokens"], metadata["sequence_length"], metadata["order"], metadata["seed"]
     text, count = Shards(data).prepared(), quantization.calibration_sequences
-    return calibration_sequences(text, count, *settings, config.vocab_size, own["tokenizer_sha256"])
+    return calibration_sequences(text, count, *settings, config.vocab_size, metadata["tokenizer_sha256"])
 
 
 def make_parser() -> CommandParser:

@@ -51,13 +51,13 @@ def generate(
         raise UserError(f"--temperature must be 0 or at least 1e-6, not {temperature}")
     if not 0 < top_p <= 1 or tokens < 0 or (top_k is not None and top_k < 1):
         raise UserError(
-            f"--top_p must lie in (0, 1], --tokens be at least 0 and --top_k at least 1, not {top_p}, {tokens} and "
+            f"--top_p must be in (0, 1], --tokens be at least 0 and --top_k at least 1, not {top_p}, {tokens} and "
             f"{top_k}"
         )
     if not 2 <= context <= MAX_CONTEXT:
-        raise UserError(f"--context must lie between 2 and {MAX_CONTEXT:,}, not {context}")
+        raise UserError(f"--context must be between 2 and {MAX_CONTEXT:,}, not {context}")
     if not 0 <= seed < 2**63:
-        raise UserError(f"--seed must lie between 0 and 2^63 - 1, not {seed}")
+        raise UserError(f"--seed must be between 0 and 2^63 - 1, not {seed}")
     for text in prompt:
         try:
             text.encode()

@@ -85,6 +85,7 @@ class TrainerCLI(LightningCLI):
                 "max_epochs": -1,
                 "max_steps": -1,
                 "val_check_interval": 1000,
+                "log_every_n_steps": 50,
                 "check_val_every_n_epoch": None,
                 "num_sanity_val_steps": 0,
                 "use_distributed_sampler": False,  # its padding would score windows twice

@@ -43,10 +43,10 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         if self.repeats is not None and not 1 <= self.repeats <= MAX_REPEATS:
-            raise ValueError(f"loop.repeats must lie between 1 and {MAX_REPEATS}, or be null, not {self.repeats}")
+            raise ValueError(f"loop.repeats must be between 1 and {MAX_REPEATS}, or be null, not {self.repeats}")
         if not 0 <= self.first <= self.last or not 0 <= self.start_frac < 1:
             raise ValueError(
-                "loop.first must lie between 0 and loop.last, and loop.start_frac in [0, 1), not "
+                "loop.first must be between 0 and loop.last, and loop.start_frac in [0, 1), not "
                 f"{self.first}, {self.last} and {self.start_frac}"
             )
 
@@ -57,8 +57,8 @@ class TransformerConfig:
 
     Args:
         vocab_size: Vocabulary size of the tokenizer (1 to 65,536).
-        num_layers: Number of blocks (at least 2); the first half passes its outputs to the second half, in the order they
-            run.
+        num_layers: Number of blocks (at least 2); the first half passes its outputs to the second half, in the order
+            they run.
         model_dim: Width of the residual stream; a multiple of twice the number of heads.
         attention: Attention of every block.
         mlp: MLP of every block.
@@ -99,7 +99,7 @@ class TransformerConfig:
             raise ValueError(f"model_dim {self.model_dim} does not give {heads} heads of an even width")
         if self.value_embedding_blocks is not None and not 1 <= self.value_embedding_blocks <= self.num_layers:
             raise ValueError(
-                f"value_embedding_blocks must lie between 1 and num_layers {self.num_layers}, or be null for none, not "
+                f"value_embedding_blocks must be between 1 and num_layers {self.num_layers}, or be null for none, not "
                 f"{self.value_embedding_blocks}"
             )
         if self.loop.last >= self.num_layers:

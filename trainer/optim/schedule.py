@@ -25,7 +25,7 @@ class ScheduleConfig:
         if self.warmdown_steps < 0 or self.momentum_warmup_steps < 0:
             raise ValueError("schedule: warmdown_steps and momentum_warmup_steps must be at least 0")
         if self.warmdown_frac is not None and not 0 <= self.warmdown_frac <= 1:
-            raise ValueError(f"schedule.warmdown_frac must lie between 0 and 1, not {self.warmdown_frac}")
+            raise ValueError(f"schedule.warmdown_frac must be between 0 and 1, not {self.warmdown_frac}")
 
 
 def lr_multiplier(

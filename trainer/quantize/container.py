@@ -16,7 +16,7 @@ from trainer.files import atomic_write
 from trainer.quantize import entropy_coding
 
 MAGIC = b"GOLFLM"
-VERSION = b"02"
+VERSION = b"03"
 START = len(MAGIC) + len(VERSION) + 32  # offset of the zstd frame, which follows its sha256
 Codec = Literal["zstd-22", "ans"]
 CODECS = get_args(Codec)

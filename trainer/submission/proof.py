@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from trainer.errors import UserError
+from trainer.run_folder import RunFolder
 from trainer.versions import versions
 
 SAME_TOLERANCE = 1e-6  # bits per byte, on the same hardware with the same libraries
@@ -34,12 +35,12 @@ def prove(folder: Path, data: Path, expected: dict[str, Any]) -> str:
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     with tempfile.TemporaryDirectory() as clean:
-        copy = Path(clean) / "submission"
-        shutil.copytree(folder, copy)
-        args = ["validate", "--ckpt", "artifact.zst", "--data.source", "Shards"]
+        copy = RunFolder(Path(clean) / "submission")
+        shutil.copytree(folder, copy.path)
+        args = ["validate", "--ckpt", copy.artifact.name, "--data.source", "Shards"]
         args += ["--data.source.folder", str(data.resolve())]
-        command = [sys.executable, "train_gpt.py", *args]
-        result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+        command = [sys.executable, copy.code.name, *args]
+        result = subprocess.run(command, cwd=copy.path, env=environment, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise UserError(
             f"{folder}: its own code cannot score its artifact: {(result.stderr.strip() or '?').splitlines()[-1]}"

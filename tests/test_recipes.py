@@ -1,0 +1,55 @@
+"""The recipes in `configs/`: the reference is written out in full, the others name only what differs from it."""
+
+import re
+from typing import Any
+
+import pytest
+import yaml
+
+from trainer.cli.train import make_parser
+from trainer.recipes import find_recipe, load_recipe, recipe_folder
+from trainer.run_folder import flatten
+
+SECTIONS = ("data", "model", "warmup", "wallclock", "averaging", "stability", "export", "eval")  # of the reference
+MACHINE = ("data.vocab_size", "data.evaluation", "data.source", "seed_everything")  # linked, or without a default
+
+
+def python_defaults() -> dict[str, Any]:
+    """Default of every option of fit, by dotted key."""
+    return dict(flatten(make_parser("fit").get_defaults().as_dict()))
+
+
+def settings(name: str) -> dict[str, Any]:
+    """Settings of a recipe by dotted key, without the class of its source."""
+    return {key: value for key, value in flatten(load_recipe(find_recipe(name))) if not key.startswith("data.source")}
+
+
+def test_the_reference_recipe_is_the_python_defaults_key_by_key():
+    defaults, recipe = python_defaults(), settings("int5mlp_10l")
+    for key, value in recipe.items():
+        assert defaults[key] == value, key
+        assert type(defaults[key]) is type(value), key
+    expected = {key for key in defaults if key.startswith(tuple(f"{section}." for section in SECTIONS))}
+    assert {key for key in expected if not key.startswith(MACHINE)} == {
+        key for key in recipe if key.startswith(tuple(f"{section}." for section in SECTIONS))
+    }
+
+
+@pytest.mark.parametrize("name", ["int5mlp_10l_parity", "int5mlp_10l_8gpu"])
+def test_its_siblings_name_only_what_differs(name: str):
+    defaults = python_defaults()
+    assert [key for key, value in settings(name).items() if defaults[key] == value] == []
+
+
+def test_frontier_gives_each_setting_its_gain_and_runs_or_says_that_it_was_not_isolated():
+    lines = find_recipe("frontier").read_text().splitlines()
+    for line in lines[lines.index("model:") : lines.index("wallclock:")]:
+        key, _, value = line.split("#")[0].strip().partition(": ")
+        if value and key != "num_kv_heads":  # measured with the line before
+            assert re.search(r"# .*[-+]0\.\d{4}.*, n=\d|# not isolated", line), line
+
+
+def test_every_recipe_opens_with_its_purpose():
+    for path in recipe_folder().glob("*.yaml"):
+        assert path.read_text().startswith("# "), path
+        assert yaml.safe_load(path.read_text())
