@@ -4,8 +4,8 @@
 on prepared shards (`trainer prepare`). For screening, `--half` trains for 150 s, and `--screen` for 60 s without an
 artifact: its score is that of the averaged weights. `--steps 750` trains for 750 steps instead, so that the score does
 not depend on the load of the machine; the tokens per second in the table show the cost of a step. Rows compare only if
-they have the same text, the same time or number of steps, and the same kind of score. A table with other rows is refused
-before anything is trained.
+they have the same text, the same time or number of steps, and the same kind of score. A table with other rows is
+refused before anything is trained.
 """
 
 import argparse

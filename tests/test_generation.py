@@ -132,9 +132,9 @@ def test_the_command_writes_the_same_text_for_the_same_seed(artifact: Path, tmp_
     [
         (["--temperature", "-1"], "--temperature must be 0 or from 1e-6 on, not -1.0"),
         (["--temperature", "nan"], "--temperature must be"),
-        (["--seed", "-1"], "--seed must lie"),
+        (["--seed", "-1"], "--seed must be between"),
         (["--prompt", "caf\udce9"], "--prompt: is no UTF-8 text"),
-        (["--top_p", "0"], "--top_p lie in"),
+        (["--top_p", "0"], "--top_p must be in"),
         (["--context", "1"], "--context must be between 2 and 1,048,576, not 1"),
         (["--device", "tpu9"], "--device tpu9"),
         (["--prompts", "nowhere"], "--prompts nowhere: cannot be read"),

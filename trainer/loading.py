@@ -44,11 +44,8 @@ def stored_weights(path: Path, weights: str = "live") -> Artifact:
     state = None if weights == "live" else stored_average(checkpoint)
     if state is None and weights == "averaged":
         raise UserError(f"{path}: holds no average of at least two steps; score it with --weights live")
-    return Artifact(
-        TransformerConfig.from_dict(metadata["model"]),
-        state or live_state(checkpoint),
-        metadata.get("tokenizer_sha256"),
-    )
+    config = TransformerConfig.from_dict(metadata["model"])
+    return Artifact(config, state or live_state(checkpoint), metadata.get("tokenizer_sha256"))
 
 
 def load_artifact(

@@ -1,4 +1,4 @@
-"""Test-time training never lets a target be learned before it is scored, and it learns."""
+"""Test-time training never trains on a target before it is scored, and it lowers the loss."""
 
 from types import SimpleNamespace
 
@@ -23,26 +23,26 @@ def losses(tokens: torch.Tensor, rate: float, shard_folder, batch_windows: int =
     table = ByteTable.from_tokenizer(load_tokenizer(shard_folder / "tokenizer.model"))
     plan = plan_windows(len(tokens) - 1, 32, 8)
     scorer, adapter = WindowScorer(tokens, table, 32), Adapter(model.parameters(), model.nll, rate, 16)
-    found, steps = torch.full((len(tokens) - 1,), float("nan")), []
+    scores, steps = torch.full((len(tokens) - 1,), float("nan")), []
 
-    def nll(inputs: torch.Tensor, targets: torch.Tensor, first: int) -> torch.Tensor:
-        values = model.nll(inputs, targets, first)
+    def nll(inputs: torch.Tensor, targets: torch.Tensor, start_pos: int) -> torch.Tensor:
+        values = model.nll(inputs, targets, start_pos)
         for row, (start, scored_from) in enumerate(zip(batch.starts, batch.scored_from, strict=True)):
             if scored_from < 32:
-                found[start + scored_from : start + 32] = values[row, scored_from - first :]
+                scores[start + scored_from : start + 32] = values[row, scored_from - start_pos :]
         return values
 
     for batch in batch_plan(plan, batch_windows):
         scorer.add(BitsPerByte(), nll, batch)
-        stretch = scorer.scored(batch)
+        segment = scorer.scored(batch)
         begin = sum(steps)
-        assert torch.equal(stretch, tokens[begin : begin + len(stretch)])
-        steps.append(len(stretch) - 1)
-        adapter.learn(stretch)
-    return found, steps
+        assert torch.equal(segment, tokens[begin : begin + len(segment)])
+        steps.append(len(segment) - 1)
+        adapter.learn(segment)
+    return scores, steps
 
 
-def test_what_is_learned_was_scored_and_every_target_is_scored_once(shard_folder):
+def test_every_target_is_scored_once_and_trained_on_only_afterward(shard_folder):
     tokens = torch.randint(4, 300, (150,), dtype=torch.int32, generator=torch.Generator().manual_seed(1))
     plain, steps = losses(tokens, 0.0, shard_folder)
     adapted, _ = losses(tokens, 0.1, shard_folder)
@@ -53,7 +53,7 @@ def test_what_is_learned_was_scored_and_every_target_is_scored_once(shard_folder
 
 
 def test_float16_is_refused(monkeypatch):
-    """Gradients of a mean over thousands of targets are below what it can hold."""
+    """Gradients of a mean over thousands of targets are smaller than its smallest number."""
     config = EvaluationConfig(adapt_rate=0.1)
     for precision in ("32-true", "16-mixed"):
         trainer = SimpleNamespace(world_size=1, precision=precision, datamodule=SimpleNamespace(evaluation=config))
@@ -61,7 +61,7 @@ def test_float16_is_refused(monkeypatch):
         module = LanguageModel(vocab_size=16, num_layers=2, model_dim=16)
         module.nll = module.model.nll
         if precision == "16-mixed":
-            with pytest.raises(UserError, match="vanish in float16"):
+            with pytest.raises(UserError, match="underflow in float16"):
                 module._adapter()
         else:
             assert module._adapter() is not None
@@ -70,17 +70,17 @@ def test_float16_is_refused(monkeypatch):
 def test_no_score_depends_on_a_later_token(shard_folder):
     tokens = torch.randint(4, 300, (150,), dtype=torch.int32, generator=torch.Generator().manual_seed(1))
     before, _ = losses(tokens, 0.1, shard_folder)
-    for place in (60, 100, 149):
+    for position in (60, 100, 149):
         changed = tokens.clone()
-        changed[place] = 3 + changed[place] % 290
+        changed[position] = 3 + changed[position] % 290
         after, _ = losses(changed, 0.1, shard_folder)
-        assert torch.equal(after[: place - 1], before[: place - 1])  # target i is token i + 1
-        assert not torch.equal(after[place - 1 :], before[place - 1 :])
+        assert torch.equal(after[: position - 1], before[: position - 1])  # target i is token i + 1
+        assert not torch.equal(after[position - 1 :], before[position - 1 :])
 
 
-def test_it_learns_a_text_that_repeats_itself(shard_folder):
-    piece = torch.randint(4, 300, (25,), dtype=torch.int32, generator=torch.Generator().manual_seed(2))
-    tokens = piece.repeat(30)
+def test_it_lowers_the_loss_of_a_text_that_repeats_itself(shard_folder):
+    segment = torch.randint(4, 300, (25,), dtype=torch.int32, generator=torch.Generator().manual_seed(2))
+    tokens = segment.repeat(30)
     plain, _ = losses(tokens, 0.0, shard_folder)
     adapted, _ = losses(tokens, 0.1, shard_folder)
     assert adapted[-100:].mean() < plain[-100:].mean() - 0.5

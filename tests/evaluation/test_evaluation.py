@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,7 +24,7 @@ from trainer.model.transformer import Transformer
 @given(
     n=st.integers(1, 5000),
     window=st.sampled_from([8, 64, 2048]),
-    stride=st.integers(0, 2048),
+    stride=st.none() | st.integers(1, 2048),
     batch=st.sampled_from([1, 7, 64]),
     world=st.sampled_from([1, 2, 3]),
 )
@@ -33,7 +34,7 @@ def test_every_target_is_scored_exactly_once_with_enough_context(n, window, stri
     for rank in range(world):
         for part in batch_plan(plan, batch, rank, world):
             assert len(part.starts) == min(batch, -(-len(plan.starts) // world))
-            assert (part.scored_from >= part.first).all()
+            assert (part.scored_from >= part.start_pos).all()
             for start, scored_from in zip(part.starts.tolist(), part.scored_from.tolist(), strict=True):
                 assert 0 <= start <= n - plan.window
                 counts[start + scored_from : start + plan.window] += 1
@@ -42,17 +43,17 @@ def test_every_target_is_scored_exactly_once_with_enough_context(n, window, stri
     assert (counts == 1).all()
 
 
-def test_planning_reads_a_long_split_once_and_not_once_a_batch():
-    # of the challenge's 62,021,846 targets, 15,142 batches each looked at 969,061 windows, which took minutes
+def test_planning_reads_a_long_split_once_and_not_once_per_batch():
+    # for the challenge's 62,021,846 targets, 15,142 batches each looked at 969,061 windows, which took minutes
     plan = plan_windows(6_000_000, 2048, 64)
     looked_at = 0
 
     class Elements(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             nonlocal looked_at
-            found = func(*args, **kwargs or {})
-            looked_at += sum(each.numel() for each in tree_leaves((args, found)) if isinstance(each, torch.Tensor))
-            return found
+            result = func(*args, **kwargs or {})
+            looked_at += sum(each.numel() for each in tree_leaves((args, result)) if isinstance(each, torch.Tensor))
+            return result
 
     with Elements():
         batches = batch_plan(plan, 64)
@@ -70,7 +71,7 @@ def test_the_metric_stays_float64_and_ignores_what_is_not_scored():
     assert (values.loss, values.tokens, values.bytes) == (1.5, 2, 7)
 
 
-def test_sliding_score_equals_a_plain_loop_and_is_the_same_for_two_ranks(shard_folder: Path):
+def test_sliding_score_equals_a_plain_loop_and_is_the_same_for_two_processes(shard_folder: Path):
     torch.manual_seed(0)
     model = Transformer(TINY).double()
     with torch.no_grad():
@@ -94,3 +95,31 @@ def test_sliding_score_equals_a_plain_loop_and_is_the_same_for_two_ranks(shard_f
     assert sum(part.bytes for part in parts) == bytes_total
     limited = score(model.nll, tokens, table, replace(config, max_tokens=50))
     assert limited.tokens == 50
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 0}, r"eval\.window must be at least 1 not 0"),
+        ({"batch_windows": 0}, r"eval\.batch_windows must be at least 1 not 0"),
+        ({"stride": 0}, r"eval\.stride must be at least 1, or null, not 0"),
+        ({"fit_tokens": 0}, r"eval\.fit_tokens must be at least 1, or null, not 0"),
+        ({"max_tokens": 0}, r"eval\.max_tokens must be at least 1, or null, not 0"),
+        ({"attention_window": 0}, r"eval\.attention_window must be at least 1, or null, not 0"),
+        ({"adapt_rate": 0.0}, r"eval\.adapt_rate must be above 0, or null for no training, not 0\.0"),
+        ({"attention_window": 2000, "stride": 64}, "together must not exceed"),
+        ({"attention_window": 2000, "stride": None}, "together must not exceed"),
+    ],
+)
+def test_bad_settings_are_refused(options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        EvaluationConfig(**options)
+
+
+def test_null_means_off_or_all():
+    config = EvaluationConfig(window=8192, stride=6144, attention_window=2048, adapt_rate=0.1)
+    assert not config.is_plain
+    assert config.plain == EvaluationConfig(window=2048, stride=None)
+    assert config.plain.is_plain
+    assert EvaluationConfig(window=64, stride=64).is_plain
+    assert not EvaluationConfig(window=64, stride=63).is_plain

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.conftest import TINY
-from trainer.model import fused_loss
+from trainer.kernels import fused_loss
 from trainer.kernels.attention_backends import SdpaBackend
 from trainer.kernels.fused_loss import softcapped_nll
 from trainer.kernels.fusion import Fused
@@ -27,12 +27,12 @@ def forward(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor
     """What the kernel computes, as formulas: how far each logit stays below the cap."""
     below = 2 * cap / (1 + (2 * logits / cap).exp())
     sums = (-below).exp().sum(1)
-    own = below.gather(1, targets.clamp(min=0)[:, None])[:, 0]
-    return torch.where(targets < 0, 0.0, sums.log() + own), sums
+    at_target = below.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    return torch.where(targets < 0, 0.0, sums.log() + at_target), sums
 
 
 def backward(grad: Tensor, logits: Tensor, targets: Tensor, sums: Tensor, cap: float) -> Tensor:
-    """Its derivative as the kernel takes it."""
+    """Its derivative as the kernel computes it."""
     r = 1 / (1 + (2 * logits / cap).exp())
     wrong = (-2 * cap * r).exp() / sums[:, None]
     wrong = wrong - (torch.arange(logits.size(1), device=logits.device) == targets[:, None]).to(wrong.dtype)
@@ -45,7 +45,7 @@ def torchs(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
 
 @pytest.fixture
 def formulas(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, fused_loss.KERNEL, SimpleNamespace(forward=forward, backward=backward))
+    monkeypatch.setitem(sys.modules, fused_loss.TRITON, SimpleNamespace(forward=forward, backward=backward))
 
 
 @pytest.mark.usefixtures("formulas")
@@ -61,43 +61,45 @@ def test_operator_and_its_derivative_equal_torchs():
 
 
 @pytest.mark.usefixtures("formulas")
-@pytest.mark.parametrize("first", [0, 5])
-def test_the_model_loses_the_same_with_it(first: int):
+@pytest.mark.parametrize("start_pos", [0, 5])
+def test_loss_and_gradients_of_the_model_are_the_same_with_it(start_pos: int):
     torch.manual_seed(0)
     model = Transformer(TINY).double()
     tokens = torch.randint(0, 300, (2, 9))
     tokens[1, 7:] = -1
-    found = []
+    results = []
     for fused in (False, True):
         model.set_kernels(SdpaBackend(), Fused(loss=fused))
-        nll = model.nll(tokens[:, :-1].clamp(min=0), tokens[:, 1:], first)
-        found.append((nll, *torch.autograd.grad(nll.sin().sum(), tuple(model.parameters()))))
-    assert found[1][0].shape == (2, 8 - first)
-    for plain, fused in zip(*found, strict=True):
+        nll = model.nll(tokens[:, :-1].clamp(min=0), tokens[:, 1:], start_pos)
+        results.append((nll, *torch.autograd.grad(nll.sin().sum(), tuple(model.parameters()))))
+    assert results[1][0].shape == (2, 8 - start_pos)
+    for plain, fused in zip(*results, strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.skipif(not CAN_RUN, reason="the kernel needs a GPU or Triton's interpreter")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("pieces", "cap"), [(1024, 30.0), (8192, 30.0), (3001, 15.0), (50, 40.0)])
-def test_kernel_equals_torchs_loss_also_for_vocabularies_that_no_block_divides(dtype, pieces, cap):
+@pytest.mark.parametrize(("vocab_size", "cap"), [(1024, 30.0), (8192, 30.0), (3001, 15.0), (50, 40.0)])
+def test_kernel_equals_torchs_loss_also_for_vocabulary_sizes_that_no_block_divides(dtype, vocab_size, cap):
     assert fused_loss.runs_on(cap, HERE, dtype)
     torch.manual_seed(0)
-    logits = (12 * torch.randn(37, pieces, device=HERE)).to(dtype)
+    logits = (12 * torch.randn(37, vocab_size, device=HERE)).to(dtype)
     logits[3] = -500.0  # all at the bottom of the cap
     logits[4, 7] = 60_000.0
-    targets = torch.randint(0, pieces, (37,), device=HERE)
+    targets = torch.randint(0, vocab_size, (37,), device=HERE)
     targets[9] = -1
     grad = torch.randn(37, device=HERE)
-    mine, other = logits.clone().requires_grad_(), logits.double().requires_grad_()
-    nll, expected = softcapped_nll(mine, targets, cap)[0], torchs(other, targets, cap)
+    doubles = logits.double().requires_grad_()
+    logits.requires_grad_()
+    nll, expected = softcapped_nll(logits, targets, cap)[0], torchs(doubles, targets, cap)
     assert (nll - expected).abs().max() < 1e-4
-    (found,), (gradient,) = torch.autograd.grad(nll, mine, grad), torch.autograd.grad(expected, other, grad.double())
-    assert (found.double() - gradient).norm() < 6e-3 * gradient.norm()
+    (result,) = torch.autograd.grad(nll, logits, grad)
+    (exact,) = torch.autograd.grad(expected, doubles, grad.double())
+    assert (result.double() - exact).norm() < 6e-3 * exact.norm()
 
 
-@pytest.mark.usefixtures("formulas")  # which run with any
-def test_other_types_and_caps_follow_the_formulas():
+@pytest.mark.usefixtures("formulas")  # which run with any type and cap
+def test_only_16_bit_types_and_caps_up_to_40_are_fused():
     assert fused_loss.runs_on(40.0, CPU, torch.bfloat16)
     assert not fused_loss.runs_on(30.0, CPU, torch.float32)
     assert not fused_loss.runs_on(50.0, CPU, torch.bfloat16)

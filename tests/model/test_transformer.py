@@ -160,9 +160,8 @@ def test_the_whole_model_equals_numpy(config: TransformerConfig):
     x = norm(x)
     before = np.concatenate([np.zeros((1, 32)), x[:-1]])
     if options:
-        g = (
-            p["smear.scale"] * sigmoid(x[:, :5] @ p["smear.gate"]) * (ids != 1)
-        )  # nothing across the start of a document
+        is_mixed = ids != 1  # nothing across the start of a document
+        g = p["smear.scale"] * sigmoid(x[:, :5] @ p["smear.gate"]) * is_mixed
         x = x0 = x + g[:, None] * before
     else:
         g = sigmoid(p["smear.gate"])

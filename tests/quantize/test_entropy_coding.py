@@ -1,4 +1,4 @@
-"""Coded matrices come back whole, near the bound of their statistics; damage is found; the specification suffices."""
+"""Coded matrices decode exactly, near their entropy; damage is detected; the specification is enough for a reader."""
 
 import json
 import struct
@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from tests.quantize.test_quantize import container_of
+from trainer.errors import UserError
 from trainer.quantize.container import StoredTensor, compressed_size, read_container, write_container
 from trainer.quantize.entropy_coding import classes_of, decode, encode
 
@@ -22,21 +24,21 @@ matrices = arrays.arrays(
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(matrices, min_size=1, max_size=4))
-def test_every_matrix_comes_back(symbols: list[np.ndarray]):
+def test_every_matrix_decodes_exactly(symbols: list[np.ndarray]):
     classes = [classes_of(each) for each in symbols]
     tables, words = encode(symbols, classes)
-    back = decode([each.shape for each in symbols], classes, tables, words)
-    assert all(np.array_equal(one, other) for one, other in zip(symbols, back, strict=True))
+    decoded = decode([each.shape for each in symbols], classes, tables, words)
+    assert all(np.array_equal(one, other) for one, other in zip(symbols, decoded, strict=True))
 
 
 def normal(rng: np.random.Generator, rows: int, columns: int) -> tuple[np.ndarray, float]:
-    """Symbols whose spread depends on row and column, and the bits an all-knowing coder would take for them."""
+    """Symbols whose spread depends on row and column, and the bits of a coder that knows these spreads."""
     spread = rng.uniform(0.5, 8, (rows, 1)) * rng.uniform(0.3, 2, (1, columns))
     symbols = np.clip(np.round(rng.normal(size=(rows, columns)) * spread), -127, 127).astype(np.int8)
     return symbols, float(np.log2(spread * np.sqrt(2 * np.pi * np.e)).clip(0).sum())
 
 
-def test_it_comes_within_3_percent_of_the_bound_where_one_table_for_all_is_15_percent_above():
+def test_classes_come_within_3_percent_of_the_bound_where_one_table_for_all_is_10_percent_above():
     symbols, bound = normal(np.random.default_rng(0), 600, 800)
     classes = classes_of(symbols)
     tables, words = encode([symbols], [classes])
@@ -76,7 +78,7 @@ def stored() -> dict[str, StoredTensor]:
 
 def test_both_codecs_hold_the_same_tensors(stored: dict[str, StoredTensor], tmp_path: Path):
     for codec in ("zstd-22", "ans"):
-        write_container(tmp_path / codec, {"who": "me"}, stored, codec)
+        write_container(tmp_path / codec, {"key": "value"}, stored, codec)
         header, tensors = read_container(tmp_path / codec)
         assert header["codec"] == codec
         for name, tensor in stored.items():
@@ -111,8 +113,8 @@ def test_the_specification_is_enough_to_read_coded_symbols(stored: dict[str, Sto
         assert at == end
         if entry["kind"].startswith("int"):
             rows, columns = shape
-            found = np.frombuffer(payload, np.int8, rows + columns, at).astype(int)
-            classes[entry["name"]] = np.clip(found[:rows, None] + found[rows:], -32, 40)
+            sizes = np.frombuffer(payload, np.int8, rows + columns, at).astype(int)
+            classes[entry["name"]] = np.clip(sizes[:rows, None] + sizes[rows:], -32, 40)
             shapes[entry["name"]] = shape
             end = at + rows + columns + 2 * rows + (columns if entry.get("columns") else 0)
         else:
@@ -134,14 +136,11 @@ def test_the_specification_is_enough_to_read_coded_symbols(stored: dict[str, Sto
         assert np.array_equal(symbols[name], stored[name].values)
 
 
-def test_a_small_file_cannot_ask_for_a_large_memory(tmp_path: Path):
+def test_a_small_file_cannot_claim_much_memory(tmp_path: Path):
     zeros = {str(n): StoredTensor("int8", np.zeros((2, 3), np.int8), np.ones(2, np.float16)) for n in range(3)}
     write_container(tmp_path / "a", {}, zeros, "ans")
     raw = (tmp_path / "a").read_bytes()
     content = zstandard.ZstdDecompressor().decompress(raw[40:])
-    from tests.quantize.test_quantize import append_checksumed
-    from trainer.errors import UserError
-
     (length,) = struct.unpack("<I", content[:4])
     header = json.loads(content[4 : 4 + length])
     rows = columns = 2**15
@@ -150,6 +149,6 @@ def test_a_small_file_cannot_ask_for_a_large_memory(tmp_path: Path):
         entry["offset"] = header["tensors"].index(entry) * (3 * rows + columns)
     encoded = json.dumps(header).encode()
     forged = struct.pack("<I", len(encoded)) + encoded + bytes(3 * (3 * rows + columns)) + bytes(2000)
-    (tmp_path / "a").write_bytes(sealed(zstandard.ZstdCompressor(write_checksum=True).compress(forged)))
+    (tmp_path / "a").write_bytes(container_of(zstandard.ZstdCompressor(write_checksum=True).compress(forged)))
     with pytest.raises(UserError, match="too large"):
         read_container(tmp_path / "a")

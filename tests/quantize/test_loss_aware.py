@@ -1,4 +1,4 @@
-"""Moments against autograd, feedback against the formula of optimal brain surgery, steps against their law."""
+"""Moments against autograd, feedback against the formula of optimal brain surgery, steps against theirs."""
 
 from dataclasses import replace
 
@@ -13,14 +13,14 @@ from trainer.errors import UserError
 from trainer.kernels.attention_backends import SdpaBackend
 from trainer.model.transformer import Transformer, TransformerConfig
 from trainer.quantize.calibration import EMBEDDING, Moments, calibrate
-from trainer.quantize.container import COLUMN_STEPS
-from trainer.quantize.export import SIZE_CAP_TOLERANCE, ExportedSize, find_quant_step
+from trainer.quantize.container import EXPONENTS_PER_OCTAVE
+from trainer.quantize.export import CAP_TOLERANCE, ExportedSize, find_quant_step
 from trainer.quantize.gptq import DAMPING, inverse_factor, round_with_feedback
+from trainer.quantize.loss_aware import MIN_RELATIVE, ROW_EXPONENT, LossAwareRounding
 from trainer.quantize.policy import QuantizationConfig
-from trainer.quantize.loss_aware import FAINTEST, TRUST, LossAwareRounding
 
 
-def awake(config: TransformerConfig = TINY) -> Transformer:
+def randomized(config: TransformerConfig = TINY) -> Transformer:
     torch.manual_seed(0)
     model = Transformer(config)
     with torch.no_grad():
@@ -31,7 +31,7 @@ def awake(config: TransformerConfig = TINY) -> Transformer:
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    return awake()
+    return randomized()
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def moments(model: Transformer, tokens: torch.Tensor) -> dict[str, Moments]:
 def test_moments_are_those_of_the_products_inputs_and_of_the_gradients_at_their_outputs(
     model: Transformer, tokens: torch.Tensor, moments: dict[str, Moments]
 ):
-    """The product W x of each position gets an offset of its own; what autograd says of it is the gradient there."""
+    """An offset is added to the product W x of each position; its gradient by autograd is the gradient there."""
     for name in ("blocks.1.attention.q", "blocks.0.attention.out", "blocks.2.mlp.up", "blocks.3.mlp.down"):
         matrix = model.get_submodule(name)
         seen = {}
@@ -66,13 +66,13 @@ def test_moments_are_those_of_the_products_inputs_and_of_the_gradients_at_their_
         for block in model.blocks:
             block.attention.has_hooks = False
         model.zero_grad()
-        found, positions = moments[f"{name}.weight"], 4 * 16
-        assert np.allclose(found.hessian.numpy(), seen["x"].T @ seen["x"] / positions, atol=1e-5)
+        result, positions = moments[f"{name}.weight"], 4 * 16
+        assert np.allclose(result.hessian.numpy(), seen["x"].T @ seen["x"] / positions, atol=1e-5)
         gradient = seen["offset"].grad.reshape(positions, -1).double().numpy()
-        assert np.allclose(found.sensitivity.numpy(), (gradient**2).mean(0), rtol=1e-3, atol=1e-12)
+        assert np.allclose(result.sensitivity.numpy(), (gradient**2).mean(0), rtol=1e-3, atol=1e-12)
 
 
-def test_the_embedding_counts_as_head_and_by_what_it_brings_in(
+def test_moments_of_the_tied_embedding_are_those_of_the_head_and_of_the_lookups(
     model: Transformer, tokens: torch.Tensor, moments: dict[str, Moments]
 ):
     with torch.no_grad():
@@ -83,45 +83,45 @@ def test_the_embedding_counts_as_head_and_by_what_it_brings_in(
     probability[np.arange(64), tokens[:, 1:].reshape(-1)] -= 1
     at_logits = probability * (1 - (logits / 30) ** 2)  # through the softcap
     head = (at_logits**2).mean(0)
-    found = moments[EMBEDDING]
+    result = moments[EMBEDDING]
     second = hidden.T @ hidden / 64
-    brought = found.hessian.numpy() - second * head.mean()
-    level = np.diag(brought).mean()
+    lookups = result.hessian.numpy() - second * head.mean()
+    level = np.diag(lookups).mean()
     assert level > 0
-    assert np.allclose(brought, level * np.eye(32), atol=1e-3 * level + 1e-6)
+    assert np.allclose(lookups, level * np.eye(32), atol=1e-3 * level + 1e-6)
     unused = np.setdiff1d(np.arange(300), tokens[:, :-1].unique().numpy())
-    cost = found.sensitivity.numpy() * np.diag(found.hessian.numpy()).mean()
+    cost = result.sensitivity.numpy() * np.diag(result.hessian.numpy()).mean()
     assert np.allclose(cost[unused], head[unused] * np.diag(second).mean(), rtol=1e-3)
     used = tokens[:, :-1].unique().numpy()
     assert (cost[used] > head[used] * np.diag(second).mean()).all()
 
 
-def test_a_table_that_is_only_looked_up_counts_by_what_its_rows_bring_in(tokens: torch.Tensor):
-    """Each position's copy of its row as a leaf: what autograd says of it is the gradient there."""
-    model = awake(replace(TINY, value_embedding_blocks=2))
-    found = calibrate(model, [tokens])["value_embedding.weight"]
+def test_moments_of_a_table_that_is_only_looked_up_are_those_of_its_rows_gradients(tokens: torch.Tensor):
+    """Each position's copy of its row is a leaf, whose gradient by autograd is the gradient there."""
+    model = randomized(replace(TINY, value_embedding_blocks=2))
+    result = calibrate(model, [tokens])["value_embedding.weight"]
     ids = tokens[:, :-1]
     rows = model.value_embedding.weight.detach()[ids].requires_grad_()
     model.value_embedding.forward = lambda _: rows
     model.nll(ids, tokens[:, 1:]).sum().backward()
     expected = np.zeros(300)
     np.add.at(expected, ids.flatten().numpy(), (rows.grad.double() ** 2).mean(-1).flatten().numpy())
-    assert np.allclose(found.sensitivity.numpy(), expected / ids.numel(), rtol=1e-3, atol=1e-12)
-    assert torch.equal(found.hessian, torch.eye(16))
+    assert np.allclose(result.sensitivity.numpy(), expected / ids.numel(), rtol=1e-3, atol=1e-12)
+    assert torch.equal(result.hessian, torch.eye(16))
 
 
-def test_calibration_leaves_the_model_as_it_was_and_knows_an_untied_head(tokens: torch.Tensor):
-    model = awake(replace(TINY, tied_embeddings=False))
+def test_calibration_does_not_change_the_model_and_includes_an_untied_head(tokens: torch.Tensor):
+    model = randomized(replace(TINY, tied_embeddings=False))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     expected = model.nll(tokens[:, :-1], tokens[:, 1:])
-    found = calibrate(model, [tokens])
+    moments = calibrate(model, [tokens])
     assert torch.equal(model.nll(tokens[:, :-1], tokens[:, 1:]), expected)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
     assert not model.blocks[0].attention.has_hooks
-    assert isinstance(model.blocks[0].attention.kernel, SdpaBackend)
-    assert {"head.weight", EMBEDDING, "bigram.proj.weight"} < set(found)
-    assert torch.equal(found[EMBEDDING].hessian, torch.eye(32))
+    assert isinstance(model.blocks[0].attention.backend, SdpaBackend)
+    assert {"head.weight", EMBEDDING, "bigram.proj.weight"} < set(moments)
+    assert torch.equal(moments[EMBEDDING].hessian, torch.eye(32))
 
 
 def surgery(weight: np.ndarray, step: np.ndarray, hessian: np.ndarray, order: np.ndarray) -> np.ndarray:
@@ -148,19 +148,21 @@ def test_feedback_equals_optimal_brain_surgery_and_beats_rounding(columns: int, 
     step = np.broadcast_to(rng.uniform(0.2, 0.8, (rows, 1)) * rng.uniform(0.5, 2, (1, columns)), (rows, columns))
     order, factor = inverse_factor(torch.tensor(hessian).expand(2, -1, -1))
     assert order[0].tolist() == np.argsort(-np.diag(hessian), kind="stable").tolist()
-    found = round_with_feedback(torch.tensor(weight), torch.tensor(step.copy()).float(), 127, order, factor.float())
+    result = round_with_feedback(torch.tensor(weight), torch.tensor(step.copy()).float(), 127, order, factor.float())
     lost = {"feedback": 0.0, "nearest": 0.0}
     for index in range(2):
         expected = surgery(weight[index], step.astype(np.float32).astype(float), hessian, order[index].numpy())
         # A tie or a last digit can send a symbol the other way, and what follows with it.
-        assert (found[index].numpy() == expected).mean() > 0.9
-        for name, symbols in (("feedback", found[index].numpy()), ("nearest", np.round(weight[index] / step))):
+        assert (result[index].numpy() == expected).mean() > 0.9
+        for name, symbols in (("feedback", result[index].numpy()), ("nearest", np.round(weight[index] / step))):
             error = symbols * step - weight[index]
             lost[name] += np.einsum("rc,cd,rd->", error, hessian, error)
     assert lost["feedback"] <= 1.2 * lost["nearest"]
 
 
-def test_steps_follow_the_law_and_halving_them_costs_a_bit_a_weight(model: Transformer, moments: dict[str, Moments]):
+def test_steps_follow_the_formula_and_halving_them_costs_a_bit_per_weight(
+    model: Transformer, moments: dict[str, Moments]
+):
     state = model.state_dict()
     rounding = LossAwareRounding(state, moments)
     coarse, fine = rounding.round(0.001), rounding.round(0.0005)
@@ -169,17 +171,17 @@ def test_steps_follow_the_law_and_halving_them_costs_a_bit_a_weight(model: Trans
         hessian, sensitivity = moments[name].hessian.double().numpy(), moments[name].sensitivity.double().numpy()
         order = np.argsort(-np.diag(hessian), kind="stable")
         damped = hessian + DAMPING * np.diag(hessian).mean() * np.eye(len(hessian))
-        cost = np.empty(len(hessian))  # of a column's error, once those behind it have made up for what they can
-        for place, column in enumerate(order):
-            behind = order[place:]
-            cost[column] = 1 / np.linalg.inv(damped[np.ix_(behind, behind)])[0, 0]
+        cost = np.empty(len(hessian))  # of a column's error, after the later columns have compensated for it
+        for index, column in enumerate(order):
+            later = order[index:]
+            cost[column] = 1 / np.linalg.inv(damped[np.ix_(later, later)])[0, 0]
         mean = sensitivity.mean()
-        rows = mean * np.maximum(sensitivity / mean, FAINTEST) ** TRUST
-        step = tensor.scale.astype(float)[:, None] * 2 ** (tensor.columns / COLUMN_STEPS)
-        law = step * np.sqrt(rows[:, None] * cost)
-        free = np.abs(tensor.values).max(1) < 120  # elsewhere the range of symbols asked for more
+        rows = mean * np.maximum(sensitivity / mean, MIN_RELATIVE) ** ROW_EXPONENT
+        step = tensor.scale.astype(float)[:, None] * 2 ** (tensor.columns / EXPONENTS_PER_OCTAVE)
+        constant = step * np.sqrt(rows[:, None] * cost)
+        free = np.abs(tensor.values).max(1) < 120  # in the other rows the range of symbols demanded larger steps
         if free.any():
-            assert np.allclose(np.log2(law[free] / 0.001), 0, atol=0.5 / COLUMN_STEPS + 0.01), name
+            assert np.allclose(np.log2(constant[free] / 0.001), 0, atol=0.5 / EXPONENTS_PER_OCTAVE + 0.01), name
         assert np.abs(tensor.values).max() <= 127
     wide = [name for name in coarse if np.abs(fine[name].values).max() < 120 and np.abs(coarse[name].values).mean() > 2]
     assert wide
@@ -197,22 +199,23 @@ def test_the_search_lands_just_under_the_cap(cap: int, bend: float, capsys):
     calls = []
 
     def write(choice: QuantizationConfig) -> ExportedSize:
-        bits = -np.log2(choice.step) - 8
+        bits = -np.log2(choice.quant_step) - 8
         bits = np.logaddexp(0, bits) if bend else max(bits, 0.1)
-        calls.append(choice.step)
+        calls.append(choice.quant_step)
         return ExportedSize(int(30e6 * (1 + bend) * bits / 8) + 50_000, 130_000, choice)
 
-    size = find_quant_step(write, QuantizationConfig(rounding="sensitive"), cap, 30_000_000)
+    size = find_quant_step(write, QuantizationConfig(rounding="loss_aware"), cap, 30_000_000)
     assert cap - CAP_TOLERANCE <= size.total <= cap
-    assert calls[-1] == size.quantization.step
+    assert calls[-1] == size.quantization.quant_step
     assert len(calls) <= 8
-    assert capsys.readouterr().out.count("step ") == len(calls)
+    assert capsys.readouterr().out.count("quant_step ") == len(calls)
 
 
-def test_the_search_ends_at_the_finest_step_and_refuses_what_cannot_fit():
+def test_the_search_ends_at_the_finest_step_and_refuses_a_cap_that_no_step_meets():
     def write(choice: QuantizationConfig) -> ExportedSize:
-        return ExportedSize(int(-1000 * np.log2(choice.step)), 100_000, choice)
+        return ExportedSize(int(-1000 * np.log2(choice.quant_step)), 100_000, choice)
 
-    assert find_quant_step(write, QuantizationConfig(), 16_000_000, 1000).quantization.step == pytest.approx(2e-5)
+    finest = find_quant_step(write, QuantizationConfig(), 16_000_000, 1000)
+    assert finest.quantization.quant_step == pytest.approx(2e-5)
     with pytest.raises(UserError, match="over the cap even with"):
         find_quant_step(write, QuantizationConfig(), 90_000, 1000)

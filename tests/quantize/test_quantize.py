@@ -6,8 +6,8 @@ import re
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,12 @@ from tests.conftest import TINY
 from trainer.errors import UserError
 from trainer.model.transformer import Transformer, TransformerConfig
 from trainer.quantize.artifact import read_artifact, write_artifact
+from trainer.quantize.calibration import calibrate
 from trainer.quantize.container import StoredTensor, write_container
-from trainer.quantize.export import export
+from trainer.quantize.export import export, store
+from trainer.quantize.loss_aware import LossAwareRounding
+from trainer.quantize.policy import QuantizationConfig, storage_dtype
 from trainer.quantize.rounding import prune_smallest, quantize_rows
-from trainer.quantize.policy import QuantizationConfig, kind_of
 
 FLOATS = st.floats(-(2.0**12), 2.0**12, width=32)
 
@@ -45,11 +47,11 @@ def test_quantized_rows_equal_numpy_bit_by_bit(w: np.ndarray, bits: int):
     symbols, scales = quantize_rows(torch.from_numpy(w), bits)
     assert np.array_equal(symbols.numpy(), expected)
     assert np.array_equal(scales.numpy(), scale)
-    back = StoredTensor(f"int{bits}", symbols.numpy(), scales.numpy()).floats()
+    stored = StoredTensor(f"int{bits}", symbols.numpy(), scales.numpy()).floats()
     # half a step, and what the clamp takes when float16 rounded the scale down
     step = scale.astype(np.float32)[:, None]
-    assert (np.abs(back - w) <= step * (0.5 + clip * 2.0**-11) * 1.0001).all()
-    assert not back[~w.any(axis=1)].any()
+    assert (np.abs(stored - w) <= step * (0.5 + clip * 2.0**-11) * 1.0001).all()
+    assert not stored[~w.any(axis=1)].any()
 
 
 @given(arrays.arrays(np.float32, st.integers(1, 200), elements=FLOATS), st.sampled_from([0.0, 0.03, 0.5]))
@@ -64,13 +66,14 @@ def test_the_reference_policy():
     config = TransformerConfig()
     with torch.device("meta"):
         model = Transformer(config)
-    kinds = {name: storage_dtype(name, tensor, config, QuantizationConfig()) for name, tensor in model.state_dict().items()}
-    assert kinds["token_embedding.weight"] == "float16"
-    assert kinds["bigram.table.weight"] == kinds["bigram.proj.weight"] == "int6"
-    assert [block for block in range(10) if kinds[f"blocks.{block}.attention.k.weight"] == "float16"] == [8]
-    assert {kinds[f"blocks.{block}.mlp.{part}.weight"] for block in range(10) for part in ("up", "down")} == {"int5"}
-    assert {kinds[f"blocks.{block}.attention.q.weight"] for block in range(10)} == {"int6"}
-    assert kinds["skip_weights"] == kinds["blocks.3.mix"] == kinds["smear.gate"] == "float16"
+    state = model.state_dict()
+    dtypes = {name: storage_dtype(name, tensor, config, QuantizationConfig()) for name, tensor in state.items()}
+    assert dtypes["token_embedding.weight"] == "float16"
+    assert dtypes["bigram.table.weight"] == dtypes["bigram.proj.weight"] == "int6"
+    assert [block for block in range(10) if dtypes[f"blocks.{block}.attention.k.weight"] == "float16"] == [8]
+    assert {dtypes[f"blocks.{block}.mlp.{part}.weight"] for block in range(10) for part in ("up", "down")} == {"int5"}
+    assert {dtypes[f"blocks.{block}.attention.q.weight"] for block in range(10)} == {"int6"}
+    assert dtypes["skip_weights"] == dtypes["blocks.3.mix"] == dtypes["smear.gate"] == "float16"
 
 
 @pytest.fixture
@@ -78,34 +81,34 @@ def written(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str, st
     torch.manual_seed(0)
     state = {name: torch.randn_like(tensor) for name, tensor in Transformer(TINY).state_dict().items()}
     config = QuantizationConfig(small_tensor=63)  # so that a mix of 2 x 32 is a "larger control vector"
-    kinds = {name: storage_dtype(name, tensor, TINY, config) for name, tensor in state.items()}
+    dtypes = {name: storage_dtype(name, tensor, TINY, config) for name, tensor in state.items()}
     assert storage_dtype("bigram.scale", state["bigram.scale"], TINY, QuantizationConfig(small_tensor=0)) == "float16"
-    size = write_artifact(tmp_path / "a.zst", TINY, state, kinds, "f" * 64)
+    size = write_artifact(tmp_path / "a.zst", TINY, state, dtypes, "f" * 64)
     assert size == (tmp_path / "a.zst").stat().st_size
-    return tmp_path / "a.zst", state, kinds
+    return tmp_path / "a.zst", state, dtypes
 
 
-def test_an_artifact_gives_back_the_rounded_weights(written):
-    path, state, kinds = written
+def test_an_artifact_returns_the_rounded_weights(written):
+    path, state, dtypes = written
     artifact = read_artifact(path)
     assert artifact.model == TINY
     assert artifact.tokenizer_sha256 == "f" * 64
-    assert {"int5", "int6", "float16", "float32"} <= set(kinds.values())
+    assert {"int5", "int6", "float16", "float32"} <= set(dtypes.values())
     for name, tensor in state.items():
-        kind = kinds[name]
-        if kind.startswith("int"):
-            symbols, scale = quantize_rows(tensor, int(kind[3:]))
+        dtype = dtypes[name]
+        if dtype.startswith("int"):
+            symbols, scale = quantize_rows(tensor, int(dtype[3:]))
             rows = symbols.numpy().reshape(len(scale), -1) * scale.numpy().astype(np.float32)[:, None]
             expected = torch.from_numpy(rows.reshape(tensor.shape))
         else:
-            expected = tensor.half().float() if kind == "float16" else tensor
+            expected = tensor.half().float() if dtype == "float16" else tensor
         assert torch.equal(artifact.state[name], expected)
     artifact.build()
 
 
 def test_equal_weights_give_equal_bytes(written, tmp_path: Path):
-    path, state, kinds = written
-    write_artifact(tmp_path / "b.zst", TINY, dict(reversed(state.items())), kinds, "f" * 64)
+    path, state, dtypes = written
+    write_artifact(tmp_path / "b.zst", TINY, dict(reversed(state.items())), dtypes, "f" * 64)
     assert (tmp_path / "b.zst").read_bytes() == path.read_bytes()
 
 
@@ -123,18 +126,19 @@ def test_any_damage_is_refused(written):
             read_artifact(path)
 
 
-@pytest.mark.parametrize(("promised", "message"), [(2**31, "not between"), (70_000, "not a valid artifact")])
-def test_a_frame_that_holds_another_size_than_it_promises_is_refused(written, promised: int, message: str):
+@pytest.mark.parametrize(("claimed", "message"), [(2**31, "not between"), (70_000, "not a valid artifact")])
+def test_a_frame_that_holds_another_size_than_it_claims_is_refused(written, claimed: int, message: str):
     path, _, _ = written
     bomb = zstandard.ZstdCompressor(write_checksum=True).compress(bytes(2**20))
     at = bomb.index((2**20).to_bytes(4, "little"))
-    path.write_bytes(sealed(bomb[:at] + promised.to_bytes(4, "little") + bomb[at + 4 :]))
+    path.write_bytes(container_of(bomb[:at] + claimed.to_bytes(4, "little") + bomb[at + 4 :]))
     with pytest.raises(UserError, match=message):
         read_artifact(path)
 
 
-def sealed(frame: bytes) -> bytes:
-    return b"GOLFLM02" + hashlib.sha256(frame).digest() + frame
+def container_of(frame: bytes) -> bytes:
+    """A file with a right checksum around a frame."""
+    return b"GOLFLM03" + hashlib.sha256(frame).digest() + frame
 
 
 def forged(raw: bytes, change: Callable[[dict[str, Any]], object], more: bytes = b"") -> bytes:
@@ -145,7 +149,7 @@ def forged(raw: bytes, change: Callable[[dict[str, Any]], object], more: bytes =
     change(header)
     encoded = json.dumps(header).encode()
     content = struct.pack("<I", len(encoded)) + encoded + content[4 + length :] + more
-    return sealed(zstandard.ZstdCompressor(write_checksum=True).compress(content))
+    return container_of(zstandard.ZstdCompressor(write_checksum=True).compress(content))
 
 
 def set_in(*path: Any) -> Callable[[dict[str, Any]], None]:
@@ -171,16 +175,16 @@ FORGERIES = [
     (set_in("tensors", 0, "shape", 7), "not a valid artifact"),
     (set_in("tensors", 0, "kind", "object"), "unknown kind"),
     (set_in("tensors", 0, "kind", ["int5"]), "not a valid artifact"),
-    (set_in("tensors", 0, "name", 3), "is no text"),
+    (set_in("tensors", 0, "name", 3), "is not a text"),
     (set_in("tensors", {}), "do not fill its content"),
     (set_in("tensors", None), "not a valid artifact"),
     (lambda header: header["tensors"].pop(), "do not fill its content"),
-    (lambda header: header["tensors"].append(header["tensors"][-1]), "there twice"),
+    (lambda header: header["tensors"].append(header["tensors"][-1]), "occurs twice"),
     (set_in("model", "num_layers", "many"), "not a model config"),
     (set_in("model", "num_layers", 10**9), "do not fit its model"),
     (set_in("model", "model_dim", 2**20), "do not fit its model"),
     (set_in("model", "evil", 1), "not a model config"),
-    (set_in("tokenizer_sha256", 5), "fingerprint is no text"),
+    (set_in("tokenizer_sha256", 5), "tokenizer_sha256 is not a text"),
 ]
 
 
@@ -198,24 +202,25 @@ def test_bytes_after_the_tensors_and_a_second_frame_are_refused(written):
     path.write_bytes(forged(raw, lambda header: None, more=b"hidden"))
     with pytest.raises(UserError, match="do not fill its content"):
         read_artifact(path)
-    path.write_bytes(sealed(raw[40:] + zstandard.compress(b"second")))
+    path.write_bytes(container_of(raw[40:] + zstandard.compress(b"second")))
     with pytest.raises(UserError, match="not a valid artifact"):
         read_artifact(path)
-    path.write_bytes(b"GOLFLM03" + raw[8:])
-    with pytest.raises(UserError, match="has artifact version '03', but only 02 is known"):
+    path.write_bytes(b"GOLFLM02" + raw[8:])
+    with pytest.raises(UserError, match="has artifact version '02', but only 03 is known"):
         read_artifact(path)
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_content_under_a_right_checksum_is_read_or_refused(written, tmp_path: Path, data: st.DataObject):
-    """The layers that a checksum hides from flipped bytes: the header and the frame itself."""
+    """Flipped bytes never get past the checksum: this reaches the checks of the header and of the frame behind it."""
     path, _, _ = written
     content = bytearray(zstandard.ZstdDecompressor().decompress(path.read_bytes()[40:]))
     for _ in range(data.draw(st.integers(1, 5))):
-        place = data.draw(st.integers(0, 3000) | st.integers(0, len(content) - 1))
-        content[place : place + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=6))
-    (tmp_path / "fuzzed").write_bytes(sealed(zstandard.ZstdCompressor(write_checksum=True).compress(bytes(content))))
+        position = data.draw(st.integers(0, 3000) | st.integers(0, len(content) - 1))
+        content[position : position + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=6))
+    frame = zstandard.ZstdCompressor(write_checksum=True).compress(bytes(content))
+    (tmp_path / "fuzzed").write_bytes(container_of(frame))
     with suppress(UserError):
         read_artifact(tmp_path / "fuzzed").build()
 
@@ -224,7 +229,7 @@ def test_the_specification_is_enough_to_read_the_file(written):
     """A reader written from docs/artifact.md alone, with struct, json, numpy and zstandard."""
     path, _, _ = written
     raw = path.read_bytes()
-    assert raw[:8] == b"GOLFLM02"
+    assert raw[:8] == b"GOLFLM03"
     assert raw[8:40] == hashlib.sha256(raw[40:]).digest()
     content = zstandard.ZstdDecompressor().decompress(raw[40:])
     (length,) = struct.unpack("<I", content[:4])
@@ -259,27 +264,109 @@ def test_the_reader_needs_neither_torch_nor_much_memory(tmp_path: Path):
         "assert 'torch' not in sys.modules\n"
         "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 - floats.nbytes)\n"
     )
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert int(found.stdout) < 200e6
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 200e6
 
 
-def test_export_counts_both_files_and_over_the_cap_says_what_fits_or_stores_that(tmp_path: Path, capsys):
+def test_both_files_count_and_over_the_cap_the_error_says_what_fits_or_that_is_stored(tmp_path: Path, capsys):
     torch.manual_seed(0)
     state = {name: torch.randn_like(tensor) for name, tensor in Transformer(TINY).state_dict().items()}
     quantization, names = QuantizationConfig(small_tensor=64, prune_above=100), ("artifact.zst", "train_gpt.py")
-    size = export(state, TINY, quantization, "f" * 64, tmp_path)
+    arguments = state, TINY, quantization, "f" * 64, tmp_path, b"print()\n" * 500
+    size = store(*arguments)
+    assert size.code == 4000
     assert size.total == sum((tmp_path / name).stat().st_size for name in names)
     cap = size.total - 1
     with pytest.raises(UserError, match=r"1 bytes over the cap of [\d,]+; prune_frac 0.08 would fit") as refused:
-        export(state, TINY, quantization, "f" * 64, tmp_path, cap=cap)
-    assert (tmp_path / "artifact.zst").stat().st_size == size.model  # what was asked for stays for inspection
+        store(*arguments, cap=cap)
+    assert (tmp_path / "artifact.zst").stat().st_size == size.model  # the requested one stays for inspection
     assert not (tmp_path / ".trial.zst").exists()
     promised = int(re.findall(r"would fit \(([\d,]+) bytes\)", str(refused.value))[0].replace(",", ""))
-    fitted = export(state, TINY, quantization, "f" * 64, tmp_path, cap=cap, fit=True)
+    fitted = store(*arguments, cap=cap, shrink_to_cap=True)
     assert fitted.total == promised == sum((tmp_path / name).stat().st_size for name in names)
     assert fitted.quantization == replace(quantization, prune_frac=0.08)
     assert "stored with prune_frac 0.08 instead" in capsys.readouterr().out
-    fewer = export(state, TINY, quantization, "f" * 64, tmp_path, cap=fitted.total - 1, fit=True)
+    fewer = store(*arguments, cap=fitted.total - 1, shrink_to_cap=True)
     assert fewer.quantization == replace(quantization, prune_frac=0.08, mlp_bits=4)
     with pytest.raises(UserError, match=r"and [\d,]+ with mlp_bits 3, .*, prune_frac 0.08; train a smaller model"):
-        export(state, TINY, quantization, "f" * 64, tmp_path, cap=size.code, fit=True)
+        store(*arguments, cap=size.code, shrink_to_cap=True)
+
+
+@pytest.fixture
+def model() -> Transformer:
+    """Random everywhere, so that every matrix has gradients."""
+    torch.manual_seed(0)
+    model = Transformer(TINY)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def test_export_calibrates_writes_reads_back_and_scores_the_stored_model(model: Transformer, tmp_path: Path):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    sequences = torch.randint(0, 300, (4, 17), generator=torch.Generator().manual_seed(1))
+    quantization = QuantizationConfig(rounding="loss_aware", quant_step=1e-3, codec="ans")
+    events: list[str] = []
+    scored: list[Transformer] = []
+
+    @contextmanager
+    def autocast() -> Iterator[None]:
+        events.append("autocast on")
+        yield
+        events.append("autocast off")
+
+    def batches() -> Iterator[torch.Tensor]:
+        for batch in sequences.split(2):
+            events.append("calibrated")
+            yield batch
+
+    def score(stored: Transformer) -> None:
+        events.append(f"scored, with {sorted(path.name for path in tmp_path.iterdir())}")
+        scored.append(stored)
+
+    code = b"print()"
+    exported = export(
+        model, quantization, "f" * 64, tmp_path, code, sequences=batches(), autocast=autocast, score=score
+    )
+    files = "['artifact.zst', 'train_gpt.py']"
+    assert events == ["autocast on", "calibrated", "calibrated", "autocast off", f"scored, with {files}"]
+    assert exported is not None
+    assert exported.size.model == (tmp_path / "artifact.zst").stat().st_size
+    assert exported.size.code == len(code)
+    assert exported.size.quantization == quantization
+    assert exported.calibration_seconds > 0
+    assert exported.export_seconds > 0
+    assert (tmp_path / "train_gpt.py").read_bytes() == code
+    artifact = read_artifact(tmp_path / "artifact.zst")
+    assert (artifact.model, artifact.tokenizer_sha256) == (TINY, "f" * 64)
+    rounded = LossAwareRounding(before, calibrate(model, sequences.split(2))).round(1e-3)
+    (stored,) = scored
+    assert stored is not model
+    for name, tensor in stored.state_dict().items():
+        expected = torch.from_numpy(rounded[name].floats()) if name in rounded else before[name].half().float()
+        assert torch.equal(tensor, expected), name
+        assert torch.equal(tensor, artifact.state[name]), name
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_export_with_nearest_rounding_reads_no_text(model: Transformer, tmp_path: Path):
+    def batches() -> Iterator[torch.Tensor]:
+        raise AssertionError("read")
+        yield
+
+    scored: list[Transformer] = []
+    quantization = QuantizationConfig(small_tensor=64, prune_frac=0.0)
+    export(model.double(), quantization, "f" * 64, tmp_path, b"", sequences=batches(), score=scored.append)
+    (stored,) = scored
+    assert {tensor.dtype for tensor in stored.state_dict().values()} == {torch.float64}  # the type of the given model
+    symbols, scale = quantize_rows(model.bigram.table.weight, 6)
+    assert torch.equal(stored.bigram.table.weight, (symbols.float() * scale.float()[:, None]).double())
+
+
+def test_an_export_over_the_cap_is_not_scored(model: Transformer, tmp_path: Path):
+    scored: list[Transformer] = []
+    with pytest.raises(UserError, match="over the cap of 1,000"):
+        export(model, QuantizationConfig(), "f" * 64, tmp_path, b"print()", cap=1000, score=scored.append)
+    assert not scored
+    assert (tmp_path / "artifact.zst").exists()  # for inspection

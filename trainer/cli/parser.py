@@ -48,7 +48,6 @@ class CommandParser(ShortErrors, ArgumentParser):
             description=(docstring_parser.parse(command.__doc__ or "").short_description or ""),
             epilog=f"example: trainer {example}",
             allow_abbrev=False,
-            default_meta=False,
         )
         help_of = {each.arg_name: each.description for each in docstring_parser.parse(command.__doc__ or "").params}
         for name, settings in by_hand.items():

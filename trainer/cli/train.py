@@ -100,7 +100,7 @@ class TrainerCLI(LightningCLI):
         """Parse the given arguments; Lightning would warn about `sys.argv`."""
         self.config = parser.parse_args(args)
         if self.stored is not None:
-            self.config = parser.parse_object({"model": self.stored.model.to_dict()}, cfg_base=self.config)
+            self.config = parser.parse_object({"model": self.stored.model.to_dict()}, namespace=self.config)
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
