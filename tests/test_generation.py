@@ -17,12 +17,12 @@ from trainer.files import sha256_of
 from trainer.generation import Decoder, generate, sample, stream_text
 from trainer.model.transformer import Transformer
 from trainer.quantize.artifact import write_artifact
-from trainer.quantize.policy import QuantizationConfig
+from trainer.quantize.policy import QuantizationConfig, storage_dtype
 
 
 @pytest.fixture(scope="module", params=[TINY, ALL_OPTIONS], ids=["reference", "all options"])
 def model(request: pytest.FixtureRequest) -> Transformer:
-    """Random everywhere, so that no part of it is without effect."""
+    """Random everywhere, so that every part has an effect."""
     torch.manual_seed(0)
     model = Transformer(request.param).double().eval()
     with torch.no_grad():
@@ -36,11 +36,11 @@ def model(request: pytest.FixtureRequest) -> Transformer:
 def test_cached_logits_equal_those_of_the_whole_text(model: Transformer, cuts: list[int], seed: int):
     ids = np.random.default_rng(seed).integers(0, 300, sum(cuts)).tolist()
     decoder = Decoder(model, 64)
-    place = 0
+    end = 0
     for cut in cuts:
-        logits = decoder.feed(ids[place : place + cut])
-        place += cut
-        plain = Transformer.forward(plain_twin(model), torch.tensor([ids[:place]]))[0, -1]
+        logits = decoder.feed(ids[end : end + cut])
+        end += cut
+        plain = plain_twin(model)(torch.tensor([ids[:end]]))[0, -1]
         assert torch.allclose(logits, plain, atol=1e-10)
 
 
@@ -50,7 +50,7 @@ def plain_twin(model: Transformer) -> Transformer:
     return twin
 
 
-def test_a_text_longer_than_the_context_goes_on_from_its_last_half(model: Transformer):
+def test_a_text_longer_than_the_context_continues_from_its_last_half(model: Transformer):
     ids = np.random.default_rng(0).integers(0, 300, 17).tolist()
     decoder = Decoder(model, 16)
     for token in ids:
@@ -64,7 +64,7 @@ def test_sampling_draws_from_the_most_probable_in_their_proportions():
     generator = torch.Generator().manual_seed(0)
 
     def shares(**options: float) -> list[float]:
-        settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **options}
+        settings = {"temperature": 1.0, "top_k": None, "top_p": 1.0, **options}
         drawn = [sample(logits, generator=generator, **settings) for _ in range(4000)]  # type: ignore[arg-type]
         return [drawn.count(token) / 4000 for token in range(4)]
 
@@ -84,7 +84,7 @@ def test_generation_ends_with_the_document(model: Transformer):
 
 
 @given(text=st.text(alphabet="the cat é漢🙂", max_size=120), cut=st.integers(0, 30))
-def test_streamed_text_is_what_the_whole_decodes_to(shard_folder: Path, text: str, cut: int):
+def test_streamed_text_is_the_decoded_whole(shard_folder: Path, text: str, cut: int):
     tokenizer = load_tokenizer(shard_folder / "tokenizer.model")
     ids = tokenizer.encode(text)
     parts = list(stream_text(tokenizer, ids[:cut], iter(ids[cut:])))
@@ -98,14 +98,14 @@ def test_streamed_text_is_what_the_whole_decodes_to(shard_folder: Path, text: st
 def artifact(tmp_path: Path, shard_folder: Path) -> Path:
     torch.manual_seed(0)
     state = {name: torch.randn_like(tensor) for name, tensor in Transformer(TINY).state_dict().items()}
-    kinds = {name: storage_dtype(name, tensor, TINY, QuantizationConfig()) for name, tensor in state.items()}
+    dtypes = {name: storage_dtype(name, tensor, TINY, QuantizationConfig()) for name, tensor in state.items()}
     tokenizer = shard_folder / "tokenizer.model"
     (tmp_path / "tokenizer.model").write_bytes(tokenizer.read_bytes())
-    write_artifact(tmp_path / "artifact.zst", TINY, state, kinds, sha256_of(tokenizer))
+    write_artifact(tmp_path / "artifact.zst", TINY, state, dtypes, sha256_of(tokenizer))
     return tmp_path / "artifact.zst"
 
 
-def test_two_lines_give_model_and_tokenizer(artifact: Path, shard_folder: Path, tmp_path: Path):
+def test_load_artifact_opens_model_and_tokenizer(artifact: Path, shard_folder: Path, tmp_path: Path):
     model, tokenizer = package.load_artifact(artifact)
     assert model(torch.tensor([[BOS, *tokenizer.encode("the model")]])).shape[-1] == 300
     assert not model.training
@@ -116,10 +116,10 @@ def test_two_lines_give_model_and_tokenizer(artifact: Path, shard_folder: Path, 
 
 def test_the_command_writes_the_same_text_for_the_same_seed(artifact: Path, tmp_path: Path, capsys):
     (tmp_path / "prompts.txt").write_text("the model\nstones\n")
-    words = ["generate", "--artifact", str(artifact), "--tokens", "12", "--seed", "3"]
+    args = ["generate", "--artifact", str(artifact), "--tokens", "12", "--seed", "3"]
     texts = []
     for more in ([], [], ["--seed", "4"]):
-        assert main([*words, "--prompt", "small cats", "--prompts", str(tmp_path / "prompts.txt"), *more]) == 0
+        assert main([*args, "--prompt", "small cats", "--prompts", str(tmp_path / "prompts.txt"), *more]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
     assert texts[0].startswith("small cats")
@@ -128,13 +128,14 @@ def test_the_command_writes_the_same_text_for_the_same_seed(artifact: Path, tmp_
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("args", "message"),
     [
-        (["--temperature", "-1"], "--temperature must be 0 or from 1e-6 on, not -1.0"),
+        (["--temperature", "-1"], "--temperature must be 0 or at least 1e-6, not -1.0"),
         (["--temperature", "nan"], "--temperature must be"),
         (["--seed", "-1"], "--seed must be between"),
-        (["--prompt", "caf\udce9"], "--prompt: is no UTF-8 text"),
+        (["--prompt", "caf\udce9"], "--prompt: is not UTF-8 text"),
         (["--top_p", "0"], "--top_p must be in"),
+        (["--top_k", "0"], "--top_k at least 1, not 1.0, 256 and 0"),
         (["--context", "1"], "--context must be between 2 and 1,048,576, not 1"),
         (["--device", "tpu9"], "--device tpu9"),
         (["--prompts", "nowhere"], "--prompts nowhere: cannot be read"),
@@ -142,14 +143,14 @@ def test_the_command_writes_the_same_text_for_the_same_seed(artifact: Path, tmp_
         (["--tokenizer", "nowhere"], "nowhere: there is no tokenizer"),
     ],
 )
-def test_a_bad_option_is_one_line(artifact: Path, words: list[str], message: str, capsys):
-    assert main(["generate", "--artifact", str(artifact), *words]) == 1
+def test_a_bad_option_is_refused_in_one_line(artifact: Path, args: list[str], message: str, capsys):
+    assert main(["generate", "--artifact", str(artifact), *args]) == 1
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
 
 
-def test_recipes_are_listed_and_a_near_command_is_suggested(capsys):
+def test_recipes_are_listed_and_a_similar_command_is_suggested(capsys):
     assert main(["recipes"]) == 0
     listed = capsys.readouterr().out
     assert "int5mlp_10l            The reference recipe on one GPU" in listed

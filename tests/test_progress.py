@@ -43,10 +43,12 @@ def test_a_status_as_text_and_as_json(capsys):
 
 
 def test_a_closed_display_leaves_messages_as_they_are(capsys):
-    open_display("quiet", 1.0).close()
+    quiet = open_display("quiet", 1.0)
+    logger.info("hidden")
+    logger.warning("shown")
+    quiet.close()
     logger.info("after")
-    logger.warning("look")
-    assert capsys.readouterr().out == "after\nwarning: look\n"
+    assert capsys.readouterr().out == "warning: shown\nafter\n"
 
 
 def test_auto_is_a_bar_in_a_terminal_and_lines_elsewhere(monkeypatch: pytest.MonkeyPatch):

@@ -1,4 +1,4 @@
-"""The plain training step: slices learn what the whole learns, and the host waits for the right step."""
+"""The plain training step: gradient accumulation gives the whole gradient, and the host waits for the right step."""
 
 import pytest
 import torch
@@ -10,16 +10,16 @@ from trainer.optim.muon_adamw import MuonAdamW, OptimizerConfig, parameter_group
 from trainer.step import StepFence, clip_gradients, train_step
 
 
-@pytest.mark.parametrize("slices", [2, 3, 8])
-def test_accumulated_micro_batches_give_the_loss_and_gradient_of_the_whole(slices: int):
+@pytest.mark.parametrize("micro_batches", [2, 3, 8])
+def test_accumulated_micro_batches_give_the_loss_and_gradient_of_the_whole(micro_batches: int):
     torch.manual_seed(0)
     model = Transformer(TINY)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     tokens = torch.randint(0, 300, (8, 17), dtype=torch.int32)
-    found = []
-    for count in (1, slices):
+    results = []
+    for count in (1, micro_batches):
         model.zero_grad()
         last: list[bool] = []
 
@@ -29,14 +29,14 @@ def test_accumulated_micro_batches_give_the_loss_and_gradient_of_the_whole(slice
 
         loss = train_step(model.nll, tokens, count, backward, lambda: None)
         assert last == [False] * (len(last) - 1) + [True]
-        found.append((loss, [parameter.grad.clone() for parameter in model.parameters()]))
-    (one, gradients), (other, sliced) = found
-    assert abs(one - other) < 1e-6
-    for a, b in zip(gradients, sliced, strict=True):
+        results.append((loss, [parameter.grad.clone() for parameter in model.parameters()]))
+    (loss, gradients), (other_loss, accumulated) = results
+    assert abs(loss - other_loss) < 1e-6
+    for a, b in zip(gradients, accumulated, strict=True):
         assert (a - b).norm() <= 1e-5 * a.norm() + 1e-7
 
 
-def test_places_without_a_token_are_no_targets():
+def test_padding_is_not_a_target():
     """The loss of a padded row is the mean over the targets it has, whatever stands at the padding."""
     torch.manual_seed(0)
     model = Transformer(TINY)
@@ -44,12 +44,12 @@ def test_places_without_a_token_are_no_targets():
     tokens[1, 11:] = -1
     nll = torch.cat([model.nll(row[None, :-1], row[None, 1:])[0] for row in (tokens[0], tokens[1, :11])])
     assert nll.shape == (26,)
-    for slices in (1, 2):
-        loss = train_step(model.nll, tokens, slices, lambda loss, last: loss.backward(), lambda: None)
+    for micro_batches in (1, 2):
+        loss = train_step(model.nll, tokens, micro_batches, lambda loss, last: loss.backward(), lambda: None)
         assert abs(loss - nll.mean()) < 1e-6
 
 
-def test_a_step_without_any_target_learns_nothing():
+def test_a_step_without_any_target_has_no_gradient():
     model = Transformer(TINY)
     tokens = torch.full((2, 9), -1, dtype=torch.int32)
     tokens[:, 0] = 1
@@ -57,7 +57,7 @@ def test_a_step_without_any_target_learns_nothing():
     assert all(bool(p.grad is None or (p.grad == 0).all()) for p in model.parameters())
 
 
-def test_clipping_scales_to_the_limit_and_zero_means_no_limit():
+def test_clipping_scales_to_the_limit_and_none_means_no_limit():
     parameters = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2))]
 
     def fill() -> None:
@@ -69,11 +69,11 @@ def test_clipping_scales_to_the_limit_and_zero_means_no_limit():
     assert clip_gradients(parameters, 0.5).total.item() == pytest.approx(norm)
     assert parameters[0].grad.tolist() == pytest.approx([3 * 0.5 / norm] * 3, rel=1e-5)
     fill()
-    assert clip_gradients(parameters, 0).total.item() == pytest.approx(norm)
+    assert clip_gradients(parameters, None).total.item() == pytest.approx(norm)
     assert parameters[1].grad.tolist() == [4.0, 4.0]
 
 
-def test_an_overflow_under_a_loss_scale_skips_the_step_of_both_halves_and_lowers_the_scale():
+def test_an_overflow_under_a_loss_scale_skips_the_step_of_muon_and_adamw_and_lowers_the_scale():
     torch.manual_seed(0)
     model, twin = Transformer(TINY), Transformer(TINY)
     twin.load_state_dict(model.state_dict())
@@ -107,26 +107,26 @@ def test_an_overflow_under_a_loss_scale_skips_the_step_of_both_halves_and_lowers
 
 
 def test_the_host_waits_for_the_step_before_the_last(monkeypatch: pytest.MonkeyPatch):
-    happened: list[str] = []
+    events: list[str] = []
 
     class Event:
-        made = 0
+        count = 0
 
         def __init__(self) -> None:
-            Event.made += 1
-            self.number = Event.made
+            Event.count += 1
+            self.number = Event.count
 
         def record(self) -> None:
-            happened.append(f"record {self.number}")
+            events.append(f"record {self.number}")
 
         def synchronize(self) -> None:
-            happened.append(f"wait {self.number}")
+            events.append(f"wait {self.number}")
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     fence = StepFence(torch.device("cuda"))
-    found = [fence.record(step, torch.tensor([10.0 * step])) for step in (1, 2, 3, 4)]
-    assert happened == ["record 1", "record 2", "record 3", "wait 1", "record 4", "wait 2"]
-    assert found == [[], [], [(1, torch.tensor([10.0]))], [(2, torch.tensor([20.0]))]]
+    completed = [fence.record(step, torch.tensor([10.0 * step])) for step in (1, 2, 3, 4)]
+    assert events == ["record 1", "record 2", "record 3", "wait 1", "record 4", "wait 2"]
+    assert completed == [[], [], [(1, torch.tensor([10.0]))], [(2, torch.tensor([20.0]))]]
     assert [step for step, _ in fence.drain()] == [3, 4]
     assert StepFence(torch.device("cpu")).record(7, torch.tensor([1.0])) == [(7, torch.tensor([1.0]))]
-    assert Event.made == 4
+    assert Event.count == 4

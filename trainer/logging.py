@@ -39,18 +39,18 @@ class Console(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self.write: Callable[[str], None] = self.print
+        self.write: Callable[[str, int], None] = self.print
         self.addFilter(lambda record: rank() == 0 and not getattr(record, "only_file", False))
         self.setFormatter(_Formatter())
 
     @staticmethod
-    def print(text: str) -> None:
-        """Print a line at once."""
+    def print(text: str, level: int = logging.INFO) -> None:
+        """Print a line at once, whatever its level."""
         print(text, flush=True)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one message."""
-        self.write(self.format(record))
+        self.write(self.format(record), record.levelno)
 
 
 class _Formatter(logging.Formatter):
@@ -58,6 +58,7 @@ class _Formatter(logging.Formatter):
         return f"{'warning: ' if record.levelno >= logging.WARNING else ''}{record.getMessage()}"
 
 
+WARNING = logging.WARNING
 logger = logging.getLogger("trainer")
 logger.setLevel(logging.INFO)
 logger.propagate = False

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from typing_extensions import override
 
-from trainer.logging import console, logger
+from trainer.logging import WARNING, console, logger
 
 Mode = Literal["auto", "bar", "lines", "json", "quiet"]
 
@@ -67,7 +67,7 @@ class TrainingStatus:
 
 
 class ProgressDisplay:
-    """Shows nothing: the mode `quiet`, and the base of the other modes."""
+    """Shows nothing but warnings: the mode `quiet`, and the base of the other modes."""
 
     every_seconds = float("inf")
 
@@ -75,8 +75,10 @@ class ProgressDisplay:
         """Start to show; messages of the logger now go through `write`."""
         console.write = self.write
 
-    def write(self, text: str) -> None:
-        """Show a message of the logger."""
+    def write(self, text: str, level: int) -> None:
+        """Show a message of the logger: here only warnings."""
+        if level >= WARNING:
+            console.print(text)
 
     def show(self, status: TrainingStatus) -> None:
         """Show how far the training is."""
@@ -98,7 +100,7 @@ class Lines(ProgressDisplay):
         self._shown = 0.0
 
     @override
-    def write(self, text: str) -> None:
+    def write(self, text: str, level: int) -> None:
         console.print(text)
 
     @override
@@ -123,7 +125,7 @@ class JsonLines(Lines):
     """An object per line, for programs."""
 
     @override
-    def write(self, text: str) -> None:
+    def write(self, text: str, level: int) -> None:
         console.print(text if text.startswith("{") else json.dumps({"note": text}))
 
     @override
@@ -159,7 +161,7 @@ class Bar(ProgressDisplay):
         self._bar.start()
 
     @override
-    def write(self, text: str) -> None:
+    def write(self, text: str, level: int) -> None:
         self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @override

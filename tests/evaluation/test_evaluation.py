@@ -100,8 +100,8 @@ def test_sliding_score_equals_a_plain_loop_and_is_the_same_for_two_processes(sha
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"window": 0}, r"eval\.window must be at least 1 not 0"),
-        ({"batch_windows": 0}, r"eval\.batch_windows must be at least 1 not 0"),
+        ({"window": 0}, r"eval\.window must be at least 1,? not 0"),
+        ({"batch_windows": 0}, r"eval\.batch_windows must be at least 1,? not 0"),
         ({"stride": 0}, r"eval\.stride must be at least 1, or null, not 0"),
         ({"fit_tokens": 0}, r"eval\.fit_tokens must be at least 1, or null, not 0"),
         ({"max_tokens": 0}, r"eval\.max_tokens must be at least 1, or null, not 0"),

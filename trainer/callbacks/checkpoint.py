@@ -64,12 +64,12 @@ class Checkpoints(Checkpoint):
         self._channel: HostChannel | None = None
 
     @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: LanguageModel, stage: str) -> None:
         self.run = RunFolder(str(trainer.log_dir))
         self._channel = self._channel or HostChannel(trainer.world_size)
 
     @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         """Let Ctrl-C wait for the end of an update.
 
         Each of several processes waits for the end of the step, where all hear of the signal, save together and stop.
@@ -77,7 +77,6 @@ class Checkpoints(Checkpoint):
         them, and a signal in the middle of a step meets another collective. During validation and export, a signal ends
         the process that received it at once, and the others when they miss it.
         """
-        assert isinstance(pl_module, LanguageModel)
         self.saved_step = trainer.global_step  # nothing was trained yet that the resumed checkpoint lacks
         is_distributed = trainer.world_size > 1
         if is_distributed:
@@ -97,12 +96,11 @@ class Checkpoints(Checkpoint):
             self._handlers[number] = signal.signal(number, handler)
 
     @override
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LanguageModel, *_: Any) -> None:
         """Save when it is time, and after the last step: before the export, which could fail.
 
         Lightning calls this callback last, so everything that belongs to the step is done.
         """
-        assert isinstance(pl_module, LanguageModel)
         pl_module.updating = False
         assert self._channel is not None
         if number := int(self._channel.largest(self._signal)):
@@ -117,9 +115,8 @@ class Checkpoints(Checkpoint):
             self._handle(signal.SIGTERM, _end)
 
     @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: pl.Trainer, pl_module: LanguageModel, exception: BaseException) -> None:
         """Save what was trained since the last save, unless an update was interrupted or the device failed."""
-        assert isinstance(pl_module, LanguageModel)
         if self.saved_step is None or trainer.global_step == self.saved_step:
             return
         if isinstance(exception, torch.AcceleratorError):
@@ -135,7 +132,7 @@ class Checkpoints(Checkpoint):
         logger.info(f"step {self.saved_step:,} is saved; resume with --ckpt last")
 
     @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         """Save if a validation ended the run, and restore the signal handlers."""
         while self._handlers:
             signal.signal(*self._handlers.popitem())

@@ -55,9 +55,7 @@ class PostTrainExport(pl.Callback):
         self.enabled = enabled
 
     @override
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: LanguageModel, checkpoint: dict[str, Any]) -> None:
         """Let `trainer export --ckpt` do exactly what this callback would."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         metadata = checkpoint.setdefault(METADATA_KEY, {})
@@ -67,9 +65,8 @@ class PostTrainExport(pl.Callback):
         metadata["quantization"] = asdict(self.quantization)
 
     @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         """Score on all processes, export on rank 0. Lightning does not call this for an interrupted run."""
-        assert isinstance(pl_module, LanguageModel)
         pl_module.model.is_looped = True
         stages = _Stages(trainer, pl_module)
         stages.score("live_plain", pl_module.model, stages.data.evaluation.plain)
@@ -203,7 +200,7 @@ class Report(pl.Callback):
         self.enabled = enabled
 
     @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         """Comes after the export, which writes the summary."""
         run = RunFolder(str(trainer.log_dir))  # a collective: all processes must ask
         if self.enabled and trainer.is_global_zero and trainer.logger is not None:

@@ -29,9 +29,8 @@ class Progress(pl.Callback):
 
     @override
     @rank_zero_only
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         """Log what is about to run."""
-        assert isinstance(pl_module, LanguageModel)
         parameters = sum(parameter.numel() for parameter in pl_module.model.parameters())
         budget = pl_module.clock.budget
         limits = [f"{budget:,.0f} s"] if budget is not None else []
@@ -54,9 +53,8 @@ class Progress(pl.Callback):
 
     @override
     @rank_zero_only
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LanguageModel, *_: Any) -> None:
         """Show the status when it is time."""
-        assert isinstance(pl_module, LanguageModel)
         now = time.monotonic()
         if now - self._last < pl_module.display.every_seconds or not pl_module.completed_metrics:
             return
@@ -87,8 +85,7 @@ class Progress(pl.Callback):
 
     @override
     @rank_zero_only
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, LanguageModel)
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         if trainer.state.fn != "fit":
             pl_module.display = open_display(self.mode, self.every_seconds)
 
@@ -97,22 +94,20 @@ class Progress(pl.Callback):
     def on_validation_batch_end(
         self,
         trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
+        pl_module: LanguageModel,
         outputs: Any,
         batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
         """Show how far the validation is."""
-        assert isinstance(pl_module, LanguageModel)
         name = "validation" if trainer.state.fn == "fit" else f"scoring {('plain', 'sliding')[dataloader_idx]}"
         pl_module.display.update_task(name, batch_idx + 1, int(trainer.num_val_batches[dataloader_idx]))
 
     @override
     @rank_zero_only
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         """Log the score."""
-        assert isinstance(pl_module, LanguageModel)
         if trainer.state.fn == "fit":
             logger.info(f"step {trainer.global_step:>6,}  validation {pl_module.scores[-1].line()}")
         else:
@@ -120,14 +115,12 @@ class Progress(pl.Callback):
 
     @override
     @rank_zero_only
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def teardown(self, trainer: pl.Trainer, pl_module: LanguageModel, stage: str) -> None:
         """Restore the terminal."""
-        assert isinstance(pl_module, LanguageModel)
         pl_module.display.close()
 
     @override
     @rank_zero_only
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: pl.Trainer, pl_module: LanguageModel, exception: BaseException) -> None:
         """Restore the terminal."""
-        assert isinstance(pl_module, LanguageModel)
         pl_module.display.close()

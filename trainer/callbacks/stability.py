@@ -49,18 +49,16 @@ class StabilityMonitor(pl.Callback):
         self._losses: deque[float] = deque(maxlen=history_steps)
 
     @override
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: LanguageModel, *_: Any) -> None:
         """Check the steps completed by now; between two steps, what was trained can still be saved.
 
         Raises:
             UserError: If a step is not finite and may not be skipped.
         """
-        assert isinstance(pl_module, LanguageModel)
         self._check(trainer, pl_module, pl_module.completed_metrics, may_stop=True)
 
     @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, LanguageModel)
+    def on_train_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         self._check(trainer, pl_module, [*pl_module.completed_metrics, *pl_module.fence.drain()], may_stop=False)
 
     def _check(

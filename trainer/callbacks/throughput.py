@@ -16,14 +16,12 @@ class Throughput(pl.Callback):
         self._elapsed = 0.0
 
     @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, LanguageModel)
+    def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         self._step, self._elapsed = pl_module.steps_done, pl_module.clock.elapsed
 
     @override
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LanguageModel, *_: Any) -> None:
         """Log means since the last logged step; at other steps, logging host numbers would wait for the device."""
-        assert isinstance(pl_module, LanguageModel)
         step, elapsed = pl_module.steps_done, pl_module.clock.elapsed
         every = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
         budget = pl_module.clock.budget

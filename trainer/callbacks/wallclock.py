@@ -35,19 +35,18 @@ class WallclockCutoff(pl.Callback):
         self._channel: HostChannel | None = None
 
     @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        assert isinstance(pl_module, LanguageModel)
+    def setup(self, trainer: pl.Trainer, pl_module: LanguageModel, stage: str) -> None:
         pl_module.clock = self.clock
         self._channel = self._channel or HostChannel(trainer.world_size)
 
     @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         """Start the clock, unless the time is over; the warm-up comes before this callback."""
         self._stop_if_over(trainer)
         self.clock.start()
 
     @override
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LanguageModel, *_: Any) -> None:
         """Share the reading of rank 0, and stop all processes at the same step."""
         self._read(trainer)
         self._stop_if_over(trainer)
@@ -61,19 +60,19 @@ class WallclockCutoff(pl.Callback):
         self.clock.reading = self._channel.largest(self.clock.elapsed if trainer.is_global_zero else 0.0)
 
     @override
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         """Pause the clock, once the steps in flight are completed."""
         _wait_for(pl_module.device)
         self.clock.pause()
 
     @override
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         _wait_for(pl_module.device)
         if trainer.training or trainer.state.fn == "fit":
             self.clock.start()
 
     @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         """Stop the clock; the export does not count."""
         _wait_for(pl_module.device)
         self.clock.pause()

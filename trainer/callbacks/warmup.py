@@ -32,13 +32,12 @@ class CompileWarmup(pl.Callback):
         self.steps = steps
 
     @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         """Run forward, backward, update and a validation batch, then restore the weights.
 
         Raises:
             UserError: If not even one sequence fits into the GPU's memory.
         """
-        assert isinstance(pl_module, LanguageModel)
         if self.steps is None or not (pl_module.is_compiled or pl_module.device.type == "cuda"):
             return
         started = time.monotonic()

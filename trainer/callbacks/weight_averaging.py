@@ -55,8 +55,7 @@ class WeightAveraging(pl.Callback):
 
     @override
     @torch.no_grad()
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        assert isinstance(pl_module, LanguageModel)
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LanguageModel, *_: Any) -> None:
         is_snapshot = pl_module.lr_multiplier < self.start_frac and trainer.global_step % self.every == 0
         if self.method is None or (self.method == "late_swa" and not is_snapshot):
             return
