@@ -131,11 +131,12 @@ def test_the_command_writes_the_same_text_for_the_same_seed(artifact: Path, tmp_
     ("args", "message"),
     [
         (["--temperature", "-1"], "--temperature must be 0 or at least 1e-6, not -1.0"),
-        (["--temperature", "nan"], "--temperature must be"),
+        (["--temperature", ".inf"], "--temperature must be"),
+        (["--temperature", ".nan"], "--temperature must be"),
         (["--seed", "-1"], "--seed must be between"),
         (["--prompt", "caf\udce9"], "--prompt: is not UTF-8 text"),
         (["--top_p", "0"], "--top_p must be in"),
-        (["--top_k", "0"], "--top_k at least 1, not 1.0, 256 and 0"),
+        (["--top_k", "0"], "--top_k at least 1, not"),
         (["--context", "1"], "--context must be between 2 and 1,048,576, not 1"),
         (["--device", "tpu9"], "--device tpu9"),
         (["--prompts", "nowhere"], "--prompts nowhere: cannot be read"),
@@ -148,6 +149,13 @@ def test_a_bad_option_is_refused_in_one_line(artifact: Path, args: list[str], me
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_temperature_that_is_not_a_number_is_refused(artifact: Path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["generate", "--artifact", str(artifact), "--temperature", "nan"])
+    assert end.value.code == 2
+    assert "Got value: nan" in capsys.readouterr().err
 
 
 def test_recipes_are_listed_and_a_similar_command_is_suggested(capsys):

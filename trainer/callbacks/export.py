@@ -43,11 +43,11 @@ class PostTrainExport(pl.Callback):
 
         Args:
             quantization: Storage types, rounding and pruning.
-            cap: Largest size of code and model together, in bytes.
-            shrink_to_cap: If they are larger, prune more and store fewer bits until they fit, instead of failing. With
-                loss-aware rounding, search for the finest quant_step that fits.
-            enabled: false scores the weights and stores no artifact, to compare ideas quickly; `trainer export` makes
-                it later.
+            cap: Largest allowed size of code and model together, in bytes.
+            shrink_to_cap: If they are larger than the cap, prune more and store fewer bits until they fit, instead of
+                failing. With loss-aware rounding, search for the finest quant_step that fits.
+            enabled: Store the artifact. false only scores the weights, to compare ideas quickly; `trainer export` makes
+                the artifact later.
         """
         self.quantization = quantization
         self.cap = cap
@@ -195,7 +195,7 @@ class Report(pl.Callback):
         """Draw the report when training has ended.
 
         Args:
-            enabled: false leaves it to `trainer report`.
+            enabled: Draw the report. false leaves it to `trainer report`.
         """
         self.enabled = enabled
 

@@ -30,7 +30,7 @@ class StabilityMonitor(pl.Callback):
         """Check loss and gradients.
 
         Args:
-            nonfinite: What a loss or gradient that is not finite does: stop the run, or skip the update of its step.
+            nonfinite: What happens when a loss or gradient is not finite: stop the run, or skip the update of its step.
             max_skipped: Most updates that a run may skip (at least 1). With fp16, where the loss scale adapts, it
                 limits the skipped updates in a row.
             threshold_std: A warning is logged when the loss is more than this many standard deviations above its recent

@@ -114,7 +114,7 @@ class TrainerCLI(LightningCLI):
             "--precision",
             type=Precision,
             default="auto",
-            help="Numerical precision. auto: bf16-mixed where the GPU has it, else 16-mixed; 32-true on a CPU.",
+            help="Numerical precision. auto is bf16-mixed where the GPU has it, else 16-mixed, and 32-true on a CPU.",
         )
         text = "Log to TensorBoard too while training; needs the package tensorboard."
         parser.add_argument("--tensorboard", type=bool, default=False, help=text)

@@ -37,8 +37,9 @@ class SmearConfig:
     """The SmearGate, which mixes each position with the one before.
 
     Args:
-        gate: per_channel: one learned gate per channel, the same for all tokens (the reference). per_token: one gate
-            per position, computed from its token, closed at the start of a document (KellerJordan/modded-nanogpt).
+        gate: What the gate depends on. per_channel: one learned gate per channel, the same for all tokens (the
+            reference). per_token: one gate per position, computed from its token and closed at the start of a document
+            (KellerJordan/modded-nanogpt).
         dims: How many channels of the embedding a per_token gate reads (at least 1).
     """
 

@@ -56,7 +56,7 @@ class TransformerConfig:
     """The whole model; the defaults are the reference recipe's 25,517,137 parameters.
 
     Args:
-        vocab_size: Vocabulary size of the tokenizer (1 to 65,536).
+        vocab_size: Vocabulary size of the model, which must be that of the tokenizer (1 to 65,536).
         num_layers: Number of blocks (at least 2); the first half passes its outputs to the second half, in the order
             they run.
         model_dim: Width of the residual stream; a multiple of twice the number of heads.
