@@ -36,6 +36,7 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_bash_completes(script: Path, words: str, expected: str):
-    result = subprocess.run(["bash", "-c", ASK.format(script=script, words=words)], capture_output=True, text=True, check=False)
+    question = ASK.format(script=script, words=words)
+    result = subprocess.run(["bash", "-c", question], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert expected in result.stdout.split()

@@ -1,4 +1,4 @@
-"""Two processes whose clocks disagree: rank 0's reading decides rates and end, and the weights stay equal bit by bit."""
+"""Two processes whose clocks disagree: rank 0 decides rates and end, and the weights stay equal bit by bit."""
 
 import json
 from pathlib import Path

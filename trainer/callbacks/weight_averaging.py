@@ -27,11 +27,11 @@ class WeightAveraging(pl.Callback):
         """Average the weights of a run.
 
         Args:
-            method: How weights are averaged. late_swa: the mean of snapshots late in the run. ema: an exponential moving
-                average over the whole run, with the decay 1 - 1 / (1 + horizon * n) at step n, so that one setting suits
-                runs of any length (power-function averaging, Karras et al. 2024). null: no average.
-            start_frac: Late SWA takes snapshots while the learning rate is below this share of its full value (above 0, at
-                most 1).
+            method: How weights are averaged. late_swa: the mean of snapshots late in the run. ema: an exponential
+                moving average over the whole run, with the decay 1 - 1 / (1 + horizon * n) at step n, so that one
+                setting suits runs of any length (power-function averaging, Karras et al. 2024). null: no average.
+            start_frac: Late SWA takes snapshots while the learning rate is below this share of its full value (above 0,
+                at most 1).
             every: Steps between two snapshots of late SWA (at least 1).
             horizon: Share of the steps so far that the EMA covers (above 0, at most 1).
 

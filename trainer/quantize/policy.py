@@ -25,9 +25,9 @@ class QuantizationConfig:
         small_tensor: Largest number of elements of a tensor that stays float16.
         prune_frac: Fraction of each large matrix's smallest magnitudes that is set to zero before rounding (0 to 1).
         prune_above: Number of elements above which a matrix is large.
-        rounding: How matrices are rounded. nearest: to the nearest integer, with each row's largest magnitude at the end
-            of the range. loss_aware: with GPTQ and with steps for rows and columns that follow from the loss on training
-            text; mlp_bits, attention_bits and prune_frac do not apply to them.
+        rounding: How matrices are rounded. nearest: to the nearest integer, with each row's largest magnitude at the
+            end of the range. loss_aware: with GPTQ and with steps for rows and columns that follow from the loss on
+            training text; mlp_bits, attention_bits and prune_frac do not apply to them.
         quant_step: Global step of loss-aware rounding (above 0); the expected rise of the loss is proportional to its
             square. With export.shrink_to_cap it is searched for.
         calibration_sequences: Number of training sequences that loss-aware rounding measures the loss on (at least 1).
