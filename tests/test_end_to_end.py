@@ -361,6 +361,7 @@ def test_every_alias_of_the_published_port_is_known():
     options, lines = alias_options({"SWA_ENABLED": "0", "LOAD_MODEL_PATH": "m.ckpt", "VAL_LOSS_EVERY": "0"}, "fit")
     assert options == ["--trainer.limit_val_batches=0", "--averaging.method=null"]
     assert any("no effect on fit" in line for line in lines)
+    assert alias_options({"SWA_START_FRAC": "0"}, "fit")[0] == ["--averaging.method=null"]
     for name in ZERO_IS_NULL:  # the published script's 0 is our null
         assert alias_options({name: "0"}, "fit")[0] == [f"--{key}=null" for key in PLAIN[name]]
         assert alias_options({name: "7"}, "fit")[0] == [f"--{key}=7" for key in PLAIN[name]]

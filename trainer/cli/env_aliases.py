@@ -98,6 +98,8 @@ def alias_options(environment: Mapping[str, str], command: str) -> tuple[list[st
 
 
 def _plain(name: str, value: str) -> list[str]:
+    if name == "SWA_START_FRAC" and float(value) == 0:
+        return ["--averaging.method=null"]
     if name in ZERO_IS_NULL and float(value) == 0:
         value = "null"
     return [f"--{key}={value}" for key in PLAIN[name]]
