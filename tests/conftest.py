@@ -1,9 +1,6 @@
 """Small data that every test can make: no download, nothing outside the repository."""
 
-import os
 import random
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +16,7 @@ from trainer.model.embedding import BigramConfig, SmearConfig
 from trainer.model.transformer import LoopConfig, TransformerConfig
 
 torch.set_num_threads(2)
-# A busy machine is no fault of a test: its first example may take seconds.
+# On a busy machine the first example of a test may take seconds.
 settings.register_profile("golf", suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("golf")
 ROOT = Path(__file__).parents[1]
@@ -61,19 +58,6 @@ TEXT = "the model reads a token and then it writes another one of them while 12 
 WORDS = TEXT.split(" ")
 
 
-def run_python(*words: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run Python with this checkout's packages, one thread a process."""
-    return subprocess.run(
-        [sys.executable, *words],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-
-
 def make_documents(count: int, seed: int) -> list[str]:
     rng = random.Random(seed)
     return [" ".join(rng.choices(WORDS, k=rng.randint(5, 60))) for _ in range(count)]
@@ -81,7 +65,7 @@ def make_documents(count: int, seed: int) -> list[str]:
 
 @pytest.fixture(scope="session")
 def shard_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two training shards, one validation shard and a tokenizer of 300 pieces."""
+    """Two training shards, one validation shard and a tokenizer with a vocabulary of 300."""
     folder = tmp_path_factory.mktemp("shards")
     train = make_documents(400, 0)
     train_tokenizer(iter(train), 300, folder / "tokenizer.model", 1)

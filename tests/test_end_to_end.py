@@ -40,6 +40,8 @@ def test_a_run_folder_holds_everything(finished, shard_folder: Path):
     run = folder / RUNS / "1"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 8
+    assert summary["calibration_seconds"] == 0  # nothing to measure
+    assert "warning" not in output
     assert summary["train_tokens"] == 8 * 256
     assert summary["bytes_model"] == (run / "artifact.zst").stat().st_size
     assert summary["bytes_code"] == (run / "train_gpt.py").stat().st_size

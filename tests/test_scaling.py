@@ -1,27 +1,37 @@
-"""What `benchmarks.scaling` and `benchmarks.profile` make of a profile."""
+"""What `benchmarks.scaling` and `benchmarks.profile` compute from a profile."""
 
 import pytest
+import torch
 
 from benchmarks.profile import by_time, idle, union
-from benchmarks.scaling import device_times, table
+from benchmarks.scaling import device_times, replicated, table
+from trainer.optim import newton_schulz
 
 
 def test_collectives_count_as_exposed_only_where_nothing_is_computed():
     kernels = [
         ("gemm", (0.0, 1000.0)),
-        ("ncclDevKernel_AllReduce_Sum", (500.0, 1500.0)),  # half of it beside the product
+        ("ncclDevKernel_AllReduce_Sum", (500.0, 1500.0)),  # half of it during the product
         ("ncclDevKernel_AllGather_RING", (1500.0, 1700.0)),
         ("norm", (2000.0, 2100.0)),
     ]
-    found = device_times(kernels, steps=2)
+    times = device_times(kernels, steps=2)
     expected = {"all_reduce_ms": 0.5, "all_gather_ms": 0.1, "collectives_not_hidden_ms": 0.35, "gpu_idle_ms": 0.15}
-    assert found == pytest.approx(expected)
+    assert times == pytest.approx(expected)
     assert device_times([], 2) == {}
 
 
-def test_overlapping_stretches_are_one():
+def test_overlapping_intervals_are_merged():
     assert union([(3.0, 4.0), (0.0, 1.0), (0.5, 2.0)]) == [(0.0, 2.0), (3.0, 4.0)]
     assert idle([(3.0, 4.0), (0.0, 1.0), (0.5, 2.0)]) == 1.0
+
+
+def test_replicated_orthogonalization_gives_the_same_results(monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    stacks = [torch.randn(shape) for shape in ((3, 4, 6), (2, 6, 4), (1, 5, 5))]
+    divided = newton_schulz.orthogonalize(stacks, 5)
+    monkeypatch.setattr(newton_schulz, "_divided", replicated)
+    assert all(torch.equal(a, b) for a, b in zip(divided, newton_schulz.orthogonalize(stacks, 5), strict=True))
 
 
 def test_table_compares_with_the_first_row():

@@ -68,25 +68,25 @@ def test_rows_without_an_artifact_have_no_size():
 
 
 def test_the_fingerprint_is_that_of_the_text_under_any_tokenizer():
-    def shards(*records: tuple[str, int, int, int]) -> str:
-        found = [
+    def fingerprint(*shards: tuple[str, int, int, int]) -> str:
+        records = [
             ShardRecord("f", split, documents, tokens, 990, text_bytes, "0" * 64)
-            for split, documents, tokens, text_bytes in records
+            for split, documents, tokens, text_bytes in shards
         ]
-        return Manifest({}, "0" * 64, found, {}).text_fingerprint
+        return Manifest({}, "0" * 64, records, {}).text_fingerprint
 
-    one = shards(("train", 10, 100, 1000), ("val", 3, 30, 200))
-    two = shards(("train", 6, 40, 700), ("train", 4, 30, 300), ("val", 3, 20, 200))  # longer pieces, smaller shards
+    one = fingerprint(("train", 10, 100, 1000), ("val", 3, 30, 200))
+    two = fingerprint(("train", 6, 40, 700), ("train", 4, 30, 300), ("val", 3, 20, 200))  # other tokens and shards
     assert one == two
-    assert one != shards(("train", 10, 100, 1001), ("val", 3, 30, 200))
-    assert one != shards(("train", 10, 100, 1000), ("val", 2, 30, 200))
+    assert one != fingerprint(("train", 10, 100, 1001), ("val", 3, 30, 200))
+    assert one != fingerprint(("train", 10, 100, 1000), ("val", 2, 30, 200))
 
 
-def sprint(data: Path, place: Path, *settings: str) -> subprocess.CompletedProcess[str]:
-    words = ["--config=int5mlp_10l", "--table=t.jsonl", "--steps=4", f"--data={data}", "--seeds=2"]
+def sprint(data: Path, folder: Path, *settings: str) -> subprocess.CompletedProcess[str]:
+    args = ["--config=int5mlp_10l", "--table=t.jsonl", "--steps=4", f"--data={data}", "--seeds=2"]
     return subprocess.run(
-        [sys.executable, "-m", "benchmarks.sprint", *words, "--set", *settings],
-        cwd=place,
+        [sys.executable, "-m", "benchmarks.sprint", *args, "--set", *settings],
+        cwd=folder,
         env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -95,18 +95,18 @@ def sprint(data: Path, place: Path, *settings: str) -> subprocess.CompletedProce
 
 
 def test_a_sprint_runs_its_seeds_and_adds_their_rows(tmp_path: Path, shard_folder: Path):
-    settings = [word.removeprefix("--") for word in [*TINY_OPTIONS, "--report.enabled=false"]]
+    settings = [option.removeprefix("--") for option in [*TINY_OPTIONS, "--report.enabled=false"]]
     assert "holds no manifest.json" in sprint(shard_folder, tmp_path, *settings).stderr
     data = tmp_path / "data"
     shutil.copytree(shard_folder, data)
     shards = [ShardRecord(path.name, "train", 1, 1, 1, 7, "0" * 64) for path in sorted(data.glob("*.bin"))]
     Manifest({}, sha256_of(data / "tokenizer.model"), shards, {}).write(data)
-    found = sprint(data, tmp_path, *settings)
-    assert found.returncode == 0, found.stderr
+    result = sprint(data, tmp_path, *settings)
+    assert result.returncode == 0, result.stderr
     rows = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
     assert [(row["seed"], row["steps"], row["seconds"], row["max_steps"]) for row in rows] == [
         (1, 4, None, 4),
         (2, 4, None, 4),
     ]
     assert rows[0]["val_bpb"] != rows[1]["val_bpb"]
-    assert f"**{(rows[0]['val_bpb'] + rows[1]['val_bpb']) / 2:.4f}** ±" in found.stdout
+    assert f"**{(rows[0]['val_bpb'] + rows[1]['val_bpb']) / 2:.4f}** ±" in result.stdout

@@ -1,7 +1,6 @@
-"""The warm-up compiles everything that a run needs and leaves no trace in its weights."""
+"""The warm-up compiles everything that a run needs and does not change its weights."""
 
 import json
-import os
 import subprocess
 import sys
 from functools import partial
@@ -10,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import ROOT, TINY_OPTIONS
+from tests.conftest import TINY_OPTIONS
+from tests.helpers import environment
 
 # The graphs are captured as for a GPU and then run by Python: no C++ compiler, and the same arithmetic bit by bit.
 SCRIPT = """
@@ -22,21 +22,21 @@ from trainer.__main__ import main
 from trainer.callbacks.weight_averaging import WeightAveraging
 from trainer.lightning_module import LanguageModel
 rank = int(os.environ.get("LOCAL_RANK", 0))
-whole = LanguageModel.nll_of
+original_nll_of = LanguageModel.nll_of
 def nll_of(self, model):
-    nll = whole(self, model)
-    def limited(ids, targets, first):
+    nll = original_nll_of(self, model)
+    def limited(ids, targets, start_pos):
         if rank == 0 and torch.is_grad_enabled() and len(ids) > int(os.environ["SEQUENCES_THAT_FIT"]):
             raise torch.cuda.OutOfMemoryError("planted")
-        return nll(ids, targets, first)
+        return nll(ids, targets, start_pos)
     return limited
 LanguageModel.nll_of = nll_of
 graphs = []
 count = lambda: counters["stats"]["unique_graphs"]
 WeightAveraging.on_train_start = lambda self, trainer, module: graphs.append(count())
-old = WeightAveraging.on_train_batch_end
-def spy(self, trainer, module, *rest):
-    old(self, trainer, module, *rest)
+original_end = WeightAveraging.on_train_batch_end
+def spy(self, trainer, module, *args):
+    original_end(self, trainer, module, *args)
     graphs.append(count())
     sha = hashlib.sha256(b"".join(t.numpy().tobytes() for t in module.model.state_dict().values())).hexdigest()
     with open(f"seen{rank}.json", "w") as file:
@@ -52,12 +52,12 @@ def run(tmp_path: Path, shard_folder: Path):
     return partial(start, tmp_path, shard_folder)
 
 
-def start(folder: Path, shards: Path, *words: str, fit: int = 1000) -> subprocess.CompletedProcess[str]:
+def start(folder: Path, shards: Path, *args: str, fit: int = 1000) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "compiled.py", "fit", "--config=int5mlp_10l_parity", f"--data.source.folder={shards}"]
     return subprocess.run(
-        [*command, *TINY_OPTIONS, "--trainer.max_steps=5", "--trainer.val_check_interval=2", *words],
+        [*command, *TINY_OPTIONS, "--trainer.max_steps=5", "--trainer.val_check_interval=2", *args],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "SEQUENCES_THAT_FIT": str(fit)},
+        env=environment(SEQUENCES_THAT_FIT=str(fit)),
         capture_output=True,
         text=True,
         timeout=300,
@@ -82,24 +82,24 @@ def test_compiling_and_warming_up_changes_no_weight_and_nothing_is_compiled_late
 
 
 def test_without_the_warmup_the_first_step_compiles(run, tmp_path: Path):
-    cold = seen(run("--model.compile=on", "--warmup.steps=0"), tmp_path)
+    cold = seen(run("--model.compile=on", "--warmup.steps=null"), tmp_path)
     assert cold["graphs"][0] == 0
     assert cold["graphs"][1] > 0
 
 
-def test_the_largest_even_micro_batch_that_fits_is_found_and_remembered(run, tmp_path: Path):
-    """A step has 8 sequences and the planted memory room for 3: slices of 2 are the largest even ones."""
+def test_the_largest_equal_micro_batch_that_fits_is_used_and_written_to_the_config(run, tmp_path: Path):
+    """A step has 8 sequences and the simulated memory holds 3: micro-batches of 2 are the largest equal ones."""
     result = run("--model.compile=on", fit=3)
-    found = seen(result, tmp_path)
-    assert "4 micro-batches of 64 tokens" in result.stderr
+    searched = seen(result, tmp_path)
+    assert "4 micro-batches of 64 tokens" in result.stdout
     config = yaml.safe_load((tmp_path / "runs/int5mlp_10l_parity/1/config.yaml").read_text())
     assert config["model"]["micro_batch_tokens"] == 64
-    assert set(found["graphs"]) == {found["graphs"][0]}
+    assert set(searched["graphs"]) == {searched["graphs"][0]}
     given = seen(run("--model.compile=off", "--model.micro_batch_tokens=64"), tmp_path)
-    assert given["weights"] == found["weights"]
+    assert given["weights"] == searched["weights"]
 
 
-def test_a_sequence_that_does_not_fit_is_said_in_one_line(run):
+def test_a_sequence_that_does_not_fit_is_reported_in_one_line(run):
     result = run("--model.compile=on", fit=0)
     assert result.returncode == 1
     assert "not even one sequence of 32 tokens fits" in result.stderr
@@ -107,8 +107,8 @@ def test_a_sequence_that_does_not_fit_is_said_in_one_line(run):
 
 
 def test_processes_agree_on_a_micro_batch_where_only_one_has_little_memory(run, tmp_path: Path):
-    """Each has 4 sequences of a step; rank 0 has room for one of them, rank 1 for all."""
+    """Each has 4 sequences of a step; the memory of rank 0 holds one of them, that of rank 1 all."""
     result = run("--model.compile=on", "--trainer.devices=2", "--trainer.accelerator=cpu", fit=1)
     one, two = (seen(result, tmp_path, rank) for rank in range(2))
-    assert "4 micro-batches of 32 tokens" in result.stderr
+    assert "4 micro-batches of 32 tokens" in result.stdout
     assert one["weights"] == two["weights"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tempfile
 import threading
 from pathlib import Path
@@ -32,7 +33,7 @@ def test_a_shard_is_a_256_int_header_and_uint16(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (lambda raw: raw[:-2], "header promises 3 tokens"),
         (lambda raw: raw + b"\0", "header promises 3 tokens"),
@@ -43,11 +44,11 @@ def test_a_shard_is_a_256_int_header_and_uint16(tmp_path: Path):
         (lambda raw: raw[:8] + b"\0" * 4 + raw[12:1024], "holds no tokens"),
     ],
 )
-def test_a_damaged_shard_is_refused_by_name(tmp_path: Path, change, words):
+def test_a_damaged_shard_is_refused_by_name(tmp_path: Path, change, message: str):
     path = tmp_path / "a.bin"
     write_shard(path, np.array([1, 2, 3], dtype=np.uint16))
     path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(UserError, match=words) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         open_shard(path)
     assert "a.bin" in str(caught.value)
 
@@ -68,40 +69,39 @@ def test_reading_wraps_around_the_concatenation(three_shards, start: int, count:
 
 
 @given(world=st.sampled_from([1, 2, 4]), step=st.integers(0, 50))
-def test_the_ranks_of_a_step_make_up_the_next_tokens_of_the_stream(three_shards, world: int, step: int):
+def test_the_processes_of_a_step_read_the_next_tokens_of_the_stream(three_shards, world: int, step: int):
     files, row = three_shards
     parts = torch.cat([TrainStream(files, 64, 8, 100, rank, world)[step] for rank in range(world)]).numpy()
     first = 64 * step + 8 * np.arange(8)[:, None]
-    assert np.array_equal(
-        parts, row[(first + np.arange(9)) % 1000]
-    )  # a row's last target is the next row's first token
+    # a row's last target is the next row's first token
+    assert np.array_equal(parts, row[(first + np.arange(9)) % 1000])
 
 
 @settings(deadline=None)
 @given(world=st.sampled_from([1, 2, 4]), seed=st.integers(0, 5), restart=st.integers(0, 40))
-def test_shuffled_pieces_come_once_an_epoch_in_another_order_each_time(three_shards, world, seed, restart):
-    """1,000 tokens hold 124 pieces of 8 with a target each: 8 a step, so an epoch ends inside a step."""
+def test_every_sequence_comes_once_per_epoch_in_another_order_each_time(three_shards, world, seed, restart):
+    """1,000 tokens hold 124 sequences of 8 with their targets: 8 per step, so an epoch ends inside a step."""
     files, row = three_shards
-    pieces = {row[8 * place : 8 * place + 9].tobytes() for place in range(124)}
+    sequences = {row[8 * index : 8 * index + 9].tobytes() for index in range(124)}
 
     def read(steps: range) -> list[bytes]:
         streams = [TrainStream(files, 64, 8, 100, rank, world, "shuffled", seed) for rank in range(world)]
-        return [piece.numpy().astype(np.uint16).tobytes() for n in steps for s in streams for piece in s[n]]
+        return [sequence.numpy().astype(np.uint16).tobytes() for n in steps for s in streams for sequence in s[n]]
 
     whole = read(range(31))
-    assert set(whole[:124]) == set(whole[124:]) == pieces
+    assert set(whole[:124]) == set(whole[124:]) == sequences
     assert whole[:124] != whole[124:]
     assert read(range(restart, 41))[: 8 * max(0, 31 - restart)] == whole[8 * restart :]
 
 
 @settings(deadline=None)
 @given(
-    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60).filter(lambda found: sum(found) > 32),
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60).filter(lambda lengths: sum(lengths) > 32),
     world=st.sampled_from([1, 2, 4]),
     seed=st.integers(0, 3),
 )
 def test_packed_sequences_hold_every_token_of_an_epoch_once(lengths: list[int], world: int, seed: int):
-    """Tokens are numbered, so that a row says where it was cut; -1 only stands at its end."""
+    """Tokens are numbered, so that a row shows where it was cut; -1 is only at its end."""
     total, capacity = sum(lengths), 9
     starts = np.cumsum(lengths) - lengths
     tokens = np.arange(100, 100 + total, dtype=np.uint16)
@@ -115,21 +115,21 @@ def test_packed_sequences_hold_every_token_of_an_epoch_once(lengths: list[int], 
         rows = len(streams[0].packing or [])
         read = torch.cat([stream[step] for step in range(2 * rows // world + 1) for stream in streams]).numpy()
     for epoch in range(2):
-        places = []
+        positions = []
         for row in read[epoch * rows : (epoch + 1) * rows]:
             held = row[row >= 0]
             assert len(held)
             assert (row[len(held) :] == -1).all()
             numbered = held != BOS
-            if numbered[0]:  # no document starts here: none that starts is in this row
+            if numbered[0]:  # a long document continues here: no other one is in this row
                 assert numbered.all()
-            places += held[numbered].tolist()
-        assert sorted(places) == tokens[tokens != BOS].tolist()
+            positions += held[numbered].tolist()
+        assert sorted(positions) == tokens[tokens != BOS].tolist()
     assert rows == best_fit_decreasing([min(capacity, n - k) for n in lengths for k in range(0, n, capacity)], capacity)
 
 
 def best_fit_decreasing(lengths: list[int], capacity: int) -> int:
-    """The textbook's way, one piece at a time: rows that it takes."""
+    """The textbook's algorithm, one segment at a time: number of rows."""
     free: list[int] = []
     for length in sorted(lengths, reverse=True):
         fitting = [space for space in free if space >= length]
@@ -183,18 +183,17 @@ def test_the_byte_table_counts_the_bytes_of_the_normalized_text(shard_folder: Pa
     assert int(table.count(ids[:-1], ids[1:]).sum()) == expected
 
 
-def test_what_normalization_replaces_is_told(shard_folder: Path):
+def test_the_description_names_what_normalization_replaces(shard_folder: Path):
     sample = NormalizationSample(load_tokenizer(shard_folder / "tokenizer.model"))
     for text in ("plain words", "no\u00a0break\u00a0space", "three dots…", "e\u0301"):
         sample.add(text)
-    said = sample.describe()
-    assert said == (
+    assert sample.describe() == (
         "normalization changed 3 of the first 4 documents (43 bytes became 40); "
         "U+00A0 NO-BREAK SPACE to ' ' 2 times, U+2026 … to '...' 1 times"
     )
 
 
-def test_control_pieces_cost_nothing_and_byte_pieces_one(shard_folder: Path):
+def test_control_tokens_count_no_byte_and_byte_tokens_one(shard_folder: Path):
     tokenizer = load_tokenizer(shard_folder / "tokenizer.model")
     table = ByteTable.from_tokenizer(tokenizer)
     assert table.boundary.nonzero().flatten().tolist() == [0, 1, 2, 3]
@@ -203,15 +202,15 @@ def test_control_pieces_cost_nothing_and_byte_pieces_one(shard_folder: Path):
 
 
 @settings(deadline=None)
-@given(tokens=st.lists(st.integers(0, 299), min_size=1, max_size=50), piece=st.integers(1, 60))
-def test_the_bytes_of_a_row_are_the_sum_of_its_targets(shard_folder: Path, tokens: list[int], piece: int):
+@given(tokens=st.lists(st.integers(0, 299), min_size=1, max_size=50), chunk=st.integers(1, 60))
+def test_the_bytes_of_a_row_are_the_sum_of_its_targets(shard_folder: Path, tokens: list[int], chunk: int):
     table = ByteTable.from_tokenizer(load_tokenizer(shard_folder / "tokenizer.model"))
     ids = torch.tensor(tokens)
     expected = int(table.count(ids[:-1], ids[1:]).sum())
-    assert table.total(np.array(tokens, dtype=np.uint16), piece) == expected
+    assert table.total(np.array(tokens, dtype=np.uint16), chunk) == expected
 
 
-def test_local_text_keeps_documents_in_order_with_bos_and_is_made_once(tmp_path: Path, shard_folder: Path):
+def test_local_text_keeps_documents_in_order_with_bos_and_is_made_once(tmp_path: Path, shard_folder: Path, capsys):
     documents = ["the model reads", "12 cats", "another token"]
     lines = "".join(json.dumps({"text": text}) + "\n" for text in documents)
     (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
@@ -221,6 +220,10 @@ def test_local_text_keeps_documents_in_order_with_bos_and_is_made_once(tmp_path:
         [str(tmp_path / "a.jsonl.zst")], str(tmp_path / "out"), [str(tmp_path / "v.txt")], tokenizer=model
     )
     source.prepare()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"tokenizing 2 files (0.0 MB) into {tmp_path / 'out'}"
+    assert any(re.fullmatch(r"tokenized 0\.0 MB in \d+\.\d s \(\d+\.\d MB/s\)", line) for line in lines)
+    assert any(line.startswith("normalization changed 0 of the first 4 documents") for line in lines)
     text = source.prepared()
     tokens = open_shard(text.train[0])
     tokenizer = load_tokenizer(text.tokenizer)
@@ -229,13 +232,14 @@ def test_local_text_keeps_documents_in_order_with_bos_and_is_made_once(tmp_path:
     before = text.train[0].stat().st_mtime_ns
     source.prepare()
     assert text.train[0].stat().st_mtime_ns == before
+    assert capsys.readouterr().out == ""
 
 
 def test_a_folder_with_foreign_shards_is_never_cleared(tmp_path: Path):
     write_shard(tmp_path / "x_train_000000.bin", np.array([1, 2], dtype=np.uint16))
     (tmp_path / "a.txt").write_text("some text")
     source = LocalText([str(tmp_path / "a.txt")], str(tmp_path), [str(tmp_path / "a.txt")], vocab_size=300)
-    with pytest.raises(UserError, match="not made here"):
+    with pytest.raises(UserError, match="this trainer did not make"):
         source.prepare()
     assert (tmp_path / "x_train_000000.bin").exists()
 
@@ -244,10 +248,8 @@ def test_python_documentation_finds_docstrings_and_splits_them_by_hash(tmp_path:
     root = tmp_path / "lib"
     root.mkdir()
     for index in range(60):
-        words = " ".join(f"word{index}{letter} about the number {index * 7}" for letter in "abcdefghijklmnop")
-        (root / f"m{index}.py").write_text(
-            f'"""Module {index}.\n\n{words}\n"""\n\ndef f():\n    """Return {words}."""\n'
-        )
+        text = " ".join(f"word{index}{letter} about the number {index * 7}" for letter in "abcdefghijklmnop")
+        (root / f"m{index}.py").write_text(f'"""Module {index}.\n\n{text}\n"""\n\ndef f():\n    """Return {text}."""\n')
     (root / "broken.py").write_text('"""never closed')
     source = PythonDocumentation(str(tmp_path / "out"), 320, val_every=4, roots=[str(root)])
     source.prepare()
@@ -265,7 +267,7 @@ def test_python_documentation_finds_docstrings_and_splits_them_by_hash(tmp_path:
 def test_missing_data_is_named(tmp_path: Path):
     (tmp_path / "artifact.zst").touch()
     for name in ("none", "artifact.zst"):
-        with pytest.raises(UserError, match=f"{name}: is no folder"):
+        with pytest.raises(UserError, match=f"{name}: is not a folder"):
             Shards(str(tmp_path / name)).prepared()
     with pytest.raises(UserError, match=r"no shard named \*_train_"):
         Shards(str(tmp_path)).prepared()

@@ -18,9 +18,10 @@ from tests.conftest import make_documents
 from trainer.__main__ import main
 from trainer.data.documents import TextFiles, find_files
 from trainer.data.manifest import Manifest, documents_of, verify
+from trainer.data.shard_writer import split_of
 from trainer.data.shards import TokenFiles, open_shard
 from trainer.data.sources import LocalText
-from trainer.data.shard_writer import split_of
+from trainer.data.stream import TrainStream
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import UserError
 
@@ -51,12 +52,12 @@ def test_every_kind_of_file_gives_its_documents(tmp_path: Path, kind, content, e
     assert files.fraction == 1.0
 
 
-def test_names_are_files_folders_and_patterns_in_their_order(tmp_path: Path):
+def test_names_are_files_folders_and_patterns_in_the_given_order(tmp_path: Path):
     for name in ("b/2.txt", "b/1.jsonl.gz", "b/c/3.txt", "a.txt", "b/notes.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
-    found = find_files([str(tmp_path / "b"), str(tmp_path / "*.txt")])
-    assert [str(path.relative_to(tmp_path)) for path in found] == ["b/1.jsonl.gz", "b/2.txt", "b/c/3.txt", "a.txt"]
+    files = find_files([str(tmp_path / "b"), str(tmp_path / "*.txt")])
+    assert [str(path.relative_to(tmp_path)) for path in files] == ["b/1.jsonl.gz", "b/2.txt", "b/c/3.txt", "a.txt"]
     for name, message in (("none.txt", "no such text file"), ("*.jsonl", "no such text file"), ("b/notes.md", "only")):
         with pytest.raises(UserError, match=message):
             find_files([str(tmp_path / name)])
@@ -78,7 +79,7 @@ def test_names_are_files_folders_and_patterns_in_their_order(tmp_path: Path):
         ("a.parquet", b"no parquet at all", "is no parquet file"),
     ],
 )
-def test_a_bad_file_is_named_with_what_is_wrong(tmp_path: Path, name: str, content: bytes, message: str):
+def test_a_bad_file_is_named_with_its_problem(tmp_path: Path, name: str, content: bytes, message: str):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
         list(TextFiles([tmp_path / name]))
@@ -87,8 +88,8 @@ def test_a_bad_file_is_named_with_what_is_wrong(tmp_path: Path, name: str, conte
 
 def test_a_bad_file_is_named_while_a_tokenizer_is_trained_on_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS) + b'{"text": 3}\n')
-    words = [f"--data.source.train_files=[{tmp_path}/a.jsonl]", f"--data.source.folder={tmp_path}/out"]
-    assert main(["prepare", "--data.source=LocalText", *words]) == 1
+    args = [f"--data.source.train_files=[{tmp_path}/a.jsonl]", f"--data.source.folder={tmp_path}/out"]
+    assert main(["prepare", "--data.source=LocalText", *args]) == 1
     assert capsys.readouterr().err == f"trainer: {tmp_path}/a.jsonl: the `text` of line {len(TEXTS) + 1} is no string\n"
 
 
@@ -97,11 +98,11 @@ def prepared(tmp_path: Path, shard_folder: Path) -> tuple[Path, list[str]]:
     texts = make_documents(120, 7)
     (tmp_path / "a.jsonl").write_bytes(jsonl(texts[:70]))
     (tmp_path / "b.jsonl.zst").write_bytes(zstandard.compress(jsonl(texts[70:])))
-    words = [f"--data.source.train_files=[{tmp_path}/a.jsonl,{tmp_path}/b.jsonl.zst]"]
-    words += [f"--data.source.folder={tmp_path}/out", f"--data.source.tokenizer={shard_folder}/tokenizer.model"]
-    words += ["--data.source.val_every=5", "--data.source.shard_tokens=1500"]
-    assert main(["prepare", "--data.source=LocalText", *words]) == 0
-    assert main(["prepare", "--data.source=LocalText", *words, "--verify"]) == 0
+    args = [f"--data.source.train_files=[{tmp_path}/a.jsonl,{tmp_path}/b.jsonl.zst]"]
+    args += [f"--data.source.folder={tmp_path}/out", f"--data.source.tokenizer={shard_folder}/tokenizer.model"]
+    args += ["--data.source.val_every=5", "--data.source.shard_tokens=1500"]
+    assert main(["prepare", "--data.source=LocalText", *args]) == 0
+    assert main(["prepare", "--data.source=LocalText", *args, "--verify"]) == 0
     return tmp_path / "out", texts
 
 
@@ -112,21 +113,19 @@ def test_prepared_shards_hold_every_document_once_in_its_split(prepared):
     for split in ("train", "val"):
         expected = [text for text in texts if split_of(text, 5) == split]
         shards = manifest.of(split)
-        found = [
+        decoded = [
             tokenizer.decode(document.tolist())
             for s in shards
             for document in documents_of(open_shard(folder / s.file))
         ]
-        assert found == expected
+        assert decoded == expected
         assert sum(shard.documents for shard in shards) == len(expected)
         assert sum(shard.bytes for shard in shards) == sum(len(text.encode()) for text in expected)
         assert all(shard.tokens <= 1500 for shard in shards)
     assert len(manifest.of("train")) > 1
 
 
-def test_three_shards_two_ranks_and_a_restart_give_the_plain_concatenation(prepared):
-    from trainer.data.stream import TrainStream
-
+def test_three_shards_two_processes_and_a_restart_give_the_plain_concatenation(prepared):
     folder, _ = prepared
     paths = [folder / shard.file for shard in Manifest.read(folder).of("train")]
     assert len(paths) >= 3
@@ -220,82 +219,82 @@ def test_a_killed_preparation_leaves_no_manifest_and_the_next_one_is_whole(tmp_p
     assert sum(shard.documents for shard in verify(tmp_path / "o").shards) == 200
 
 
-def test_a_full_disk_is_named_and_leaves_nothing_that_looks_whole(tmp_path: Path, shard_folder: Path):
-    """A limit on the size of files stands for the disk: the first shard goes beyond it."""
+def test_a_full_disk_is_named_and_leaves_nothing_that_looks_complete(tmp_path: Path, shard_folder: Path):
+    """A limit on the size of files simulates the disk: the first shard exceeds it."""
     (tmp_path / "a.jsonl").write_bytes(jsonl(make_documents(4000, 5)))
-    words = ["prepare", "--data.source=LocalText", f"--data.source.train_files=[{tmp_path}/a.jsonl]"]
-    words += [f"--data.source.folder={tmp_path}/o", f"--data.source.tokenizer={shard_folder}/tokenizer.model"]
-    words += ["--data.source.val_every=3", "--data.source.shard_tokens=150000"]
+    args = ["prepare", "--data.source=LocalText", f"--data.source.train_files=[{tmp_path}/a.jsonl]"]
+    args += [f"--data.source.folder={tmp_path}/o", f"--data.source.tokenizer={shard_folder}/tokenizer.model"]
+    args += ["--data.source.val_every=3", "--data.source.shard_tokens=150000"]
     script = (
         "import resource, sys\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (260000, 260000))\n"
         "from trainer.__main__ import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    full = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=False)
+    full = subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True, check=False)
     assert full.returncode == 1
     assert "text_train_000000.bin: cannot be written (File too large); free some space" in full.stderr
     assert "Traceback" not in full.stderr
     assert not list((tmp_path / "o").glob("*.bin"))
     assert not (tmp_path / "o/manifest.json").exists()
-    assert main(words) == 0
+    assert main(args) == 0
     assert sum(shard.documents for shard in verify(tmp_path / "o").shards) == 4000
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, shard_folder: Path, capsys):
     (tmp_path / "a.jsonl").write_bytes(jsonl(make_documents(20, 5)))
-    words = ["--data.source=LocalText", f"--data.source.train_files=[{tmp_path}/a.jsonl]"]
-    words += [f"--data.source.folder={tmp_path}/a.jsonl/o", f"--data.source.tokenizer={shard_folder}/tokenizer.model"]
-    assert main(["prepare", *words]) == 1
+    args = ["--data.source=LocalText", f"--data.source.train_files=[{tmp_path}/a.jsonl]"]
+    args += [f"--data.source.folder={tmp_path}/a.jsonl/o", f"--data.source.tokenizer={shard_folder}/tokenizer.model"]
+    assert main(["prepare", *args]) == 1
     assert (
         "a.jsonl/o: cannot be written (Not a directory); choose another data.source.folder" in capsys.readouterr().err
     )
 
 
-def test_verify_mends_nothing_and_prepare_does(prepared, tmp_path: Path, shard_folder: Path, capsys):
+def test_verify_repairs_nothing_and_prepare_does(prepared, tmp_path: Path, shard_folder: Path, capsys):
     folder, _ = prepared
-    words = [
+    args = [
         "prepare",
         "--data.source=LocalText",
         f"--data.source.train_files=[{tmp_path}/a.jsonl,{tmp_path}/b.jsonl.zst]",
     ]
-    words += [f"--data.source.folder={folder}", f"--data.source.tokenizer={shard_folder}/tokenizer.model"]
-    words += ["--data.source.val_every=5", "--data.source.shard_tokens=1500"]
+    args += [f"--data.source.folder={folder}", f"--data.source.tokenizer={shard_folder}/tokenizer.model"]
+    args += ["--data.source.val_every=5", "--data.source.shard_tokens=1500"]
     shard = folder / "text_train_000000.bin"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-2])
-    assert main([*words, "--verify"]) == 1
+    assert main([*args, "--verify"]) == 1
     assert "text_train_000000.bin: header promises" in capsys.readouterr().err
     assert len(shard.read_bytes()) == len(whole) - 2
-    assert main(words) == 0
+    assert main(args) == 0
     assert shard.read_bytes() == whole
     (folder / "manifest.json").write_text("{")
-    assert main([*words, "--verify"]) == 1
-    assert main(words) == 0
-    assert main([*words, "--verify"]) == 0
-    assert main([*words, "--data.source.val_every=1"]) == 1
+    assert main([*args, "--verify"]) == 1
+    assert main(args) == 0
+    assert main([*args, "--verify"]) == 0
+    assert main([*args, "--data.source.val_every=1"]) == 1
     assert "val_every must be at least 2" in capsys.readouterr().err
 
 
 def test_another_source_of_a_run_inherits_nothing_from_the_recipe(tmp_path: Path, capsys):
-    words = ["fit", "--config=quickstart", "--data.source=LocalText", "--data.source.train_files=[x.txt]"]
+    args = ["fit", "--config=quickstart", "--data.source=LocalText", "--data.source.train_files=[x.txt]"]
     with pytest.raises(SystemExit) as ended:
-        main([*words, f"--data.source.folder={tmp_path}", "--print_config"])
+        main([*args, f"--data.source.folder={tmp_path}", "--print_config"])
     assert ended.value.code == 0
     shown = yaml.safe_load(capsys.readouterr().out)["data"]
     assert shown["source"]["init_args"]["folder"] == str(tmp_path)
-    assert shown["batch_tokens"] == 2048  # everything else is the recipe's
+    assert shown["batch_tokens"] == 2048  # everything else is that of the recipe
     with pytest.raises(SystemExit) as ended:
-        main(words)
+        main(args)
     assert ended.value.code == 2
     assert "folder" in capsys.readouterr().err
 
 
 def test_another_source_inherits_nothing_from_the_quickstart(tmp_path: Path, shard_folder: Path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(make_documents(400, 9)))
-    words = [f"--data.source.train_files=[{tmp_path}/a.jsonl]", f"--data.source.folder={tmp_path}/o"]
-    words.append(f"--data.source.tokenizer={shard_folder}/tokenizer.model")
-    assert main(["prepare", "--data.source", "LocalText", *words]) == 0
+    args = [f"--data.source.train_files=[{tmp_path}/a.jsonl]", f"--data.source.folder={tmp_path}/o"]
+    args.append(f"--data.source.tokenizer={shard_folder}/tokenizer.model")
+    assert main(["prepare", "--data.source", "LocalText", *args]) == 0
     assert Manifest.read(tmp_path / "o").source["val_every"] == 100  # the quickstart's source says 40
 
 
@@ -307,5 +306,5 @@ def test_inspect_shows_shards_documents_and_lengths(prepared, capsys):
     first = next(text for text in texts if split_of(text, 5) == "train")
     assert first[:60] in shown
     assert "bytes per token" in shown
-    assert "tokens a document" in shown
+    assert "tokens per document" in shown
     assert main(["inspect", str(folder / "none")]) == 1

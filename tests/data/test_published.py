@@ -1,4 +1,4 @@
-"""The published export from a server that speaks the hub's protocol, with the faults that networks have."""
+"""The published export from a server with the Hub's protocol, and with the faults of networks."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ MODEL = "tokenizers/tiny.model"
 
 
 class Hub:
-    """Files of one dataset, and what goes wrong with them."""
+    """Files of one dataset, and their faults."""
 
     def __init__(self, files: dict[str, bytes]):
         self.files = files
@@ -106,8 +106,8 @@ class Hub:
 def export(tmp_path_factory):
     """Files of an export: two training shards, one validation shard, a tokenizer."""
     folder = tmp_path_factory.mktemp("export")
-    words = ("the golf ball rolls over the green and into the water " * 20).split()
-    lines = (" ".join(words[n % 50 : n % 50 + 9]) for n in range(400))
+    text = ("the golf ball rolls over the green and into the water " * 20).split()
+    lines = (" ".join(text[n % 50 : n % 50 + 9]) for n in range(400))
     train_tokenizer(lines, 280, folder / "tiny.model", 1)
     rng = np.random.default_rng(0)
     files = {f"datasets/{MODEL}": (folder / "tiny.model").read_bytes()}
@@ -182,7 +182,7 @@ def test_only_the_wanted_training_shards_but_the_whole_validation(hub):
 
 
 def test_a_cut_connection_is_resumed_where_it_broke(hub, monkeypatch):
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # what is kept of a broken answer: whole chunks
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # only whole chunks of a broken answer are kept
     hub.cut = {shard("train_000001")}
     source().prepare()
     assert_whole(hub, source().prepared())
@@ -213,22 +213,25 @@ def test_a_size_that_differs_from_the_announced_one_is_refused(hub):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"variant": "tiny_sp9"}, r"variant 'tiny_sp9' is not in someone/golf; there are: other, tiny_sp280"),
         ({"train_shards": 3}, r"train_shards is 3, but tiny_sp280 in someone/golf has 2"),
         ({"train_shards": 0}, r"give 1 to 2"),
-        ({"variant": "other", "train_shards": 1}, r"promises other/fineweb_train_000000.bin, but.*holds 0"),
+        (
+            {"variant": "other", "train_shards": 1},
+            "promises other/fineweb_train_000000.bin, but .* has 0 such",
+        ),
         ({"repo_id": "nobody/nothing"}, r"nobody/nothing: there is no such dataset"),
         ({"revision": "nowhere"}, r"has no revision nowhere"),
     ],
 )
-def test_what_does_not_exist_is_named(hub, changes, said):
-    with pytest.raises(UserError, match=said):
+def test_what_does_not_exist_is_named(hub, changes, message):
+    with pytest.raises(UserError, match=message):
         source(**changes).prepare()
 
 
-def test_a_file_that_vanished_is_named(hub):
+def test_a_file_that_is_not_served_is_named(hub):
     hub.missing = {shard("val_000000")}
     with pytest.raises(UserError, match="the download failed"):
         source().prepare()
@@ -236,7 +239,7 @@ def test_a_file_that_vanished_is_named(hub):
 
 def test_a_dataset_without_a_manifest_is_refused(hub):
     del hub.files["datasets/manifest.json"]
-    with pytest.raises(UserError, match=r"holds no datasets/manifest\.json"):
+    with pytest.raises(UserError, match=r"someone/golf: has no datasets/manifest\.json"):
         source().prepare()
 
 
@@ -246,10 +249,10 @@ def test_without_a_network_the_error_says_so(hub):
         source().prepare()
 
 
-def test_prepare_on_the_command_line_takes_the_hubs_settings(hub, tmp_path):
+def test_prepare_on_the_command_line_uses_the_hubs_settings(hub, tmp_path):
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
-    words = ["--data.source", "PublishedFineWeb", "--data.source.variant", "tiny_sp280", "--data.source.repo_id", REPO]
-    command = [sys.executable, "-m", "trainer", "prepare", *words, "--data.source.train_shards"]
+    args = ["--data.source", "PublishedFineWeb", "--data.source.variant", "tiny_sp280", "--data.source.repo_id", REPO]
+    command = [sys.executable, "-m", "trainer", "prepare", *args, "--data.source.train_shards"]
     done = subprocess.run([*command, "2"], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert len(list(Path(tmp_path / "home").rglob("fineweb_train_*.bin"))) == 2

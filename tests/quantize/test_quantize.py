@@ -357,7 +357,9 @@ def test_export_with_nearest_rounding_reads_no_text(model: Transformer, tmp_path
 
     scored: list[Transformer] = []
     quantization = QuantizationConfig(small_tensor=64, prune_frac=0.0)
-    export(model.double(), quantization, "f" * 64, tmp_path, b"", sequences=batches(), score=scored.append)
+    exported = export(model.double(), quantization, "f" * 64, tmp_path, b"", sequences=batches(), score=scored.append)
+    assert exported is not None
+    assert exported.calibration_seconds == 0
     (stored,) = scored
     assert {tensor.dtype for tensor in stored.state_dict().values()} == {torch.float64}  # the type of the given model
     symbols, scale = quantize_rows(model.bigram.table.weight, 6)

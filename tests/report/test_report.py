@@ -1,4 +1,4 @@
-"""The report says what the files say, stands alone, and draws any series."""
+"""The report shows what the files say, needs no other file, and draws any series."""
 
 import json
 import math
@@ -65,13 +65,13 @@ class Tags(HTMLParser):
             assert self.open.pop() == tag
 
 
-def test_a_report_stands_alone_and_says_what_the_summary_says(tmp_path: Path, capsys):
+def test_a_report_needs_no_other_file_and_shows_the_summary(tmp_path: Path, capsys):
     run = make_run(tmp_path / "recipe/1")
     assert main(["report", str(run)]) == 0
     assert capsys.readouterr().out.strip() == str(run / "report.html")
     text = (run / "report.html").read_text()
-    for said in ("1.2346", "15,900,000", "100,000 left", "65.5 M", "5.0 min", "1.23456", "data.order: sequential"):
-        assert said in text
+    for value in ("1.2346", "15,900,000", "100,000 left", "65.5 M", "5.0 min", "1.23456", "data.order: sequential"):
+        assert value in text
     assert "<b>a card</b>" not in text  # escaped
     assert f"trainer fit --config {run}/config.yaml" in text
     assert not re.search(r"https?://|src=|<link|<script|url\(|@import", text)
@@ -143,7 +143,7 @@ def test_bytes_and_rounding_are_those_of_the_tensors():
     assert (rest.group, rest.parameters, rest.error) == ("gains, gates, mixes", 40, 0.0)
     shares = np.unique(symbols, return_counts=True)[1] / symbols.size
     entropy = -(shares * np.log2(shares)).sum() * 240_000 / 8
-    assert up.entropy_bytes == pytest.approx(entropy, rel=1e-3)  # counted for each tensor apart, and no scales
+    assert up.entropy_bytes == pytest.approx(entropy, rel=1e-3)  # of each tensor by itself, without scales
     assert entropy < up.bytes < 1.05 * entropy
     mean_square = np.mean([np.square(weights[name]).mean() for name in tensors if "mlp" in name])
     assert up.error == pytest.approx(0.1 / math.sqrt(mean_square), rel=1e-4)

@@ -97,16 +97,16 @@ def export(
 
     def write() -> Exported:
         started = time.monotonic()
-        rounding = None
+        calibration_seconds, rounding = 0.0, None
         if quantization.rounding == "loss_aware":
             with autocast():
                 moments = calibrate(model, sequences)
+            calibration_seconds = time.monotonic() - started
             rounding = LossAwareRounding(model.state_dict(), moments)
-        calibrated = time.monotonic()
         size = store(
             model.state_dict(), model.config, quantization, tokenizer_sha256, folder, code, cap, shrink_to_cap, rounding
         )
-        return Exported(size, calibrated - started, time.monotonic() - calibrated)
+        return Exported(size, calibration_seconds, time.monotonic() - started - calibration_seconds)
 
     like = model.skip_weights
     exported = on_first_rank(write, like.device)
