@@ -45,7 +45,7 @@ def test_rows_of_another_text_or_another_time_are_refused(tmp_path: Path):
     with pytest.raises(UserError, match="row 1 has the score of an artifact, this run would have that of weights"):
         read_table(path, "a" * 16, Budget(300.0), has_artifact=False)
     path.write_text(path.read_text()[:40])
-    with pytest.raises(UserError, match="is no table of sprints"):
+    with pytest.raises(UserError, match="is not a table of sprints"):
         read_table(path, "a" * 16, Budget(300.0))
 
 

@@ -71,12 +71,12 @@ def test_names_are_files_folders_and_patterns_in_the_given_order(tmp_path: Path)
         ("a.txt", b"caf\xe9", "not UTF-8 at byte 3"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "line 2 is not UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n{"body": "b"}\n', "line 2 is not a JSON object with a `text`"),
-        ("a.jsonl", b'{"text": 3}\n', "line 1 is no string"),
+        ("a.jsonl", b'{"text": 3}\n', "line 1 is not a string"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "lone surrogate"),
         ("a.jsonl.gz", gzip.compress(jsonl(TEXTS * 50))[:-20], "cut or damaged"),
         ("a.jsonl.xz", lzma.compress(jsonl(TEXTS * 50))[:-20], "cut or damaged"),
         ("a.jsonl.zst", b"no zstd at all", "cut or damaged"),
-        ("a.parquet", b"no parquet at all", "is no parquet file"),
+        ("a.parquet", b"no parquet at all", "is not a parquet file"),
     ],
 )
 def test_a_bad_file_is_named_with_its_problem(tmp_path: Path, name: str, content: bytes, message: str):
@@ -90,7 +90,7 @@ def test_a_bad_file_is_named_while_a_tokenizer_is_trained_on_it(tmp_path: Path, 
     (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS) + b'{"text": 3}\n')
     args = [f"--data.source.train_files=[{tmp_path}/a.jsonl]", f"--data.source.folder={tmp_path}/out"]
     assert main(["prepare", "--data.source=LocalText", *args]) == 1
-    assert capsys.readouterr().err == f"trainer: {tmp_path}/a.jsonl: the `text` of line {len(TEXTS) + 1} is no string\n"
+    assert capsys.readouterr().err == f"trainer: {tmp_path}/a.jsonl: the `text` of line {len(TEXTS) + 1} is not a string\n"
 
 
 @pytest.fixture

@@ -48,7 +48,8 @@ class CompileWarmup(pl.Callback):
         tokens = loader.dataset[trainer.global_step].to(pl_module.device)
         with trainer.precision_plugin.forward_context():
             # With the loop first: it needs more memory.
-            for is_looped in (True, False) if model.config.loop.start_frac else (True,):
+            loop = model.config.loop
+            for is_looped in (True, False) if loop.repeats and loop.start_frac else (True,):
                 model.is_looped = is_looped
                 slices = self._train(trainer, pl_module, tokens, self.steps)
                 if trainer.limit_val_batches != 0:

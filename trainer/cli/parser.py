@@ -27,7 +27,8 @@ class ShortErrors:
             names = [arg.partition("=")[0] for arg in message.removeprefix(UNKNOWN).split() if arg.startswith("-")]
             near = [match for name in names for match in get_close_matches(name, self._option_string_actions, n=1)]
             hint = f"; did you mean {' and '.join(near)}?" if near else ""
-        print(f"{self.prog}: {message}{hint} ({self.prog} --help lists the options)", file=sys.stderr)
+        line = " ".join(message.split())
+        print(f"{self.prog}: {line}{hint} ({self.prog} --help lists the options)", file=sys.stderr)
         raise SystemExit(2)
 
 

@@ -114,7 +114,7 @@ def _text_of(path: Path, number: int, line: bytes) -> str:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: line {number} is not a JSON object with a `{FIELD}` field") from error
     if not isinstance(text, str):
-        raise UserError(f"{path}: the `{FIELD}` of line {number} is no string")
+        raise UserError(f"{path}: the `{FIELD}` of line {number} is not a string")
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a character
@@ -150,4 +150,4 @@ def _rows(path: Path, file: BinaryIO) -> Iterator[str]:
                 yield from (text for text in batch.column(0).to_pylist() if text)
         except (pyarrow.ArrowException, IndexError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"{path}: is no parquet file with a `{FIELD}` column ({reason})") from error
+            raise UserError(f"{path}: is not a parquet file with a `{FIELD}` column ({reason})") from error

@@ -40,8 +40,8 @@ class EvaluationConfig:
         for name in ("window", "stride", "batch_windows", "fit_tokens", "max_tokens", "attention_window"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                may_be_null = "" if name in ("window", "batch_windows") else ", or null,"
-                raise ValueError(f"eval.{name} must be at least 1{may_be_null} not {value}")
+                or_null = "" if name in ("window", "batch_windows") else ", or null"
+                raise ValueError(f"eval.{name} must be at least 1{or_null}, not {value}")
         if self.adapt_rate is not None and not self.adapt_rate > 0:
             raise ValueError(f"eval.adapt_rate must be above 0, or null for no training, not {self.adapt_rate}")
         if self.attention_window is not None and (

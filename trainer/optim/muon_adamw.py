@@ -150,45 +150,43 @@ class MuonAdamW(torch.optim.Optimizer):
             {**group, "params": [parameter for parameter in group["params"] if parameter.grad is not None]}
             for group in self.param_groups
         ]
-        muon = [group for group in groups if group["muon"] and group["params"]]
-        updates = [self._normalize(self._momentum(group)) for group in muon]
-        if muon:
-            updates = orthogonalize(updates, self.config.newton_schulz_steps)  # of all shapes: one collective
-        for group, update in zip(muon, updates, strict=True):
-            self._apply(group, update)
+        if muon := [group for group in groups if group["muon"] and group["params"]]:
+            updates = self._momentum(muon)
+            if self.config.row_normalize:
+                updates = [F.normalize(update, dim=2) for update in updates]
+            updates = orthogonalize(updates, self.config.newton_schulz_steps)
+            self._apply(muon, updates)
         for group in groups:
             if group["params"] and not group["muon"]:
                 self._adamw(group)
         return result
 
-    def _momentum(self, group: dict[str, Any]) -> Tensor:
-        """Nesterov momentum of the gradients of one shape, (N, rows, cols): m = mu m + g, then g + mu m."""
-        params, mu = group["params"], group["momentum"]
+    def _momentum(self, groups: list[dict[str, Any]]) -> list[Tensor]:
+        """Nesterov momentum, m = mu m + g, then g + mu m; of every shape a stack, (N, rows, cols)."""
+        params, mu = _params(groups), groups[0]["momentum"]
         for parameter in params:
             if not self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         buffers = [self.state[parameter]["momentum_buffer"] for parameter in params]
-        grads = [parameter.grad for parameter in params]
+        grads = [parameter.grad for parameter in params if parameter.grad is not None]
         if self.finite is not None:
             grads = [torch.where(self.finite, grad, 0.0) for grad in grads]
         torch._foreach_mul_(buffers, self._if_finite(mu, params[0]))
         torch._foreach_add_(buffers, grads)
-        return torch.stack(torch._foreach_add(grads, buffers, alpha=mu))
+        updates = iter(torch._foreach_add(grads, buffers, alpha=mu))
+        return [torch.stack([next(updates) for _ in group["params"]]) for group in groups]
 
-    def _normalize(self, updates: Tensor) -> Tensor:
-        """Rows of length one, if the recipe wants that."""
-        return F.normalize(updates, dim=2) if self.config.row_normalize else updates
-
-    def _apply(self, group: dict[str, Any], updates: Tensor) -> None:
-        """Decay the weights and add the orthogonalized updates: w = (1 - lr wd) w - lr sqrt(max(1, rows / cols)) u."""
-        params, lr = group["params"], group["lr"]
-        rows, cols = params[0].shape
-        if self.finite is not None:
-            updates = torch.where(self.finite, updates, 0.0)
-        # Strides and types as the weights have them, so that one kernel updates all matrices.
-        updates = updates.to(params[0].dtype).contiguous()
-        torch._foreach_mul_(params, self._if_finite(1 - lr * group["weight_decay"], params[0]))
-        torch._foreach_add_(params, updates.unbind(), alpha=-lr * max(1.0, rows / cols) ** 0.5)
+    def _apply(self, groups: list[dict[str, Any]], updates: list[Tensor]) -> None:
+        """Weight decay, then the orthogonalized updates: w = (1 - lr wd) w - lr sqrt(max(1, rows / cols)) u."""
+        lr, params = groups[0]["lr"], _params(groups)  # the groups differ in shape only
+        torch._foreach_mul_(params, self._if_finite(1 - lr * groups[0]["weight_decay"], params[0]))
+        for group, update in zip(groups, updates, strict=True):
+            rows, cols = update.shape[1:]
+            if self.finite is not None:
+                update = torch.where(self.finite, update, 0.0)
+            # Strides and types as the weights have them, so that one kernel updates all matrices.
+            update = update.to(params[0].dtype).contiguous()
+            torch._foreach_add_(group["params"], update.unbind(), alpha=-lr * max(1.0, rows / cols) ** 0.5)
 
     def _if_finite(self, factor: float, like: Tensor) -> Tensor | float:
         """A factor; one where a gradient is not finite."""
@@ -226,3 +224,7 @@ class MuonAdamW(torch.optim.Optimizer):
             eps=self.config.eps,
             maximize=False,
         )
+
+
+def _params(groups: list[dict[str, Any]]) -> list[Tensor]:
+    return [parameter for group in groups for parameter in group["params"]]
