@@ -188,7 +188,7 @@ FAULTS = {  # of tests.faults: the message, and whether the steps before are sav
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_of_others_ends_the_run_in_one_line(fault: str, tmp_path: Path, shard_folder: Path):
+def test_an_external_fault_ends_the_run_in_one_line(fault: str, tmp_path: Path, shard_folder: Path):
     message, is_saved = FAULTS[fault]
     shutil.copytree(shard_folder, tmp_path / "data")
     result = run_faulty("at_step", {"step": 9, "fault": fault}, *long(tmp_path / "data"), cwd=tmp_path)
