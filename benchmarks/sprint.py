@@ -65,7 +65,7 @@ def read_table(path: Path, fingerprint: str, budget: Budget, has_artifact: bool 
     try:
         rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}: is not a table of sprints ({error}); correct that line or use another --table") from error
+        raise UserError(f"{path}: is not a table of sprints ({error}); correct it or use another --table") from error
     for number, row in enumerate(rows, 1):
         if row["text_fingerprint"] != fingerprint:
             raise UserError(

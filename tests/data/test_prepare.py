@@ -90,7 +90,8 @@ def test_a_bad_file_is_named_while_a_tokenizer_is_trained_on_it(tmp_path: Path, 
     (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS) + b'{"text": 3}\n')
     args = [f"--data.source.train_files=[{tmp_path}/a.jsonl]", f"--data.source.folder={tmp_path}/out"]
     assert main(["prepare", "--data.source=LocalText", *args]) == 1
-    assert capsys.readouterr().err == f"trainer: {tmp_path}/a.jsonl: the `text` of line {len(TEXTS) + 1} is not a string\n"
+    message = f"trainer: {tmp_path}/a.jsonl: the `text` of line {len(TEXTS) + 1} is not a string\n"
+    assert capsys.readouterr().err == message
 
 
 @pytest.fixture
