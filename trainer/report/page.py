@@ -75,7 +75,7 @@ def page(runs: list[RunData], uses: list[ByteUse], samples: list[str], command: 
         for name, caption, log in CURVES
     )
     note = (
-        "Over steps."
+        "By step."
         if charts
         else "Nothing was logged: no step of this run was a multiple of trainer.log_every_n_steps."
     )
