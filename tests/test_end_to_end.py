@@ -247,6 +247,12 @@ def test_every_recipe_runs_cut_down(args: list[str], tmp_path: Path, shard_folde
         (["fit", "--trainer.fast_dev_run", "true"], 1, "makes no run folder"),
         (["fit", "--run_name", "a/b"], 1, "--run_name a/b: is not the name of a folder"),
         (["fit", "--model.optimizer.eps", "0"], 1, "optimizer.eps must be positive"),
+        (
+            ["fit", "--averaging.method", "sma"],
+            2,
+            "--averaging.method: must be one of 'late_swa', 'ema' or null, not sma",
+        ),
+        (["fit", "--progress.mode", "bars"], 2, "must be one of 'auto', 'bar', 'lines', 'json', 'quiet', not bars"),
         (["fit", "--model.optimizer.momentum", "95"], 1, "optimizer.momentum must be in [0, 1)"),
         (["fit", "--config", sys.executable], 1, "is not a text; give a recipe in YAML"),
         (["prepare", "--config", sys.executable], 1, "is not a text; give a recipe in YAML"),

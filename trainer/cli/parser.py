@@ -1,6 +1,7 @@
 """What the parsers of all commands share: errors in one line, near-miss hints, options from a function's docstring."""
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -12,6 +13,7 @@ from jsonargparse import ArgumentParser
 from trainer.errors import UserError
 
 UNKNOWN = "unrecognized arguments: "
+NOT_A_CHOICE = re.compile(r'Parser key "([^"]+)":.*?Literal\[([^]]+)\].*?(?:Given value|Got value): (\S+)')
 
 
 class ShortErrors:
@@ -28,6 +30,9 @@ class ShortErrors:
             near = [match for name in names for match in get_close_matches(name, self._option_string_actions, n=1)]
             hint = f"; did you mean {' and '.join(near)}?" if near else ""
         line = " ".join(message.split())
+        if choice := NOT_A_CHOICE.match(line):
+            key, choices, value = choice.groups()
+            line = f"--{key}: must be one of {choices}{' or null' if 'NoneType' in line else ''}, not {value}"
         print(f"{self.prog}: {line}{hint} ({self.prog} --help lists the options)", file=sys.stderr)
         raise SystemExit(2)
 

@@ -75,9 +75,7 @@ def page(runs: list[RunData], uses: list[ByteUse], samples: list[str], command: 
         for name, caption, log in CURVES
     )
     note = (
-        "By step."
-        if charts
-        else "Nothing was logged: no step of this run was a multiple of trainer.log_every_n_steps."
+        "By step." if charts else "Nothing was logged: no step of this run was a multiple of trainer.log_every_n_steps."
     )
     sections.append(f'<h2>Training</h2><p class="note">{note}</p><div class="charts">{charts}</div>')
     if len(runs) == 1:
