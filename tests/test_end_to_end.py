@@ -61,6 +61,14 @@ def test_a_run_folder_holds_everything(finished, shard_folder: Path):
     assert read_artifact(run / "artifact.zst").model.num_layers == 4
 
 
+def test_the_config_of_a_run_repeats_it_among_the_runs_of_its_recipe(finished):
+    folder, output = finished
+    again = trainer("fit", f"--config={RUNS}/1/config.yaml", "--run_name=again", "--report.enabled=false", cwd=folder)
+    assert again.returncode == 0, again.stderr
+    assert score_of(again.stdout) == score_of(output)
+    assert (folder / RUNS / "again/artifact.zst").is_file()
+
+
 def test_validate_scores_artifact_and_checkpoint_without_another_flag_and_writes_nothing(finished):
     folder, output = finished
     run = folder / RUNS / "1"

@@ -215,7 +215,8 @@ def test_an_external_fault_ends_the_run_in_one_line(fault: str, tmp_path: Path, 
 def test_resuming_with_another_text_or_model_is_refused(
     args: list[str], message: str, whole: Path, tmp_path: Path, shard_folder: Path
 ):
-    result = trainer_here(*long(shard_folder, *args), f"--ckpt={whole / 'last.ckpt'}", cwd=tmp_path)
+    shards = tmp_path / "not made yet"  # refused before any data is prepared
+    result = trainer_here(*long(shards, *args), f"--ckpt={whole / 'last.ckpt'}", cwd=tmp_path)
     assert result.returncode == 1
     assert message in result.stderr
 

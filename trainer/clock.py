@@ -18,18 +18,13 @@ class TrainingClock:
         self._now = now
         self._total = 0.0
         self._started: float | None = None
-        self.reading = 0.0  # rank 0's time at the start of the step, the same on all ranks
+        self.reading = 0.0  # rank 0's time at the end of the last step, the same on all ranks
 
     @property
     def elapsed(self) -> float:
         """Seconds counted so far."""
         running = 0.0 if self._started is None else self._now() - self._started
         return self._total + running
-
-    @property
-    def expired(self) -> bool:
-        """Whether the budget is used up."""
-        return self.budget is not None and self.elapsed >= self.budget
 
     def start(self) -> None:
         """Start counting; no effect on a running clock."""

@@ -239,7 +239,18 @@ class LanguageModel(pl.LightningModule):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model, before Lightning lists every tensor that differs, or of other data."""
-        metadata = checkpoint[METADATA_KEY]
+        self.check_resumable(checkpoint[METADATA_KEY], self.trainer.datamodule)  # type: ignore[attr-defined]
+
+    def check_resumable(self, metadata: dict[str, Any], data: Any) -> None:
+        """Check that this run can resume a checkpoint.
+
+        Args:
+            metadata: This project's part of the checkpoint.
+            data: The run's data module, set up or not.
+
+        Raises:
+            UserError: If model, batch, order or tokenizer are others.
+        """
         config = self.model.config.to_dict()
         stored = TransformerConfig.from_dict(metadata["model"]).to_dict()
         different = [
@@ -252,14 +263,13 @@ class LanguageModel(pl.LightningModule):
                 f"the checkpoint holds another model ({'; '.join(different)}); give the options of its run, or another "
                 "--ckpt"
             )
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
         for name in ("batch_tokens", "sequence_length", "order", "seed"):
             if (before := metadata.get(name, getattr(data, name))) != getattr(data, name):
                 raise UserError(
                     f"the checkpoint's run had data.{name} {before}, this one has {getattr(data, name)}, and would "
                     "resume at another position of the text; give the same value"
                 )
-        if metadata.get("tokenizer_sha256") not in (None, data.tokenizer_sha256):
+        if metadata["tokenizer_sha256"] != getattr(data, "tokenizer_sha256", metadata["tokenizer_sha256"]):
             raise UserError(
                 "the checkpoint was trained with another tokenizer; give its run's --data.source, or another --ckpt"
             )

@@ -47,6 +47,11 @@ class RunFolder:
         """The run folder of a checkpoint or an artifact."""
         return cls(file.parent.parent if file.parent.name == "checkpoints" else file.parent)
 
+    @staticmethod
+    def recipe_of(config: Path) -> str:
+        """Name of a recipe by its file; the config of a run has the recipe of that run."""
+        return config.resolve().parent.parent.name if config.name == "config.yaml" else config.stem
+
     @classmethod
     def claim(cls, parent: Path, name: str | None) -> "RunFolder":
         """Make a folder for a new run. Rank 0 makes it; Lightning tells the other processes its name.

@@ -52,6 +52,16 @@ def test_the_reference_has_25517137_parameters(reference: Transformer):
     assert sum(parameter.numel() for parameter in reference.parameters()) == 25_517_137
 
 
+@pytest.mark.parametrize("config", [TINY, ALL_OPTIONS, replace(ALL_OPTIONS, tied_embeddings=False)])
+def test_every_matrix_starts_orthogonal_or_zero(config: TransformerConfig):
+    """Also one that an option adds: torch's own initialization is neither."""
+    for name, module in Transformer(config).named_modules():
+        if isinstance(module, Linear):
+            weight = module.weight.detach().double()
+            gram = weight @ weight.mT if weight.size(0) <= weight.size(1) else weight.mT @ weight
+            assert torch.allclose(gram, gram[0, 0] * torch.eye(len(gram), dtype=gram.dtype), atol=1e-5), name
+
+
 def test_initialization_statistics(reference: Transformer):
     assert reference.token_embedding.weight.std().item() == pytest.approx(0.005, rel=0.01)
     assert not reference.bigram.table.weight.any()

@@ -15,7 +15,7 @@ from trainer.callbacks.weight_averaging import WeightAveraging
 CALLBACKS: tuple[tuple[str, type[pl.Callback]], ...] = (
     ("warmup", CompileWarmup),  # before the clock starts
     ("wallclock", WallclockCutoff),  # sets the clock that all others read
-    ("stability", StabilityMonitor),  # before anything uses the weights of a bad step
+    ("stability", StabilityMonitor),  # after the last step, before the export
     ("averaging", WeightAveraging),  # before the checkpoint that holds the average
     ("throughput", Throughput),  # after the clock
     ("progress", Progress),  # opens the display that the export uses

@@ -179,7 +179,7 @@ class _Stages:
         for metrics_logger in self.trainer.loggers:
             if stored:
                 metrics = {"artifact/bpb": summary["val_bpb"], "artifact/bytes": stored["bytes_total"]}
-                metrics_logger.log_metrics(metrics, steps)
+                metrics_logger.log_metrics(metrics, max(steps - 1, 0))  # steps count from 0
             metrics_logger.save()
         log_summary(summary, self.run)
 

@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from trainer.callbacks import CALLBACKS
 from trainer.callbacks.checkpoint import AtomicCheckpointIO
-from trainer.checkpoint import load_checkpoint
+from trainer.checkpoint import METADATA_KEY, load_checkpoint
 from trainer.cli.env_aliases import alias_options
 from trainer.cli.parser import ShortErrors, split_options
 from trainer.datamodule import TokenData
@@ -233,7 +233,7 @@ def run(command: str, args: Sequence[str]) -> None:
     if command == "validate" and not any(arg in ("-h", "--help") for arg in rest):
         ckpt, configs, stored = _to_score(ckpt, configs, rest)
     paths = [find_recipe(name) for name in configs]
-    recipe = paths[-1].stem if paths else "default"
+    recipe = RunFolder.recipe_of(paths[-1]) if paths else "default"
     has_source = bool(split_options(rest, "--data.source")[0]["data.source"])
     recipes = [f"--config={_recipe(path, has_source)}" for path in paths]
     try:
@@ -301,7 +301,8 @@ def fit(cli: TrainerCLI, ckpt: str | None, log: Path) -> None:
     if ckpt == "last":
         ckpt = str(newest_checkpoint(Path(cli.config.trainer.default_root_dir) / cli.recipe))
     if ckpt is not None:
-        load_checkpoint(ckpt)  # refuse a bad file before any work is done
+        # Refuse a damaged file, or one of another model, before any data is prepared.
+        cli.model.check_resumable(load_checkpoint(ckpt)[METADATA_KEY], cli.datamodule)
         logger.info(f"resuming from {ckpt}")
         cli.config.ckpt = ckpt  # config.yaml then repeats a resumed run, too
     try:

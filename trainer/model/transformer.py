@@ -4,7 +4,7 @@ Source: openai/parameter-golf PR #560, a port of the record 2026-03-20_10L_Int5M
 """
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any, Literal, get_args, get_origin
 
 import torch
@@ -143,15 +143,14 @@ class TransformerConfig:
         Raises:
             ValueError: If a key is unknown or a value does not fit.
         """
-        parts = {"attention": AttentionConfig, "mlp": MLPConfig, "bigram": BigramConfig}
-        parts |= {"smear": SmearConfig, "loop": LoopConfig}
+        groups: dict[str, Any] = {each.name: each.type for each in fields(cls) if is_dataclass(each.type)}
         try:
-            config = cls(**{key: parts[key](**value) if key in parts else value for key, value in values.items()})
+            config = cls(**{key: groups[key](**value) if key in groups else value for key, value in values.items()})
         except (TypeError, AttributeError) as error:
             raise ValueError(f"not a model config: {error}") from error
-        for part in (config, config.attention, config.mlp, config.bigram, config.smear, config.loop):
-            for each in fields(part):
-                value, allowed = getattr(part, each.name), get_args(each.type) or (each.type,)
+        for group in (config, *(getattr(config, name) for name in groups)):
+            for each in fields(group):
+                value, allowed = getattr(group, each.name), get_args(each.type) or (each.type,)
                 if int in allowed and type(value) not in allowed:
                     raise ValueError(f"not a model config: {each.name} must be a whole number, not {value!r}")
                 if get_origin(each.type) is Literal and value not in allowed:
