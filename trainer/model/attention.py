@@ -46,19 +46,21 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         if self.num_heads < 1:
-            raise ValueError(f"attention.num_heads must be at least 1, not {self.num_heads}")
+            raise ValueError(f"model.attention.num_heads must be at least 1, not {self.num_heads}")
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"attention.num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+                f"model.attention.num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
             )
         if self.rope_dims is not None and (self.rope_dims < 2 or self.rope_dims % 2):
-            raise ValueError(f"attention.rope_dims must be even and at least 2, or null for all, not {self.rope_dims}")
+            raise ValueError(
+                f"model.attention.rope_dims must be even and at least 2, or null for all, not {self.rope_dims}"
+            )
         for name, value in (("gate_dims", self.gate_dims), ("window", self.window)):
             if value is not None and value < 1:
-                raise ValueError(f"attention.{name} must be at least 1, or null for none, not {value}")
+                raise ValueError(f"model.attention.{name} must be at least 1, or null for none, not {value}")
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise ValueError(
-                f"attention.window_pattern must consist of S (window) and L (full), not {self.window_pattern!r}"
+                f"model.attention.window_pattern must consist of S (window) and L (full), not {self.window_pattern!r}"
             )
 
     def window_of(self, block: int) -> int | None:

@@ -27,9 +27,9 @@ class BigramConfig:
 
     def __post_init__(self) -> None:
         if self.buckets is not None and self.buckets < 2:
-            raise ValueError(f"bigram.buckets must be at least 2, or null for no table, not {self.buckets}")
+            raise ValueError(f"model.bigram.buckets must be at least 2, or null for no table, not {self.buckets}")
         if self.dim < 1:
-            raise ValueError(f"bigram.dim must be at least 1, not {self.dim}")
+            raise ValueError(f"model.bigram.dim must be at least 1, not {self.dim}")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class SmearConfig:
 
     def __post_init__(self) -> None:
         if self.dims < 1:
-            raise ValueError(f"smear.dims must be at least 1, not {self.dims}")
+            raise ValueError(f"model.smear.dims must be at least 1, not {self.dims}")
 
 
 def bigram_buckets(ids: Tensor, buckets: int) -> Tensor:

@@ -20,7 +20,7 @@ class MLPConfig:
 
     def __post_init__(self) -> None:
         if self.ratio < 1:
-            raise ValueError(f"mlp.ratio must be at least 1, not {self.ratio}")
+            raise ValueError(f"model.mlp.ratio must be at least 1, not {self.ratio}")
 
 
 class MLP(nn.Module):

@@ -43,10 +43,10 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         if self.repeats is not None and not 1 <= self.repeats <= MAX_REPEATS:
-            raise ValueError(f"loop.repeats must be between 1 and {MAX_REPEATS}, or be null, not {self.repeats}")
+            raise ValueError(f"model.loop.repeats must be between 1 and {MAX_REPEATS}, or be null, not {self.repeats}")
         if not 0 <= self.first <= self.last or not 0 <= self.start_frac < 1:
             raise ValueError(
-                "loop.first must be between 0 and loop.last, and loop.start_frac in [0, 1), not "
+                "model.loop.first must be between 0 and loop.last, and loop.start_frac in [0, 1), not "
                 f"{self.first}, {self.last} and {self.start_frac}"
             )
 
@@ -92,27 +92,33 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         heads = self.attention.num_heads
         if self.vocab_size < 1:
-            raise ValueError(f"vocab_size must be at least 1, not {self.vocab_size}")
+            raise ValueError(f"model.vocab_size must be at least 1, not {self.vocab_size}")
         if self.num_layers < 2:  # a single block has no other to pass its output to
-            raise ValueError(f"num_layers must be at least 2, not {self.num_layers}")
+            raise ValueError(f"model.num_layers must be at least 2, not {self.num_layers}")
         if self.model_dim < 1 or self.model_dim % (2 * heads):
-            raise ValueError(f"model_dim {self.model_dim} does not give {heads} heads of an even width")
+            raise ValueError(f"model.model_dim {self.model_dim} does not give {heads} heads of an even width")
         if self.value_embedding_blocks is not None and not 1 <= self.value_embedding_blocks <= self.num_layers:
             raise ValueError(
-                f"value_embedding_blocks must be between 1 and num_layers {self.num_layers}, or be null for none, not "
-                f"{self.value_embedding_blocks}"
+                f"model.value_embedding_blocks must be between 1 and num_layers {self.num_layers}, or be null for none, "
+                f"not {self.value_embedding_blocks}"
             )
         if self.loop.last >= self.num_layers:
-            raise ValueError(f"loop.last {self.loop.last} is not one of the {self.num_layers} blocks, counted from 0")
+            raise ValueError(
+                f"model.loop.last {self.loop.last} is not one of the {self.num_layers} blocks, counted from 0"
+            )
         if (self.attention.rope_dims or 0) > self.model_dim // heads:
             raise ValueError(
-                f"attention.rope_dims {self.attention.rope_dims} is more than the head's {self.model_dim // heads}"
+                f"model.attention.rope_dims {self.attention.rope_dims} is more than the head's "
+                f"{self.model_dim // heads}"
             )
-        for name, value in (("attention.gate_dims", self.attention.gate_dims), ("smear.dims", self.smear.dims)):
+        for name, value in (
+            ("model.attention.gate_dims", self.attention.gate_dims),
+            ("model.smear.dims", self.smear.dims),
+        ):
             if (value or 0) > self.model_dim:
                 raise ValueError(f"{name} {value} is more than model_dim {self.model_dim}")
         if self.embedding_init_std < 0:
-            raise ValueError(f"embedding_init_std must be at least 0, not {self.embedding_init_std}")
+            raise ValueError(f"model.embedding_init_std must be at least 0, not {self.embedding_init_std}")
 
     def block_order(self, is_looped: bool = True) -> list[int]:
         """Numbers of the blocks in the order they run."""

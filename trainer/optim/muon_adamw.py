@@ -63,11 +63,13 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"optimizer.{name} must be in [0, 1), not {getattr(self, name)}")
+                raise ValueError(f"model.optimizer.{name} must be in [0, 1), not {getattr(self, name)}")
         if not self.eps > 0:
-            raise ValueError(f"optimizer.eps must be positive, not {self.eps}")
+            raise ValueError(f"model.optimizer.eps must be positive, not {self.eps}")
         if self.grad_clip_norm is not None and not self.grad_clip_norm > 0:
-            raise ValueError(f"optimizer.grad_clip_norm must be positive, or null for none, not {self.grad_clip_norm}")
+            raise ValueError(
+                f"model.optimizer.grad_clip_norm must be positive, or null for none, not {self.grad_clip_norm}"
+            )
 
 
 def parameter_groups(model: Transformer, config: OptimizerConfig) -> list[dict[str, Any]]:

@@ -23,9 +23,12 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         if self.warmdown_steps < 0 or self.momentum_warmup_steps < 0:
-            raise ValueError("schedule: warmdown_steps and momentum_warmup_steps must be at least 0")
+            raise ValueError(
+                "model.schedule.warmdown_steps and model.schedule.momentum_warmup_steps must be at least 0, not "
+                f"{self.warmdown_steps} and {self.momentum_warmup_steps}"
+            )
         if self.warmdown_frac is not None and not 0 <= self.warmdown_frac <= 1:
-            raise ValueError(f"schedule.warmdown_frac must be between 0 and 1, not {self.warmdown_frac}")
+            raise ValueError(f"model.schedule.warmdown_frac must be between 0 and 1, not {self.warmdown_frac}")
 
 
 def lr_multiplier(

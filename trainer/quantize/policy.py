@@ -50,13 +50,13 @@ class QuantizationConfig:
     def __post_init__(self) -> None:
         for bits in (self.mlp_bits, self.attention_bits, self.bigram_bits, self.other_bits):
             if not 2 <= bits <= 8:
-                raise ValueError(f"quantization: bits must be between 2 and 8, not {bits}")
+                raise ValueError(f"export.quantization: bits must be between 2 and 8, not {bits}")
         if not 0 <= self.prune_frac < 1:
-            raise ValueError(f"quantization.prune_frac must be in [0, 1), not {self.prune_frac}")
+            raise ValueError(f"export.quantization.prune_frac must be in [0, 1), not {self.prune_frac}")
         if self.quant_step <= 0 or self.calibration_sequences < 1:
             raise ValueError(
-                "quantization.quant_step must be positive and quantization.calibration_sequences at least 1, not "
-                f"{self.quant_step} and {self.calibration_sequences}"
+                "export.quantization.quant_step must be positive and export.quantization.calibration_sequences at least 1, "
+                f"not {self.quant_step} and {self.calibration_sequences}"
             )
 
 
