@@ -99,8 +99,8 @@ class TransformerConfig:
             raise ValueError(f"model.model_dim {self.model_dim} does not give {heads} heads of an even width")
         if self.value_embedding_blocks is not None and not 1 <= self.value_embedding_blocks <= self.num_layers:
             raise ValueError(
-                f"model.value_embedding_blocks must be between 1 and num_layers {self.num_layers}, or be null for none, "
-                f"not {self.value_embedding_blocks}"
+                f"model.value_embedding_blocks must be between 1 and num_layers {self.num_layers}, or be null for "
+                f"none, not {self.value_embedding_blocks}"
             )
         if self.loop.last >= self.num_layers:
             raise ValueError(

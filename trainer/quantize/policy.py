@@ -53,10 +53,11 @@ class QuantizationConfig:
                 raise ValueError(f"export.quantization: bits must be between 2 and 8, not {bits}")
         if not 0 <= self.prune_frac < 1:
             raise ValueError(f"export.quantization.prune_frac must be in [0, 1), not {self.prune_frac}")
-        if self.quant_step <= 0 or self.calibration_sequences < 1:
+        if self.quant_step <= 0:
+            raise ValueError(f"export.quantization.quant_step must be positive, not {self.quant_step}")
+        if self.calibration_sequences < 1:
             raise ValueError(
-                "export.quantization.quant_step must be positive and export.quantization.calibration_sequences at least 1, "
-                f"not {self.quant_step} and {self.calibration_sequences}"
+                f"export.quantization.calibration_sequences must be at least 1, not {self.calibration_sequences}"
             )
 
 
