@@ -261,6 +261,7 @@ def test_every_recipe_runs_cut_down(args: list[str], tmp_path: Path, shard_folde
             "--averaging.method: must be one of 'late_swa', 'ema' or null, not sma",
         ),
         (["fit", "--progress.mode", "bars"], 2, "must be one of 'auto', 'bar', 'lines', 'json', 'quiet', not bars"),
+        (["fit", "--export.cap", "0"], 1, "export.cap must be at least 1, not 0"),
         (["fit", "--model.optimizer.momentum", "95"], 1, "optimizer.momentum must be in [0, 1)"),
         (["fit", "--config", sys.executable], 1, "is not a text; give a recipe in YAML"),
         (["prepare", "--config", sys.executable], 1, "is not a text; give a recipe in YAML"),

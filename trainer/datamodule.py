@@ -57,15 +57,15 @@ class TokenData(pl.LightningDataModule):
 
         Args:
             source: Class that provides the text.
-            batch_tokens: Tokens of one optimizer step, over all devices; a multiple of sequence_length times the number
-                of devices.
+            batch_tokens: Tokens of one optimizer step, over all devices (a multiple of sequence_length times the number
+                of devices).
             sequence_length: Tokens of one training sequence (at least 1).
             order: How the text is read. sequential (the reference): one running stream, shard after shard. shuffled:
                 all sequences of all shards in random order, each once per epoch. documents: the same with sequences
                 that start at a document and are packed from whole ones; longer documents are cut, and all tokens are
                 read once at the start.
             seed: Seed of the orders that shuffle (at least 0).
-            vocab_size: Vocabulary size of the model; linked to model.vocab_size.
+            vocab_size: Vocabulary size of the model (1 to 65,536); linked to model.vocab_size.
             evaluation: How validation text is scored; linked to eval.
         """
         super().__init__()

@@ -340,6 +340,8 @@ def test_a_config_survives_the_round_trip(config: TransformerConfig):
         ({"loop": {"repeats": 1, "last": 10}}, r"loop\.last 10 is not one of the 10 blocks"),
         ({"value_embedding_blocks": 0}, "value_embedding_blocks must be between 1 and num_layers 10, or be null"),
         ({"value_embedding_blocks": 11}, "value_embedding_blocks must be between 1 and num_layers 10, or be null"),
+        ({"attention": {"rope_base": 0.0}}, r"attention\.rope_base must be above 0, not 0\.0"),
+        ({"logit_softcap": 0.0}, r"logit_softcap must be above 0, not 0\.0"),
         ({"embedding_init_std": -0.1}, "embedding_init_std must be at least 0, not -0.1"),
         ({"depth": 3}, "not a model config"),
         ({"attention": 3}, "not a model config"),

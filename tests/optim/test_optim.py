@@ -155,12 +155,29 @@ def test_an_untied_head_gets_adam_and_the_embeddings_another_rate():
         ({"grad_clip_norm": 0.0}, r"optimizer\.grad_clip_norm must be positive, or null for none, not 0\.0"),
         ({"beta2": 1.0}, r"optimizer\.beta2 must be in \[0, 1\), not 1\.0"),
         ({"eps": 0.0}, r"optimizer\.eps must be positive, not 0\.0"),
+        ({"matrix_lr": -0.02}, r"optimizer\.matrix_lr must be at least 0, not -0\.02"),
+        ({"scalar_lr": float("nan")}, r"optimizer\.scalar_lr must be at least 0, not nan"),
+        ({"embedding_weight_decay": -1.0}, r"optimizer\.embedding_weight_decay must be at least 0, not -1\.0"),
+        ({"newton_schulz_steps": 0}, r"optimizer\.newton_schulz_steps must be at least 1, not 0"),
     ],
 )
 def test_bad_optimizer_settings_are_refused(options: dict[str, float], message: str):
     assert OptimizerConfig(grad_clip_norm=None).grad_clip_norm is None
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"warmdown_steps": -1}, r"schedule\.warmdown_steps and .* must be at least 0, not -1 and 1500"),
+        ({"warmdown_frac": 1.5}, r"schedule\.warmdown_frac must be between 0 and 1, not 1\.5"),
+        ({"momentum_warmup_start": 1.0}, r"schedule\.momentum_warmup_start must be in \[0, 1\), not 1\.0"),
+    ],
+)
+def test_bad_schedule_settings_are_refused(options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        ScheduleConfig(**options)
 
 
 def test_warmdown_over_the_last_steps():

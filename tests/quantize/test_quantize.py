@@ -372,3 +372,19 @@ def test_an_export_over_the_cap_is_not_scored(model: Transformer, tmp_path: Path
         export(model, QuantizationConfig(), "f" * 64, tmp_path, b"print()", cap=1000, score=scored.append)
     assert not scored
     assert (tmp_path / "artifact.zst").exists()  # for inspection
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mlp_bits": 1}, "bits must be between 2 and 8, not 1"),
+        ({"prune_frac": 1.0}, r"prune_frac must be in \[0, 1\), not 1\.0"),
+        ({"quant_step": 0.0}, r"quant_step must be positive, not 0\.0"),
+        ({"calibration_sequences": 0}, "calibration_sequences must be at least 1, not 0"),
+        ({"small_tensor": -1}, "small_tensor must be at least 0, not -1"),
+        ({"prune_above": -1}, "prune_above must be at least 0, not -1"),
+    ],
+)
+def test_bad_settings_are_refused(options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        QuantizationConfig(**options)

@@ -43,12 +43,14 @@ class PostTrainExport(pl.Callback):
 
         Args:
             quantization: Storage types, rounding and pruning.
-            cap: Largest allowed size of code and model together, in bytes.
+            cap: Largest allowed size of code and model together, in bytes (at least 1).
             shrink_to_cap: If they are larger than the cap, prune more and store fewer bits until they fit, instead of
                 failing. With loss-aware rounding, search for the finest quant_step that fits.
             enabled: Store the artifact. false only scores the weights, to compare ideas quickly; `trainer export` makes
                 the artifact later.
         """
+        if cap < 1:
+            raise ValueError(f"export.cap must be at least 1, not {cap}")
         self.quantization = quantization
         self.cap = cap
         self.shrink_to_cap = shrink_to_cap

@@ -32,7 +32,7 @@ def export(
     Args:
         ckpt: Checkpoint to export.
         out: Folder for the files; default: export in the checkpoint's run folder.
-        cap: Largest size of code and model together, in bytes.
+        cap: Largest allowed size of code and model together, in bytes (at least 1).
         shrink_to_cap: Store less until code and model fit under the cap.
         data: Folder of the training shards, which loss-aware rounding measures the loss on.
 

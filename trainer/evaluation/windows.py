@@ -18,12 +18,13 @@ class EvaluationConfig:
         stride: New targets that each window after the first scores (sliding-window evaluation, at least 1). null, or at
             least the window: every window is scored whole (plain evaluation).
         batch_windows: Windows per batch (at least 1).
-        fit_tokens: Validation tokens that each validation during training scores, in plain evaluation; null: all.
-        max_tokens: Validation tokens that `validate` and the end of a run score; null: all.
-        attention_window: Tokens that each position attends to, itself included; null: its whole window. It allows
-            windows longer than the training sequences, so that the text is read about once (streaming evaluation): with
-            window 8192, stride 6144 and attention_window 2048, every token has at least the context of window 2048 with
-            stride 64, for a 24th of the tokens that pass through the model.
+        fit_tokens: Validation tokens that each validation during training scores, in plain evaluation (at least 1);
+            null: all.
+        max_tokens: Validation tokens that `validate` and the end of a run score (at least 1); null: all.
+        attention_window: Tokens that each position attends to, itself included (at least 1); null: its whole window. It
+            allows windows longer than the training sequences, so that the text is read about once (streaming
+            evaluation): with window 8192, stride 6144 and attention_window 2048, every token has at least the context
+            of window 2048 with stride 64, for a 24th of the tokens that pass through the model.
         adapt_rate: Learning rate of score-first test-time training: `validate` trains on the targets of each batch of
             windows after it has scored them, in its last evaluation (above 0). null: no training.
     """

@@ -17,11 +17,11 @@ class AttentionConfig:
 
     Args:
         num_heads: Number of query heads (at least 1).
-        num_kv_heads: Number of key and value heads; a divisor of num_heads (GQA, Ainslie et al. 2023).
-        rope_base: Base of the RoPE frequencies (Su et al. 2021).
+        num_kv_heads: Number of key and value heads (1 to num_heads, which it divides; GQA, Ainslie et al. 2023).
+        rope_base: Base of the RoPE frequencies (above 0; Su et al. 2021).
         rope_dims: Channels of each head that RoPE rotates (even, at least 2); null: all of them (partial RoPE,
             openai/parameter-golf #434).
-        qk_gain_init: Initial value of each query head's learned gain.
+        qk_gain_init: Initial value of each query head's learned gain (any number).
         xsa: Remove from each head's output its component along the position's own value (XSA, Zhai 2026,
             arXiv 2603.09078).
         gate_dims: Scale each head's output by a gate that reads this many channels of the input (1 to model_dim); null:
@@ -55,6 +55,8 @@ class AttentionConfig:
             raise ValueError(
                 f"model.attention.rope_dims must be even and at least 2, or null for all, not {self.rope_dims}"
             )
+        if not self.rope_base > 0:
+            raise ValueError(f"model.attention.rope_base must be above 0, not {self.rope_base}")
         for name, value in (("gate_dims", self.gate_dims), ("window", self.window)):
             if value is not None and value < 1:
                 raise ValueError(f"model.attention.{name} must be at least 1, or null for none, not {value}")

@@ -30,8 +30,8 @@ class LoopConfig:
 
     Args:
         repeats: How many more times the blocks run (1 to 16); null: no loop.
-        first: First block of the loop, counted from 0.
-        last: Last block of the loop (from first to num_layers - 1).
+        first: First block of the loop (0 to last).
+        last: Last block of the loop, itself included (at most num_layers - 1).
         start_frac: Share of the training after which the loop starts (0 to 1); steps before it are faster. A trained
             model always loops.
     """
@@ -59,7 +59,7 @@ class TransformerConfig:
         vocab_size: Vocabulary size of the model, which must be that of the tokenizer (1 to 65,536).
         num_layers: Number of blocks (at least 2); the first half passes its outputs to the second half, in the order
             they run.
-        model_dim: Width of the residual stream; a multiple of twice the number of heads.
+        model_dim: Width of the residual stream (a multiple of twice the number of heads).
         attention: Attention of every block.
         mlp: MLP of every block.
         bigram: Hashed bigram embedding.
@@ -69,7 +69,7 @@ class TransformerConfig:
             table for all of them (1 to num_layers); null: none (value embeddings, KellerJordan/modded-nanogpt).
         tied_embeddings: Use the token embedding as the output head too.
         embedding_init_std: Standard deviation of the initial token embedding (at least 0).
-        logit_softcap: Bound of the logits: they become softcap * tanh(logits / softcap).
+        logit_softcap: Bound of the logits (above 0): they become softcap * tanh(logits / softcap).
         fused: Compute three parts with fused operators, written in Triton, in 16-bit precision: the MLP (on Hopper GPUs
             or newer), QK-norm, RoPE and XSA (head widths that are a power of two), the loss (softcaps of at most 40).
             auto uses each where it runs, off uses none, on demands all three.
@@ -117,7 +117,9 @@ class TransformerConfig:
         ):
             if (value or 0) > self.model_dim:
                 raise ValueError(f"{name} {value} is more than model_dim {self.model_dim}")
-        if self.embedding_init_std < 0:
+        if not self.logit_softcap > 0:
+            raise ValueError(f"model.logit_softcap must be above 0, not {self.logit_softcap}")
+        if not self.embedding_init_std >= 0:
             raise ValueError(f"model.embedding_init_std must be at least 0, not {self.embedding_init_std}")
 
     def block_order(self, is_looped: bool = True) -> list[int]:

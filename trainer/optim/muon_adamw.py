@@ -8,7 +8,7 @@ the recipe's sum while the momentum changes.
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -26,19 +26,20 @@ class OptimizerConfig:
     """Learning rates, momentum and weight decay of Muon and AdamW.
 
     Args:
-        matrix_lr: Learning rate of Muon, for the weight matrices of the blocks and the bigram projection.
-        scalar_lr: Learning rate of AdamW for gains, gates, mixes and scales.
-        tied_embedding_lr: Learning rate of AdamW for the embedding tables when the head is tied.
-        embedding_lr: Learning rate of AdamW for the embedding tables when the head is untied.
-        head_lr: Learning rate of Adam, without weight decay, for an untied head.
+        matrix_lr: Learning rate of Muon, for the weight matrices of the blocks and the bigram projection (at
+            least 0).
+        scalar_lr: Learning rate of AdamW for gains, gates, mixes and scales (at least 0).
+        tied_embedding_lr: Learning rate of AdamW for the embedding tables when the head is tied (at least 0).
+        embedding_lr: Learning rate of AdamW for the embedding tables when the head is untied (at least 0).
+        head_lr: Learning rate of Adam, without weight decay, for an untied head (at least 0).
         momentum: Muon's momentum after its warm-up (0 to 1).
-        newton_schulz_steps: Number of Newton-Schulz iterations of Muon's orthogonalization.
+        newton_schulz_steps: Number of Newton-Schulz iterations of Muon's orthogonalization (at least 1).
         beta1: AdamW's decay rate of the first moment (0 to 1).
         beta2: AdamW's decay rate of the second moment (0 to 1).
         eps: AdamW's epsilon (above 0).
-        weight_decay: Decoupled weight decay of Muon and AdamW.
-        embedding_weight_decay: Weight decay of the embedding tables; null: weight_decay.
-        scalar_weight_decay: Weight decay of gains, gates, mixes and scales; null: weight_decay.
+        weight_decay: Decoupled weight decay of Muon and AdamW (at least 0).
+        embedding_weight_decay: Weight decay of the embedding tables (at least 0); null: weight_decay.
+        scalar_weight_decay: Weight decay of gains, gates, mixes and scales (at least 0); null: weight_decay.
         row_normalize: Normalize every row of a matrix's update before it is orthogonalized (MuonEq-R,
             arXiv 2603.28254).
         grad_clip_norm: Largest global norm of the gradients (above 0); null: no clipping.
@@ -61,6 +62,11 @@ class OptimizerConfig:
     grad_clip_norm: float | None = 0.3
 
     def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if name.endswith(("_lr", "weight_decay")) and value is not None and not value >= 0:
+                raise ValueError(f"model.optimizer.{name} must be at least 0, not {value}")
+        if self.newton_schulz_steps < 1:
+            raise ValueError(f"model.optimizer.newton_schulz_steps must be at least 1, not {self.newton_schulz_steps}")
         for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"model.optimizer.{name} must be in [0, 1), not {getattr(self, name)}")

@@ -12,7 +12,7 @@ class ScheduleConfig:
             this many average steps take.
         warmdown_frac: Length of the warmdown as a fraction of the budget, in seconds or steps (0 to 1). Right for short
             budgets, where a fixed number of steps may be the whole run. null: warmdown_steps counts.
-        momentum_warmup_start: Muon's momentum at step 0.
+        momentum_warmup_start: Muon's momentum at step 0 (0 to 1).
         momentum_warmup_steps: Steps until the momentum reaches its full value (at least 0).
     """
 
@@ -29,6 +29,10 @@ class ScheduleConfig:
             )
         if self.warmdown_frac is not None and not 0 <= self.warmdown_frac <= 1:
             raise ValueError(f"model.schedule.warmdown_frac must be between 0 and 1, not {self.warmdown_frac}")
+        if not 0 <= self.momentum_warmup_start < 1:
+            raise ValueError(
+                f"model.schedule.momentum_warmup_start must be in [0, 1), not {self.momentum_warmup_start}"
+            )
 
 
 def lr_multiplier(

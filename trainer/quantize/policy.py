@@ -21,10 +21,10 @@ class QuantizationConfig:
         attention_bits: Bits of the attention matrices (2 to 8).
         bigram_bits: Bits of the bigram table and its projection (2 to 8).
         other_bits: Bits of any other large matrix (2 to 8).
-        fp16_key_blocks: Blocks whose key projection stays float16; negative numbers count from the end.
-        small_tensor: Largest number of elements of a tensor that stays float16.
+        fp16_key_blocks: Blocks whose key projection stays float16 (0 to num_layers - 1; negative: from the end).
+        small_tensor: Largest number of elements of a tensor that stays float16 (at least 0).
         prune_frac: Fraction of each large matrix's smallest magnitudes that is set to zero before rounding (0 to 1).
-        prune_above: Number of elements above which a matrix is large.
+        prune_above: Number of elements above which a matrix is large (at least 0).
         rounding: How matrices are rounded. nearest: to the nearest integer, with each row's largest magnitude at the
             end of the range. loss_aware: with GPTQ and with steps for rows and columns that follow from the loss on
             training text; mlp_bits, attention_bits and prune_frac do not apply to them.
@@ -53,7 +53,10 @@ class QuantizationConfig:
                 raise ValueError(f"export.quantization: bits must be between 2 and 8, not {bits}")
         if not 0 <= self.prune_frac < 1:
             raise ValueError(f"export.quantization.prune_frac must be in [0, 1), not {self.prune_frac}")
-        if self.quant_step <= 0:
+        for name in ("small_tensor", "prune_above"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"export.quantization.{name} must be at least 0, not {getattr(self, name)}")
+        if not self.quant_step > 0:
             raise ValueError(f"export.quantization.quant_step must be positive, not {self.quant_step}")
         if self.calibration_sequences < 1:
             raise ValueError(
