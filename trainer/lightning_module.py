@@ -65,9 +65,8 @@ class LanguageModel(pl.LightningModule):
         self.display = ProgressDisplay()  # the progress callback puts the run's own here
         self.lr_multiplier = 1.0  # of the step in progress or just done
         self.gradient_norms = GradientNorms(torch.zeros(()), torch.zeros(0))
-        self.completed_metrics: list[
-            tuple[int, Tensor]
-        ] = []  # (step, loss and gradient norms) that the device has done
+        # (step, loss and gradient norms) of the steps that the device has completed.
+        self.completed_metrics: list[tuple[int, Tensor]] = []
         self.updating = False  # between the start of an update and the end of everything that belongs to its step
         self.attention: AttentionBackend = SdpaBackend()
         self.fused = Fused()

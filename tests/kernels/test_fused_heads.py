@@ -83,13 +83,13 @@ def test_operators_pass_on_the_right_derivatives():
 
 @pytest.mark.usefixtures("formulas")
 @pytest.mark.parametrize("start_pos", [0, 3])
-@pytest.mark.parametrize(("has_value_embedding", "expand_kv"), [(True, True), (False, True), (False, False)])
+@pytest.mark.parametrize(("has_value_embedding", "copies_kv"), [(True, True), (False, True), (False, False)])
 def test_attention_and_all_its_gradients_are_the_same_with_the_operators(
-    start_pos: int, has_value_embedding: bool, expand_kv: bool
+    start_pos: int, has_value_embedding: bool, copies_kv: bool
 ):
     torch.manual_seed(0)
     attention = Attention(AttentionConfig(4, 2, rope_dims=4, xsa=True), 32, has_value_embedding).double()
-    attention.backend = SdpaBackend("math", expand_kv)
+    attention.backend = SdpaBackend("math", copies_kv)
     tables = rotary_tables(7, 8, 100.0, CPU, 4).double()
     x = torch.randn(2, 7, 32, dtype=torch.float64, requires_grad=True)
     values = torch.randn(2, 7, 2, 8, dtype=torch.float64, requires_grad=True)

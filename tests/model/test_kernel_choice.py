@@ -42,7 +42,7 @@ def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("length", [1, 4, 9])
-@pytest.mark.parametrize("backend", [SdpaBackend(), SdpaBackend("math"), SdpaBackend("math", expand_kv=True)])
+@pytest.mark.parametrize("backend", [SdpaBackend(), SdpaBackend("math"), SdpaBackend("math", copies_kv=True)])
 def test_backends_equal_numpy(backend: SdpaBackend, length: int):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, *shape, 8).double() for shape in ((length, 6), (9, 2), (9, 2)))
@@ -113,9 +113,9 @@ def test_keys_are_expanded_before_a_slower_backend_is_chosen():
 
 def test_the_optional_package_is_tried_with_and_without_copies_of_keys(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernel_choice, "is_installed", lambda: True)
-    assert choose("auto", *GPU, measure=table(fa4=0.003, fa4_expanded=0.002)) == FlashAttention4(expand_kv=True)
+    assert choose("auto", *GPU, measure=table(fa4=0.003, fa4_expanded=0.002)) == FlashAttention4(copies_kv=True)
     assert choose("auto", *GPU, measure=table(fa4=0.002, fa4_expanded=0.003)) == FlashAttention4()
-    assert with_window(FlashAttention4(expand_kv=True), 64) == FlashAttention4(64, expand_kv=True)
+    assert with_window(FlashAttention4(copies_kv=True), 64) == FlashAttention4(64, copies_kv=True)
 
 
 def test_a_warning_names_an_optional_package_that_is_installed_but_does_not_run(monkeypatch: pytest.MonkeyPatch):

@@ -43,10 +43,6 @@ def export(
     metadata = checkpoint[METADATA_KEY]
     run = RunFolder.containing(Path(ckpt))
     target = RunFolder(out or run.path / "export")
-    try:
-        target.path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{target}: cannot be made ({error.strerror}); choose another --out") from error
     quantization = QuantizationConfig(**metadata["quantization"])
     config = TransformerConfig.from_dict(metadata["model"])
     is_loss_aware = quantization.rounding == "loss_aware"
@@ -54,6 +50,11 @@ def export(
     model = Transformer(config).to(device)
     model.load_state_dict(stored_average(checkpoint) or live_state(checkpoint))
     dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(metadata["precision"])
+    sequences = list(_sequences(data, metadata, config, quantization)) if is_loss_aware else []
+    try:
+        target.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be made ({error.strerror}); choose another --out") from error
     exported = export_model(
         model,
         quantization,
@@ -62,7 +63,7 @@ def export(
         source_bundle(),
         cap,
         shrink_to_cap,
-        [tokens.to(device) for tokens in _sequences(data, metadata, config, quantization)] if is_loss_aware else (),
+        (tokens.to(device) for tokens in sequences),
         partial(torch.autocast, device.type, dtype, enabled=dtype is not None and device.type == "cuda"),
     )
     for source, copy in ((run.tokenizer, target.tokenizer), (run.config, target.config)):

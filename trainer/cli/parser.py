@@ -49,13 +49,14 @@ class CommandParser(ShortErrors, ArgumentParser):
             by_hand: Settings of argparse for parameters that jsonargparse would parse in another way: positional lists
                 without brackets, options that may be repeated, flags without a value, aliases.
         """
+        docstring = docstring_parser.parse(command.__doc__ or "")
         super().__init__(
             prog=f"trainer {command.__name__}",
-            description=(docstring_parser.parse(command.__doc__ or "").short_description or ""),
+            description=docstring.short_description or "",
             epilog=f"example: trainer {example}",
             allow_abbrev=False,
         )
-        help_of = {each.arg_name: each.description for each in docstring_parser.parse(command.__doc__ or "").params}
+        help_of = {each.arg_name: each.description for each in docstring.params}
         for name, settings in by_hand.items():
             flags = settings.pop("flags", [name if "nargs" in settings else f"--{name}"])
             self.add_argument(*flags, help=help_of[name], **settings)

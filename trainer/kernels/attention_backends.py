@@ -53,16 +53,11 @@ class SdpaBackend(AttentionBackend):
 
     Attributes:
         backend: Name in BACKENDS, or None to let torch choose (on the CPU).
-        expand_kv: Repeat keys and values for each query head first, for kernels without native grouped queries.
+        copies_kv: Repeat keys and values for each query head first, for kernels without native grouped queries.
     """
 
     backend: str | None = None
-    expand_kv: bool = False
-
-    @property
-    @override
-    def copies_kv(self) -> bool:
-        return self.expand_kv
+    copies_kv: bool = False
 
     @override
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -79,7 +74,7 @@ class SdpaBackend(AttentionBackend):
 
     @override
     def describe(self) -> str:
-        return f"{self.backend or 'torch default'}{EXPANDED if self.expand_kv else ''}"
+        return f"{self.backend or 'torch default'}{EXPANDED if self.copies_kv else ''}"
 
 
 def _expand(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,17 +103,12 @@ class FlashAttention4(AttentionBackend):
 
     Attributes:
         window: Attention window in tokens, the position itself included; None: full attention.
-        expand_kv: Repeat keys and values for each query head first. With grouped queries, the backward pass adds up
+        copies_kv: Repeat keys and values for each query head first. With grouped queries, the backward pass adds up
             their gradients in float32 in the GPU's memory.
     """
 
     window: int | None = None
-    expand_kv: bool = False
-
-    @property
-    @override
-    def copies_kv(self) -> bool:
-        return self.expand_kv
+    copies_kv: bool = False
 
     @override
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -129,7 +119,7 @@ class FlashAttention4(AttentionBackend):
 
     @override
     def describe(self) -> str:
-        return f"fa4{EXPANDED if self.expand_kv else ''}"
+        return f"fa4{EXPANDED if self.copies_kv else ''}"
 
 
 @dataclass(frozen=True)

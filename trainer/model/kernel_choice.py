@@ -75,10 +75,10 @@ def candidates(name: str) -> Iterator[list[AttentionBackend]]:
     """
     if name in ("auto", "fa4") and is_installed():
         yield [FlashAttention4()]
-        yield [FlashAttention4(expand_kv=True)]  # which is faster depends on the heads
+        yield [FlashAttention4(copies_kv=True)]  # which is faster depends on the heads
     for backend in BACKENDS:
         if name in ("auto", backend):
-            yield [SdpaBackend(backend), SdpaBackend(backend, expand_kv=True)]
+            yield [SdpaBackend(backend), SdpaBackend(backend, copies_kv=True)]
 
 
 def choose_attention(
