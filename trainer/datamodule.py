@@ -1,5 +1,6 @@
 """The data module: prepares a source once, serves the training stream and the evaluation windows."""
 
+import os
 from collections.abc import Iterator
 
 import lightning.pytorch as pl
@@ -11,6 +12,7 @@ from typing_extensions import override
 
 from trainer.data import published  # noqa: F401 - a choice for --data.source
 from trainer.data.calibration import calibration_sequences
+from trainer.data.identity import Identity, identify
 from trainer.data.manifest import NAME, Manifest, check_vocabulary
 from trainer.data.prefetch import Prefetcher
 from trainer.data.shards import TokenFiles, check_vocab_size, open_shard
@@ -49,7 +51,7 @@ class TokenData(pl.LightningDataModule):
         batch_tokens: int = 131_072,
         sequence_length: int = 2048,
         order: Order = "sequential",
-        seed: int = 0,
+        seed: int | None = None,
         vocab_size: int = 1024,
         evaluation: EvaluationConfig = EvaluationConfig(),
     ) -> None:
@@ -64,7 +66,7 @@ class TokenData(pl.LightningDataModule):
                 all sequences of all shards in random order, each once per epoch. documents: the same with sequences
                 that start at a document and are packed from whole ones; longer documents are cut, and all tokens are
                 read once at the start.
-            seed: Seed of the orders that shuffle (at least 0).
+            seed: Seed of the orders that shuffle (at least 0). null: seed_everything.
             vocab_size: Vocabulary size of the model (1 to 65,536); linked to model.vocab_size.
             evaluation: How validation text is scored; linked to eval.
         """
@@ -73,16 +75,19 @@ class TokenData(pl.LightningDataModule):
         self.batch_tokens = batch_tokens
         self.sequence_length = sequence_length
         self.order = order
-        self.seed = seed
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed  # where Lightning keeps it
         self.vocab_size = vocab_size
         self.evaluation = evaluation
         self.table: ByteTable | None = None
         self.expected_tokenizer: str | None = None  # sha256 stored with the weights that are scored
+        self.resumes = False  # the shards of the run that is resumed must stay
+        self.shards: Identity = {}
 
     @override
     def prepare_data(self) -> None:
-        """Make the shards, on one process."""
-        self.source.prepare()
+        """Make the shards, on one process; a command that only scores makes nothing."""
+        if self.trainer is None or self.trainer.state.fn != "validate":
+            self.source.prepare(only_if_missing=self.resumes)
 
     @override
     def setup(self, stage: str) -> None:
@@ -113,6 +118,9 @@ class TokenData(pl.LightningDataModule):
             if self.evaluation.adapt_rate is not None:
                 raise UserError("eval.adapt_rate belongs to trainer validate; leave it out of fit")
             self._check_training_tokens(vocab_size)
+            self.shards = identify(self.text) if self.trainer is None or self.trainer.is_global_zero else {}
+            if self.trainer is not None:
+                self.shards = self.trainer.strategy.broadcast(self.shards)
         self.val_tokens = torch.from_numpy(tokens.astype(np.int32))
         self._evaluations()  # an unusable split fails now
 

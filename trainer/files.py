@@ -1,13 +1,18 @@
 """Files that are whole or absent: written beside the target, flushed to the disk, then renamed."""
 
+import fcntl
 import hashlib
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from trainer.errors import UserError
+
+PARTIAL = ".partial"
+MIN_AGE = 60.0  # seconds before a partial file without a writer counts as left behind
 
 
 @contextmanager
@@ -18,10 +23,12 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         UserError: If the file cannot be written (a full disk, no permission); `path` is then untouched.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("w+b") as file:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -32,6 +39,36 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):  # it or its folder does not exist
             temporary.unlink()
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what a killed `atomic_write` left in a folder; a file that somebody writes is locked, and stays."""
+    for path in folder.glob(f".*{PARTIAL}"):
+        with suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if time.time() - path.stat().st_mtime > MIN_AGE:
+                path.unlink()
+
+
+def copy_file(source: Path, target: Path, sha256: str | None = None) -> None:
+    """Copy a small file; the copy is whole or absent.
+
+    Args:
+        source: The file.
+        target: Its copy.
+        sha256: What the content must have as hexadecimal sha256.
+
+    Raises:
+        UserError: If the source cannot be read or is another file, or the copy cannot be written.
+    """
+    try:
+        content = source.read_bytes()
+    except OSError as error:
+        raise UserError(f"{source}: cannot be read ({error.strerror or error})") from error
+    if sha256 not in (None, hashlib.sha256(content).hexdigest()):
+        raise UserError(f"{source}: is not the file that the run was made with (its sha256 differs); restore it")
+    with atomic_write(target) as file:
+        file.write(content)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from trainer.checkpoint import METADATA_KEY
 from trainer.clock import TrainingClock
+from trainer.data.identity import difference
 from trainer.distributed import mean_over_ranks
 from trainer.errors import UserError
 from trainer.evaluation.adaptation import Adapter
@@ -268,6 +269,11 @@ class LanguageModel(pl.LightningModule):
                     f"the checkpoint's run had data.{name} {before}, this one has {getattr(data, name)}, and would "
                     "resume at another position of the text; give the same value"
                 )
+        if data.shards and (change := difference(metadata["shards"], data.shards)):
+            raise UserError(
+                f"the checkpoint's run read other text ({change}) and would resume at another position of it; give its "
+                "run's --data.source"
+            )
         if metadata["tokenizer_sha256"] != getattr(data, "tokenizer_sha256", metadata["tokenizer_sha256"]):
             raise UserError(
                 "the checkpoint was trained with another tokenizer; give its run's --data.source, or another --ckpt"

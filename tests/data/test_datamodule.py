@@ -31,8 +31,8 @@ def copied(shard_folder: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["words_train_000001.bin", "words_val_000000.bin"])
 def test_a_token_beyond_the_vocabulary_is_found_before_training(copied: Path, name: str):
-    shards = [ShardRecord(path.name, "train", 1, 1, 1, 1, "") for path in copied.glob("*.bin")]
-    Manifest({}, sha256_of(copied / "tokenizer.model"), shards, {}).write(copied)  # of the shards as they were
+    shards = [ShardRecord(path.name, "train", 1, 1, 1, 1, path.name) for path in copied.glob("*.bin")]
+    Manifest({}, sha256_of(copied / "tokenizer.model"), shards, {}, 0, {}).write(copied)  # of the shards as they were
     data(copied).setup("fit")
     write_shard(copied / name, np.array([1] + [7] * 5_000 + [300], dtype=np.uint16))
     with pytest.raises(UserError, match=rf"{name}: holds token 300, but the tokenizer's vocabulary size is 300"):
@@ -41,8 +41,8 @@ def test_a_token_beyond_the_vocabulary_is_found_before_training(copied: Path, na
 
 @pytest.mark.parametrize("change", ["one more", "one less"])
 def test_shards_that_differ_from_the_manifest_are_refused(change: str, copied: Path):
-    shards = [ShardRecord(path.name, "train", 1, 1, 1, 1, "") for path in copied.glob("*.bin")]
-    Manifest({}, sha256_of(copied / "tokenizer.model"), shards, {}).write(copied)
+    shards = [ShardRecord(path.name, "train", 1, 1, 1, 1, path.name) for path in copied.glob("*.bin")]
+    Manifest({}, sha256_of(copied / "tokenizer.model"), shards, {}, 0, {}).write(copied)
     data(copied).setup("fit")
     if change == "one more":
         shutil.copyfile(copied / "words_train_000000.bin", copied / "other_train_000000.bin")
@@ -76,8 +76,8 @@ def test_fewer_windows_than_processes_are_refused(shard_folder: Path):
 
 
 def test_another_tokenizer_than_the_manifests_is_refused(copied: Path):
-    shards = [ShardRecord(path.name, "train", 1, 1, 1, 1, "") for path in copied.glob("*.bin")]
-    Manifest({}, "0" * 64, shards, {}).write(copied)
+    shards = [ShardRecord(path.name, "train", 1, 1, 1, 1, path.name) for path in copied.glob("*.bin")]
+    Manifest({}, "0" * 64, shards, {}, 0, {}).write(copied)
     with pytest.raises(UserError, match="is not the tokenizer that made the shards"):
         data(copied).setup("fit")
 

@@ -3,9 +3,12 @@
 import gzip
 import json
 import lzma
+import os
+import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +21,7 @@ from tests.conftest import make_documents
 from trainer.__main__ import main
 from trainer.data.documents import TextFiles, find_files
 from trainer.data.manifest import Manifest, documents_of, verify
+from trainer.data.normalization import DocumentKeys
 from trainer.data.shard_writer import split_of
 from trainer.data.shards import TokenFiles, open_shard
 from trainer.data.sources import LocalText
@@ -26,6 +30,7 @@ from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import UserError
 
 TEXTS = ["the model reads", "12 cats: 猫 and 🙂", "another\ttoken  with   spaces"]
+BOM = b"\xef\xbb\xbf"
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
 
 
@@ -33,10 +38,17 @@ def jsonl(texts: list[str]) -> bytes:
     return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
 
 
-def parquet(texts: list[str]) -> bytes:
+def table(columns: dict[str, list[Any]]) -> bytes:
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table({"text": texts, "id": list(range(len(texts)))}), sink)
+    pq.write_table(pa.table(columns), sink)
     return sink.getvalue().to_pybytes()
+
+
+def parquet(texts: list[str]) -> bytes:
+    return table({"text": texts, "id": list(range(len(texts)))})
+
+
+RANDOM = random.Random(0).randbytes(300_000)
 
 
 @pytest.mark.parametrize("compression", COMPRESS)
@@ -52,13 +64,57 @@ def test_every_kind_of_file_gives_its_documents(tmp_path: Path, kind, content, e
     assert files.fraction == 1.0
 
 
+def test_several_frames_a_bom_a_blank_line_and_another_field_are_read(tmp_path: Path):
+    for name, content, expected in (
+        ("a.txt.zst", zstandard.compress(b"one ") + zstandard.compress(b"") + zstandard.compress(b"two"), ["one two"]),
+        ("a.txt", BOM + b"text", ["text"]),
+        ("A.JSONL.GZ", gzip.compress(BOM + jsonl(TEXTS) + b"\n \r\n"), TEXTS),
+        ("a.md", b"# A title", ["# A title"]),
+    ):
+        (tmp_path / name).write_bytes(content)
+        assert list(TextFiles([tmp_path / name])) == expected
+    (tmp_path / "b.jsonl").write_bytes(jsonl(TEXTS).replace(b'"text"', b'"body"'))
+    (tmp_path / "b.parquet").write_bytes(table({"body": TEXTS}))
+    assert list(TextFiles([tmp_path / "b.jsonl", tmp_path / "b.parquet"], "body")) == TEXTS * 2
+
+
+def test_what_a_folder_holds_and_is_not_read_is_named(tmp_path: Path, capsys):
+    (tmp_path / "texts/deep").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("texts/a.TXT", "texts/deep/b.md", "elsewhere/c.jsonl", "texts/d.pdf", "texts/deep/e"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "texts/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "texts")  # must not lead around for ever
+    files = find_files([str(tmp_path / "texts")])
+    assert [str(path.relative_to(tmp_path / "texts")) for path in files] == ["a.TXT", "deep/b.md", "link/c.jsonl"]
+    warning = capsys.readouterr().out
+    assert f"warning: {tmp_path}/texts: 2 files are not read, as they are no text: " in warning
+    assert "d.pdf" in warning
+    assert "deep/e" in warning
+
+
+def test_an_unreadable_folder_is_named(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.txt").write_text("x")
+    original = os.scandir
+
+    def scandir(path: str) -> Any:  # root may read everything
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert find_files([str(tmp_path)]) == [tmp_path / "a.txt"]
+    assert f"1 folders in it cannot be read: {tmp_path}/closed" in capsys.readouterr().out
+
+
 def test_names_are_files_folders_and_patterns_in_the_given_order(tmp_path: Path):
-    for name in ("b/2.txt", "b/1.jsonl.gz", "b/c/3.txt", "a.txt", "b/notes.md"):
+    for name in ("b/2.txt", "b/1.jsonl.gz", "b/c/3.txt", "a.txt", "b/notes.pdf"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
     files = find_files([str(tmp_path / "b"), str(tmp_path / "*.txt")])
     assert [str(path.relative_to(tmp_path)) for path in files] == ["b/1.jsonl.gz", "b/2.txt", "b/c/3.txt", "a.txt"]
-    for name, message in (("none.txt", "no such text file"), ("*.jsonl", "no such text file"), ("b/notes.md", "only")):
+    for name, message in (("none.txt", "no such text file"), ("*.jsonl", "no such text file"), ("b/notes.pdf", "only")):
         with pytest.raises(UserError, match=message):
             find_files([str(tmp_path / name)])
 
@@ -76,6 +132,15 @@ def test_names_are_files_folders_and_patterns_in_the_given_order(tmp_path: Path)
         ("a.jsonl.gz", gzip.compress(jsonl(TEXTS * 50))[:-20], "cut or damaged"),
         ("a.jsonl.xz", lzma.compress(jsonl(TEXTS * 50))[:-20], "cut or damaged"),
         ("a.jsonl.zst", b"no zstd at all", "cut or damaged"),
+        ("a.txt.zst", zstandard.compress(RANDOM)[:70_000], "cut or damaged"),
+        ("a.txt.zst", zstandard.compress(b"a") + zstandard.compress(RANDOM)[:-1], "cut or damaged"),
+        ("a.txt.gz", gzip.compress(b"a") + gzip.compress(RANDOM)[:-9], "cut or damaged"),
+        ("a.jsonl", b"[1]\n", "a list: name one with --data.source.field"),
+        ("a.jsonl", b'{"body": "b", "id": 3}\n', "it has body, id: name one with --data.source.field"),
+        ("a.parquet", table({"body": ["a"], "id": [1]}), "has no column `text`, but body, id; name one"),
+        ("a.parquet", table({"text": [{"a": 1}]}), "holds struct<a: int64>, not text"),
+        ("a.parquet", table({"text": [["a"]]}), "holds list<.*>, not text"),
+        ("a.parquet", table({"text": [3]}), "holds int64, not text"),
         ("a.parquet", b"no parquet at all", "is not a parquet file"),
     ],
 )
@@ -90,8 +155,8 @@ def test_a_bad_file_is_named_while_a_tokenizer_is_trained_on_it(tmp_path: Path, 
     (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS) + b'{"text": 3}\n')
     args = [f"--data.source.train_files=[{tmp_path}/a.jsonl]", f"--data.source.folder={tmp_path}/out"]
     assert main(["prepare", "--data.source=LocalText", *args]) == 1
-    message = f"trainer: {tmp_path}/a.jsonl: the `text` of line {len(TEXTS) + 1} is not a string\n"
-    assert capsys.readouterr().err == message
+    problem = f"the `text` of line {len(TEXTS) + 1} is not a string; name another --data.source.field"
+    assert capsys.readouterr().err == f"trainer: {tmp_path}/a.jsonl: {problem}\n"
 
 
 @pytest.fixture
@@ -112,7 +177,7 @@ def test_prepared_shards_hold_every_document_once_in_its_split(prepared):
     manifest = verify(folder)
     tokenizer = load_tokenizer(folder / "tokenizer.model")
     for split in ("train", "val"):
-        expected = [text for text in texts if split_of(text, 5) == split]
+        expected = [text for text in texts if split_of(DocumentKeys().of(text), 5) == split]
         shards = manifest.of(split)
         decoded = [
             tokenizer.decode(document.tolist())
@@ -208,8 +273,9 @@ def test_a_killed_preparation_leaves_no_manifest_and_the_next_one_is_whole(tmp_p
     LocalText([f"{tmp_path}/a.jsonl"], f"{tmp_path}/o", **whole_before).prepare()  # other settings, made anew
     killed = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
     assert killed.returncode == -9
-    assert list((tmp_path / "o").glob("*.bin"))
-    assert not (tmp_path / "o/manifest.json").exists()
+    assert list((tmp_path / ".o.preparing").glob("*.bin"))
+    assert not (tmp_path / ".o.preparing/manifest.json").exists()
+    assert verify(tmp_path / "o").source["val_every"] == 4  # what was there before is whole
     LocalText(
         [f"{tmp_path}/a.jsonl"],
         f"{tmp_path}/o",
@@ -218,6 +284,7 @@ def test_a_killed_preparation_leaves_no_manifest_and_the_next_one_is_whole(tmp_p
         shard_tokens=1500,
     ).prepare()
     assert sum(shard.documents for shard in verify(tmp_path / "o").shards) == 200
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_a_full_disk_is_named_and_leaves_nothing_that_looks_complete(tmp_path: Path, shard_folder: Path):
@@ -247,9 +314,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, shard_folder: 
     args = ["--data.source=LocalText", f"--data.source.train_files=[{tmp_path}/a.jsonl]"]
     args += [f"--data.source.folder={tmp_path}/a.jsonl/o", f"--data.source.tokenizer={shard_folder}/tokenizer.model"]
     assert main(["prepare", *args]) == 1
-    assert (
-        "a.jsonl/o: cannot be written (Not a directory); choose another data.source.folder" in capsys.readouterr().err
-    )
+    assert "a.jsonl/o: cannot be written (File exists); choose another data.source.folder" in capsys.readouterr().err
 
 
 def test_verify_repairs_nothing_and_prepare_does(prepared, tmp_path: Path, shard_folder: Path, capsys):
@@ -269,10 +334,13 @@ def test_verify_repairs_nothing_and_prepare_does(prepared, tmp_path: Path, shard
     assert len(shard.read_bytes()) == len(whole) - 2
     assert main(args) == 0
     assert shard.read_bytes() == whole
+    assert main([*args, "--verify"]) == 0
+    manifest = (folder / "manifest.json").read_text()
     (folder / "manifest.json").write_text("{")
     assert main([*args, "--verify"]) == 1
-    assert main(args) == 0
-    assert main([*args, "--verify"]) == 0
+    assert main(args) == 1  # nothing says that the files are ours
+    assert "which this trainer did not make" in capsys.readouterr().err
+    (folder / "manifest.json").write_text(manifest)
     assert main([*args, "--data.source.val_every=1"]) == 1
     assert "val_every must be at least 2" in capsys.readouterr().err
 
@@ -304,7 +372,7 @@ def test_inspect_shows_shards_documents_and_lengths(prepared, capsys):
     capsys.readouterr()
     assert main(["inspect", str(folder), "--documents", "1"]) == 0
     shown = capsys.readouterr().out
-    first = next(text for text in texts if split_of(text, 5) == "train")
+    first = next(text for text in texts if split_of(DocumentKeys().of(text), 5) == "train")
     assert first[:60] in shown
     assert "bytes per token" in shown
     assert "tokens per document" in shown

@@ -63,6 +63,7 @@ class PostTrainExport(pl.Callback):
         metadata = checkpoint.setdefault(METADATA_KEY, {})
         for name in ("tokenizer_sha256", "batch_tokens", "sequence_length", "order", "seed"):
             metadata[name] = getattr(data, name)
+        metadata["shards"] = data.shards
         metadata["precision"] = str(trainer.precision)
         metadata["quantization"] = asdict(self.quantization)
 

@@ -1,26 +1,34 @@
-"""Documents of text files: a `.txt` file, a line of `.jsonl`, a row of `.parquet`; each also `.gz`, `.zst`, `.xz`."""
+"""Documents of text files: a `.txt` or `.md` file, a line of `.jsonl`, a row of `.parquet`; each also compressed."""
 
+import codecs
 import gzip
 import io
 import json
 import lzma
+import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import zstandard
+from typing_extensions import override
 
 from trainer.errors import UserError
+from trainer.logging import logger
 
-KINDS = (".txt", ".jsonl", ".parquet")
+KINDS = (".txt", ".md", ".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".zst", ".xz")
 FIELD = "text"
+READ_BYTES = 2**17
 
 
 def find_files(names: list[str]) -> list[Path]:
     """Resolve files, folders (all text files below them) and glob patterns, in the order of the names.
+
+    What a folder or a pattern holds and cannot be read is named in a warning.
 
     Raises:
         UserError: If a name matches nothing, or a file is of another kind.
@@ -29,9 +37,10 @@ def find_files(names: list[str]) -> list[Path]:
     for name in names:
         path = Path(name)
         if path.is_dir():
-            matches = sorted(file for file in path.rglob("*") if file.is_file() and _kind(file) in KINDS)
+            matches = _files_below(path)
         elif any(letter in name for letter in "*?["):
-            matches = sorted(file for file in Path(path.anchor or ".").glob(name.removeprefix(path.anchor)))
+            matches = sorted(Path(path.anchor or ".").glob(name.removeprefix(path.anchor)))
+            matches = _readable(matches, name)
         else:
             matches = [path]
         if not matches or not all(file.is_file() for file in matches):
@@ -43,19 +52,57 @@ def find_files(names: list[str]) -> list[Path]:
     return files
 
 
+def _files_below(folder: Path) -> list[Path]:
+    """All text files below a folder, also behind links; what is not read is named in a warning."""
+    unreadable: list[str] = []
+    seen: set[str] = set()
+    files: list[Path] = []
+    for root, folders, names in os.walk(
+        folder, followlinks=True, onerror=lambda error: unreadable.append(error.filename)
+    ):
+        if (real := os.path.realpath(root)) in seen:  # a link leads back
+            folders.clear()
+            continue
+        seen.add(real)
+        files += [Path(root) / name for name in names]
+    if unreadable:
+        logger.warning(f"{folder}: {len(unreadable):,} folders in it cannot be read: {_listed(unreadable)}")
+    return _readable(sorted(files), str(folder))
+
+
+def _readable(files: list[Path], name: str) -> list[Path]:
+    """The text files among some files; the others are named in a warning."""
+    others = [file for file in files if not (file.is_file() and _kind(file) in KINDS)]
+    if others:
+        logger.warning(f"{name}: {len(others):,} files are not read, as they are no text: {_listed(map(str, others))}")
+    return [file for file in files if file not in set(others)]
+
+
+def _listed(names: Iterable[str]) -> str:
+    first = list(names)
+    return ", ".join(first[:3]) + (f" and {len(first) - 3:,} more" if len(first) > 3 else "")
+
+
 def _kind(path: Path) -> str:
-    return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
+    """The ending that tells what a file holds, in small letters."""
+    return Path(path.stem).suffix.lower() if _compression(path) in COMPRESSIONS else path.suffix.lower()
+
+
+def _compression(path: Path) -> str:
+    return path.suffix.lower()
 
 
 class TextFiles:
     """The documents of files, and how much of the files has been read."""
 
-    def __init__(self, paths: list[Path]) -> None:
+    def __init__(self, paths: list[Path], field: str = FIELD) -> None:
         """Take the files; nothing is opened yet.
 
         Args:
             paths: Files of the supported kinds.
+            field: Field of a .jsonl line, or column of a .parquet file, that holds the text.
         """
+        self.field = field
         self.paths = paths
         self.sizes = [path.stat().st_size for path in paths]
         self.index = 0  # number of the file that the last document came from
@@ -77,9 +124,9 @@ class TextFiles:
         self._done = 0
         for index, (path, size) in enumerate(zip(self.paths, self.sizes, strict=True)):
             self.index = index
-            with path.open("rb") as self._open:
+            with _opened(path) as self._open:
                 count = 0
-                for text in _documents(path, self._open):
+                for text in _documents(path, self._open, self.field):
                     count += 1
                     yield text
             if count == 0:
@@ -87,52 +134,104 @@ class TextFiles:
             self._done += size
 
 
-def _documents(path: Path, raw: BinaryIO) -> Iterator[str]:
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+
+
+def _documents(path: Path, raw: BinaryIO, field: str) -> Iterator[str]:
     kind = _kind(path)
     try:
         file = _decompressed(path, raw)
-        if kind == ".txt":
-            text = file.read().decode("utf-8")
+        if kind in (".txt", ".md"):
+            text = file.read().decode("utf-8-sig")
             if text:
                 yield text
         elif kind == ".jsonl":
             for number, line in enumerate(io.BufferedReader(cast(io.RawIOBase, file)), start=1):
-                yield _text_of(path, number, line)
+                content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if content.strip():
+                    yield _text_of(path, number, content, field)
         else:
-            yield from _rows(path, file)
+            yield from _rows(path, file, field)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 at byte {error.start} ({error.reason}); convert it first") from error
-    except (OSError, EOFError, lzma.LZMAError, zstandard.ZstdError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError) as error:
         raise UserError(f"{path}: cannot be read to its end ({error}); it is cut or damaged") from error
 
 
-def _text_of(path: Path, number: int, line: bytes) -> str:
+def _text_of(path: Path, number: int, line: bytes, field: str) -> str:
     try:
-        text = json.loads(line.decode("utf-8"))[FIELD]
+        values = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: line {number} is not UTF-8 ({error.reason}); convert the file first") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: line {number} is not a JSON object with a `{FIELD}` field") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: line {number} is not a JSON object; repair or remove it") from error
+    if not isinstance(values, dict) or field not in values:
+        there = ", ".join(map(str, values)) if isinstance(values, dict) else f"a {type(values).__name__}"
+        raise UserError(
+            f"{path}: line {number} is not a JSON object with a `{field}` field; it has {there or 'nothing'}: name "
+            "one with --data.source.field"
+        )
+    text = values[field]
     if not isinstance(text, str):
-        raise UserError(f"{path}: the `{FIELD}` of line {number} is not a string")
+        raise UserError(f"{path}: the `{field}` of line {number} is not a string; name another --data.source.field")
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a character
-        raise UserError(f"{path}: the `{FIELD}` of line {number} holds a lone surrogate; repair it first") from error
+        raise UserError(f"{path}: the `{field}` of line {number} holds a lone surrogate; repair it first") from error
     return text
 
 
 def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
-    if path.suffix == ".gz":
+    compression = _compression(path)
+    if compression == ".gz":
         return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
-    if path.suffix == ".xz":
+    if compression == ".xz":
         return cast(BinaryIO, lzma.LZMAFile(raw))
-    if path.suffix == ".zst":
-        return cast(BinaryIO, zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=False))
+    if compression == ".zst":
+        return cast(BinaryIO, io.BufferedReader(_ZstdFile(raw), READ_BYTES))
     return raw
 
 
-def _rows(path: Path, file: BinaryIO) -> Iterator[str]:
+class _ZstdFile(io.RawIOBase):
+    """Frames of zstd, one after another; zstandard's own reader takes the end of a cut file for the end of the text."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._is_in_frame = False
+        self._rest = b""  # compressed
+        self._content = memoryview(b"")
+
+    @override
+    def readable(self) -> bool:
+        return True
+
+    @override
+    def readinto(self, buffer: Any) -> int:
+        while not self._content:
+            block = self._rest or self._raw.read(READ_BYTES)
+            self._rest = b""
+            if not block:
+                if self._is_in_frame:
+                    raise EOFError("it ends in the middle of a frame")
+                return 0
+            self._is_in_frame = True
+            self._content = memoryview(self._frame.decompress(block))
+            if self._frame.eof:
+                self._rest = self._frame.unused_data
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+                self._is_in_frame = False
+        count = min(len(buffer), len(self._content))
+        buffer[:count] = self._content[:count]
+        self._content = self._content[count:]
+        return count
+
+
+def _rows(path: Path, file: BinaryIO, field: str) -> Iterator[str]:
     try:
         import pyarrow  # noqa: PLC0415 - an extra
         import pyarrow.parquet  # noqa: PLC0415
@@ -141,13 +240,23 @@ def _rows(path: Path, file: BinaryIO) -> Iterator[str]:
             f"{path}: parquet files need the package pyarrow; pip install 'golf-trainer[parquet]'"
         ) from error
     with tempfile.TemporaryFile() as whole:
-        if path.suffix != ".parquet":  # its index is at the end of the file
+        if _compression(path) in COMPRESSIONS:  # its index is at the end of the file
             shutil.copyfileobj(file, whole)
             whole.seek(0)
             file = cast(BinaryIO, whole)
         try:
-            for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1024, columns=[FIELD]):
+            table = pyarrow.parquet.ParquetFile(file)
+            columns = {column.name: column.type for column in table.schema_arrow}
+            if field not in columns:
+                raise UserError(
+                    f"{path}: has no column `{field}`, but {', '.join(columns)}; name one with --data.source.field"
+                )
+            if not (pyarrow.types.is_string(columns[field]) or pyarrow.types.is_large_string(columns[field])):
+                raise UserError(
+                    f"{path}: the column `{field}` holds {columns[field]}, not text; name another --data.source.field"
+                )
+            for batch in table.iter_batches(1024, columns=[field]):
                 yield from (text for text in batch.column(0).to_pylist() if text)
-        except (pyarrow.ArrowException, IndexError) as error:
+        except pyarrow.ArrowException as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"{path}: is not a parquet file with a `{FIELD}` column ({reason})") from error
+            raise UserError(f"{path}: is not a parquet file with a `{field}` column ({reason})") from error

@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from trainer.data.normalization import DocumentKeys
 from trainer.data.shards import TokenArray, open_shard
-from trainer.data.tokenizer import BOS, load_tokenizer
+from trainer.data.tokenizer import BOS, SPACE, load_tokenizer
 from trainer.errors import UserError
 from trainer.files import atomic_write, sha256_of
 
 NAME = "manifest.json"
-FORMAT = 1
+TOKENIZER = "tokenizer.model"  # beside the shards
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -49,22 +51,22 @@ class Manifest:
         source: Class and settings of the source, as plain values.
         tokenizer_sha256: Hexadecimal sha256 of `tokenizer.model` beside the shards.
         shards: The shards in reading order.
+        text: Hexadecimal sha256 of the documents of each split in order, before any normalization.
+        dropped: Number of training documents left out because the validation split has them.
         versions: Versions of the libraries that made the folder.
     """
 
     source: dict[str, Any]
     tokenizer_sha256: str
     shards: list[ShardRecord]
+    text: dict[str, str]
+    dropped: int
     versions: dict[str, str]
 
     @property
     def text_fingerprint(self) -> str:
-        """Equal for the same text under any tokenizer: 16 digits of a sha256 of each split's documents and bytes."""
-        text = [
-            [split, sum(shard.documents for shard in self.of(split)), sum(shard.text_bytes for shard in self.of(split))]
-            for split in ("train", "val")
-        ]
-        return hashlib.sha256(json.dumps(text).encode()).hexdigest()[:16]
+        """Equal for the same text under any tokenizer: 16 digits of a sha256 of the documents of both splits."""
+        return hashlib.sha256(f"{self.text['train']} {self.text['val']}".encode()).hexdigest()[:16]
 
     def write(self, folder: Path) -> None:
         """Write it beside the shards."""
@@ -120,7 +122,8 @@ def verify(folder: Path) -> Manifest:
     """Read every shard again and compare it with the manifest.
 
     Checks header, size, checksum, largest token, number of documents and the bytes of the text. Bytes are counted by
-    decoding every document, independently of the table that training uses. No document may be in both splits.
+    decoding every document, independently of the table that training uses. No document may be in both splits, also not
+    with other case or spacing.
 
     Raises:
         UserError: At the first difference.
@@ -128,11 +131,12 @@ def verify(folder: Path) -> Manifest:
     manifest = Manifest.read(folder)
     if manifest is None:
         raise UserError(f"{folder}: has no {NAME}; shards made elsewhere can be inspected, but not verified")
-    if sha256_of(folder / "tokenizer.model") != manifest.tokenizer_sha256:
-        raise UserError(f"{folder / 'tokenizer.model'}: is not the tokenizer of the manifest; prepare the folder again")
-    tokenizer = load_tokenizer(folder / "tokenizer.model")
+    tokenizer = load_tokenizer(folder / TOKENIZER)
+    if sha256_of(folder / TOKENIZER) != manifest.tokenizer_sha256:
+        raise UserError(f"{folder / TOKENIZER}: is not the tokenizer of the manifest; prepare the folder again")
     vocab_size = tokenizer.get_piece_size()
-    seen: dict[str, set[bytes]] = {"train": set(), "val": set()}
+    keys = DocumentKeys()
+    validation: set[bytes] = set()
     for shard in sorted(manifest.shards, key=lambda shard: shard.split == "train"):  # the small split first
         path = folder / shard.file
         tokens = open_shard(path)
@@ -140,11 +144,12 @@ def verify(folder: Path) -> Manifest:
         counts = {"tokens": len(tokens), "documents": 0, "bytes": 0}
         for document in documents_of(tokens):
             counts["documents"] += 1
-            counts["bytes"] += len(tokenizer.decode(document.tolist()).encode())
-            key = hashlib.sha256(document.tobytes()).digest()
+            text = tokenizer.decode(document.tolist())
+            counts["bytes"] += len(text.replace(SPACE, " ").encode())
+            key = keys.of(text)
             if shard.split == "val":
-                seen["val"].add(key)
-            elif key in seen["val"]:
+                validation.add(key)
+            elif key in validation:
                 raise UserError(f"{path}: document {counts['documents']:,} is in the validation split too")
         for name, value in {**counts, "sha256": sha256_of(path)}.items():
             if value != getattr(shard, name):

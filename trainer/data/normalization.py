@@ -1,5 +1,6 @@
 """What a tokenizer's normalization changes in a text; bits per byte count the bytes after it."""
 
+import hashlib
 import unicodedata
 from collections import Counter
 
@@ -7,6 +8,30 @@ import sentencepiece
 
 SAMPLE_BYTES = 2_000_000
 LISTED = 8
+
+
+class DocumentKeys:
+    """Equal keys for documents that are the same text, also with other case, spaces, line ends or character forms.
+
+    The splits are made by these keys, so that no near copy of a validation document is trained on.
+    """
+
+    def __init__(self, tokenizer: sentencepiece.SentencePieceProcessor | None = None) -> None:
+        """Choose the normalization.
+
+        Args:
+            tokenizer: SentencePiece model whose own normalization comes first; it may merge more.
+        """
+        self._tokenizer = tokenizer
+        self._folded = sentencepiece.SentencePieceNormalizer(
+            rule_name="nmt_nfkc_cf", remove_extra_whitespaces=True, add_dummy_prefix=False, escape_whitespaces=False
+        )
+
+    def of(self, text: str) -> bytes:
+        """The key of a document: a sha256."""
+        if self._tokenizer is not None:
+            text = str(self._tokenizer.normalize(text)).replace("\u2581", " ")
+        return hashlib.sha256(str(self._folded.normalize(text)).encode()).digest()
 
 
 class NormalizationSample:

@@ -46,7 +46,7 @@ class PublishedFineWeb(Source):
         self.revision = revision
         self.parallel_files = parallel_files
 
-    def prepare(self) -> None:
+    def prepare(self, only_if_missing: bool = False) -> None:
         """Download what is missing; check size and header of every shard, and download a damaged one again.
 
         Raises:

@@ -1,7 +1,6 @@
 """Tokenizes text into shards: on all cores, in bounded memory; a shard has its name only when it is whole."""
 
 import hashlib
-import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -12,10 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from trainer.data.manifest import NAME, Manifest, ShardRecord
+from trainer.data.manifest import Manifest, ShardRecord
 from trainer.data.normalization import NormalizationSample
-from trainer.data.shards import HEADER_BYTES, TokenArray, check_vocab_size, write_shard
-from trainer.data.tokenizer import BOS, ByteTable, load_tokenizer
+from trainer.data.shards import TokenArray, check_vocab_size, write_shard
+from trainer.data.tokenizer import BOS, ByteTable, load_tokenizer, normalized_bytes
 from trainer.errors import UserError
 from trainer.files import sha256_of
 from trainer.logging import logger
@@ -24,21 +23,20 @@ from trainer.progress_display import open_display
 CHUNK_CHARACTERS = 4_000_000  # of text, tokenized at once
 SHARD_TOKENS = 100_000_000  # as in the published export
 SPLITS = ("train", "val")
-PREPARING = "preparing"  # a file that exists while a folder is unfinished
 PROGRESS_SECONDS = 5.0  # between two lines
 IdArray = np.ndarray[tuple[int], np.dtype[np.int32]]
 BEGIN = np.array([BOS], dtype=np.uint16)
 
 
-def split_of(text: str, val_every: int) -> str:
-    """Whether a document is for training or, about one in `val_every`, for validation: by its sha256 alone."""
-    return SPLITS[int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) % val_every == 0]
+def split_of(key: bytes, val_every: int) -> str:
+    """Whether a document is for training or, about one in `val_every`, for validation: by its key alone."""
+    return SPLITS[int.from_bytes(key[:8]) % val_every == 0]
 
 
 class Document(NamedTuple):
-    """A text, its split, and its origin for error messages."""
+    """A text, its split (None: it is left out, because the validation split has it), and its origin for messages."""
 
-    split: str
+    split: str | None
     text: str
     origin: str
 
@@ -52,16 +50,28 @@ class ShardWriter:
         self.table = table
         self.shard_tokens = shard_tokens
         self.records: list[ShardRecord] = []
+        self.text = hashlib.sha256()  # of all documents in order
         self._parts: list[TokenArray] = []
-        self._tokens = self._text_bytes = 0
+        self._tokens = self._text_bytes = self._bytes = 0
 
-    def add(self, ids: TokenArray, text_bytes: int, origin: str) -> None:
-        """Add a document, without BOS.
+    def add(self, ids: TokenArray, text: str, num_bytes: int, origin: str) -> None:
+        """Add a document.
+
+        Args:
+            ids: (n,) its tokens, without BOS.
+            text: Its text before normalization.
+            num_bytes: UTF-8 bytes of its text after normalization.
+            origin: Where it comes from.
 
         Raises:
-            UserError: If it is longer than a shard.
+            UserError: If it is longer than a shard, or its tokens do not tell its bytes.
         """
         length = len(ids) + 1
+        if (counted := self.table.total(np.concatenate([BEGIN, ids]))) != num_bytes:
+            raise UserError(
+                f"{origin}: a document has {num_bytes:,} bytes, but its tokens stand for {counted:,}: the tokenizer "
+                "has no tokens for some of its characters; use one with byte fallback"
+            )
         if length > self.shard_tokens:
             raise UserError(
                 f"{origin}: a document of {length:,} tokens is longer than a shard ({self.shard_tokens:,}); "
@@ -69,9 +79,13 @@ class ShardWriter:
             )
         if self._tokens + length > self.shard_tokens:
             self.flush()
+        raw = text.encode()
+        self.text.update(len(raw).to_bytes(8))
+        self.text.update(raw)
         self._parts += [BEGIN, ids]
         self._tokens += length
-        self._text_bytes += text_bytes
+        self._text_bytes += len(raw)
+        self._bytes += num_bytes
 
     def flush(self) -> None:
         """Write the collected documents, if there are any."""
@@ -87,12 +101,12 @@ class ShardWriter:
                 self.split,
                 documents=documents,
                 tokens=len(tokens),
-                bytes=self.table.total(tokens),
+                bytes=self._bytes,
                 text_bytes=self._text_bytes,
                 sha256=sha256_of(path),
             )
         )
-        self._tokens = self._text_bytes = 0
+        self._tokens = self._text_bytes = self._bytes = 0
 
 
 def tokenize(
@@ -125,9 +139,19 @@ def tokenize(
     writers = {split: ShardWriter(folder, split, table, shard_tokens) for split in SPLITS}
     sample = NormalizationSample(processor)
     threads = os.cpu_count() or 1
-    started, total = time.monotonic(), 0
+    started = time.monotonic()
     display = open_display("auto", PROGRESS_SECONDS)
-    chunks = _chunks(documents)
+    dropped = 0
+
+    def kept() -> Iterator[Document]:
+        nonlocal dropped
+        for document in documents:
+            if document.split is None:
+                dropped += 1
+            else:
+                yield document
+
+    chunks = _chunks(kept())
 
     def encode() -> tuple[list[Document], list[IdArray]] | None:
         chunk = next(chunks, None)
@@ -142,10 +166,10 @@ def tokenize(
             while (result := next_chunk.result()) is not None:
                 next_chunk = encoder.submit(encode)
                 for document, ids in zip(*result, strict=True):
+                    assert document.split is not None
                     sample.add(document.text)
-                    size = len(document.text.encode())
-                    writers[document.split].add(ids.astype(np.uint16), size, document.origin)
-                    total += size
+                    num_bytes = normalized_bytes(processor, document.text)
+                    writers[document.split].add(ids.astype(np.uint16), document.text, num_bytes, document.origin)
                 if fraction is not None:
                     display.update_task("tokenizing", fraction(), 1.0)
     finally:
@@ -157,11 +181,15 @@ def tokenize(
                 f"{folder}: no document is left for the {writer.split} split; give more text or name that split's files"
             )
     seconds = time.monotonic() - started
+    total = sum(record.text_bytes for writer in writers.values() for record in writer.records)
     logger.info(f"tokenized {total / 1e6:,.1f} MB in {seconds:.1f} s ({total / 1e6 / seconds:.1f} MB/s)")
+    if dropped:
+        logger.info(f"left out {dropped:,} training documents that the validation split has")
     logger.info(sample.describe())
     records = [record for split in SPLITS for record in writers[split].records]
     versions = {name: version(name) for name in ("sentencepiece", "numpy")}
-    manifest = Manifest(source, sha256_of(tokenizer), records, versions)
+    text = {split: writers[split].text.hexdigest() for split in SPLITS}
+    manifest = Manifest(source, sha256_of(tokenizer), records, text, dropped, versions)
     manifest.write(folder)
     return manifest
 
@@ -177,42 +205,3 @@ def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
             chunk, characters = [], 0
     if chunk:
         yield chunk
-
-
-def is_prepared(folder: Path, source: dict[str, Any]) -> bool:
-    """Whether a folder's manifest names this source and its shards have their full length."""
-    try:
-        manifest = Manifest.read(folder)
-    except UserError:  # a damaged manifest counts as none
-        return False
-    if manifest is None or manifest.source != source:
-        return False
-    return all(
-        (folder / shard.file).is_file() and (folder / shard.file).stat().st_size == HEADER_BYTES + 2 * shard.tokens
-        for shard in manifest.shards
-    )
-
-
-def clear(folder: Path) -> None:
-    """Remove what an earlier preparation made, its manifest first, so that an unfinished folder never looks finished.
-
-    Raises:
-        UserError: If the folder holds shards that this trainer did not make.
-    """
-    marker = folder / PREPARING
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shards = list(itertools.chain.from_iterable(folder.glob(f"*_{split}_*.bin") for split in SPLITS))
-        if shards and not (folder / NAME).exists() and not marker.exists():
-            raise UserError(f"{folder}: holds shards that this trainer did not make; choose another data.source.folder")
-        marker.touch()
-        (folder / NAME).unlink(missing_ok=True)
-        for path in shards:
-            path.unlink()
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another data.source.folder") from error
-
-
-def mark_finished(folder: Path) -> None:
-    """Mark a folder as complete."""
-    (folder / PREPARING).unlink(missing_ok=True)

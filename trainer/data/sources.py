@@ -6,19 +6,21 @@ import itertools
 import os
 import sysconfig
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
-from trainer.data.documents import TextFiles, find_files
-from trainer.data.manifest import NAME, Manifest
-from trainer.data.shard_writer import SHARD_TOKENS, Document, clear, is_prepared, mark_finished, split_of, tokenize
+from trainer.data.documents import FIELD, TextFiles, find_files
+from trainer.data.manifest import NAME, TOKENIZER, Manifest
+from trainer.data.normalization import DocumentKeys
+from trainer.data.preparation import prepare_folder
+from trainer.data.shard_writer import SHARD_TOKENS, Document, split_of, tokenize
 from trainer.data.tokenizer import load_tokenizer, train_tokenizer
 from trainer.errors import UserError
-from trainer.files import atomic_write, sha256_of
+from trainer.files import copy_file, sha256_of
 from trainer.logging import logger
 
 TRAIN_PATTERN = "*_train_*.bin"
@@ -40,8 +42,12 @@ class Source(ABC):
     """Text that can be prepared; the subclasses are the choices for `--data.source`."""
 
     @abstractmethod
-    def prepare(self) -> None:
-        """Make the shards if they do not exist yet. Called by one process only."""
+    def prepare(self, only_if_missing: bool = False) -> None:
+        """Make the shards if they do not exist yet.
+
+        Args:
+            only_if_missing: Keep shards that were made from other files or settings: a run that resumes needs them.
+        """
 
     @abstractmethod
     def prepared(self) -> PreparedText:
@@ -59,7 +65,10 @@ def list_shards(folder: Path, tokenizer: Path) -> PreparedText:
         UserError: If the folder, the training shards or the validation shards are missing.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: is not a folder; name one with token shards, in fit with --data.source.folder")
+        raise UserError(
+            f"{folder}: is not a folder; prepare it (trainer fit does so, and trainer prepare), or name one with token "
+            "shards with --data.source.folder"
+        )
     train, val = sorted(folder.glob(TRAIN_PATTERN)), sorted(folder.glob(VAL_PATTERN))
     for shards, pattern in ((train, TRAIN_PATTERN), (val, VAL_PATTERN)):
         if not shards:
@@ -84,9 +93,9 @@ class Shards(Source):
             tokenizer: SentencePiece model; default: `tokenizer.model` in the folder.
         """
         self.folder = Path(folder)
-        self.tokenizer = Path(tokenizer) if tokenizer else self.folder / "tokenizer.model"
+        self.tokenizer = Path(tokenizer) if tokenizer else self.folder / TOKENIZER
 
-    def prepare(self) -> None:
+    def prepare(self, only_if_missing: bool = False) -> None:
         """Do nothing: the shards exist."""
 
     def prepared(self) -> PreparedText:
@@ -101,7 +110,7 @@ def _file_state(path: Path) -> list[str | int]:
 
 
 class LocalText(Source):
-    """Your own text: `.txt` (one document per file), `.jsonl` (a `text` field per line), `.parquet` (a `text` column).
+    """Your own text: `.txt`, `.md` (one document per file), `.jsonl` (a field per line), `.parquet` (a column).
 
     Each may be compressed as `.gz`, `.zst` or `.xz`.
     """
@@ -115,21 +124,25 @@ class LocalText(Source):
         tokenizer: str | None = None,
         vocab_size: int = 1024,
         shard_tokens: int = SHARD_TOKENS,
+        field: str = FIELD,
     ) -> None:
         """Tokenize files into a folder of shards.
 
         Args:
             train_files: Files, folders and glob patterns with training text, in reading order.
             folder: Folder for the shards; it is made again when the files or these settings change.
-            val_files: Files, folders and glob patterns with validation text. Training documents that are among them are
-                left out. null: a part of the training documents becomes the validation split.
-            val_every: Without val_files, about one document in this many goes to the validation split, chosen by its
-                sha256 (at least 2).
-            tokenizer: SentencePiece model. null: one is trained on the first 50 MB of training documents, an equal part
+            val_files: Files, folders and glob patterns with validation text. Training documents that are among them,
+                also with other case or spacing, are left out. null: a part of the training documents becomes the
+                validation split.
+            val_every: Without val_files, about one document in this many goes to the validation split, chosen by the
+                sha256 of its text (at least 2).
+            tokenizer: SentencePiece model. null: one is trained on the first 50 MB of the training split, an equal part
                 of each file.
             vocab_size: Vocabulary size of a tokenizer that is trained here.
             shard_tokens: Most tokens of a shard.
+            field: Field of a .jsonl line, or column of a .parquet file, that holds the text.
         """
+        self.field = field
         self.train_files = train_files
         self.val_files = val_files
         self.val_every = val_every
@@ -138,62 +151,66 @@ class LocalText(Source):
         self.vocab_size = vocab_size
         self.shard_tokens = shard_tokens
 
-    def prepare(self) -> None:
+    def prepare(self, only_if_missing: bool = False) -> None:
         """Tokenize every file, unless the manifest says that this was done."""
         if self.val_every < 2:
             raise UserError(f"data.source.val_every must be at least 2, not {self.val_every}")
-        train = find_files(self.train_files)
-        val = find_files(self.val_files or [])
+        if self.given_tokenizer:
+            load_tokenizer(self.given_tokenizer)
+        try:
+            train, val = find_files(self.train_files), find_files(self.val_files or [])
+        except UserError as error:
+            if Manifest.read(self.folder) is None:
+                raise
+            if only_if_missing:
+                return
+            raise UserError(
+                f"{error}; the shards in {self.folder} were made before: to train on them as they are, use "
+                f"--data.source Shards --data.source.folder {self.folder}"
+            ) from error
         record: dict[str, object] = {
             "class": "LocalText",
             "train_files": [_file_state(path) for path in train],
             "val_files": [_file_state(path) for path in val],
             "val_every": self.val_every,
+            "field": self.field,
             "tokenizer": sha256_of(self.given_tokenizer) if self.given_tokenizer else self.vocab_size,
             "shard_tokens": self.shard_tokens,
         }
-        if is_prepared(self.folder, record):
-            return
-        clear(self.folder)
-        model = self.folder / "tokenizer.model"
+        prepare_folder(self.folder, record, lambda folder: self._make(folder, record, train, val), only_if_missing)
+
+    def _make(self, folder: Path, record: dict[str, object], train: list[Path], val: list[Path]) -> None:
+        """Write shards and manifest into a folder."""
+        model = folder / TOKENIZER
+        keys = DocumentKeys(load_tokenizer(self.given_tokenizer) if self.given_tokenizer else None)
+        validation = {keys.of(text) for text in TextFiles(val, self.field)}
+
+        def split(text: str, is_val_file: bool = False) -> str | None:
+            """The split of a document; None where the validation files have it, too."""
+            if is_val_file:
+                return "val"
+            key = keys.of(text)
+            if val:
+                return None if key in validation else "train"
+            return split_of(key, self.val_every)
+
         if self.given_tokenizer:
-            load_tokenizer(self.given_tokenizer)
-            with atomic_write(model) as file:
-                file.write(self.given_tokenizer.read_bytes())
+            copy_file(self.given_tokenizer, model)
         else:
             logger.info(f"training a tokenizer with a vocabulary of {self.vocab_size:,}")
-            sample = itertools.chain.from_iterable(_beginning(path, SAMPLE_BYTES // len(train)) for path in train)
-            train_tokenizer(_sentences(sample), self.vocab_size, model, os.cpu_count() or 1)
-        files = TextFiles([*val, *train])
+            size = SAMPLE_BYTES // len(train)
+            texts = itertools.chain.from_iterable(_beginning(path, self.field, size, split) for path in train)
+            train_tokenizer(_sentences(texts), self.vocab_size, model, os.cpu_count() or 1)
+        files = TextFiles([*val, *train], self.field)
         logger.info(f"tokenizing {len(files.paths):,} files ({sum(files.sizes) / 1e6:,.1f} MB) into {self.folder}")
-        tokenize(
-            self._documents(files, len(val)), model, self.folder, record, lambda: files.fraction, self.shard_tokens
+        documents = (
+            Document(split(text, files.index < len(val)), text, str(files.paths[files.index])) for text in files
         )
-        mark_finished(self.folder)
-
-    def _documents(self, files: TextFiles, val_count: int) -> Iterator[Document]:
-        """The validation files, then the training documents that are not in them; without such files, split by hash."""
-        validation: set[bytes] = set()
-        left_out = 0
-        for text in files:
-            origin = str(files.paths[files.index])
-            if not val_count:
-                yield Document(split_of(text, self.val_every), text, origin)
-                continue
-            key = hashlib.sha256(text.encode()).digest()
-            if files.index < val_count:
-                validation.add(key)
-                yield Document("val", text, origin)
-            elif key in validation:
-                left_out += 1
-            else:
-                yield Document("train", text, origin)
-        if left_out:
-            logger.info(f"left out {left_out:,} training documents that are in the validation files")
+        tokenize(documents, model, folder, record, lambda: files.fraction, self.shard_tokens)
 
     def prepared(self) -> PreparedText:
         """The shards of the folder."""
-        return list_shards(self.folder, self.folder / "tokenizer.model")
+        return list_shards(self.folder, self.folder / TOKENIZER)
 
 
 class PythonDocumentation(Source):
@@ -226,7 +243,7 @@ class PythonDocumentation(Source):
         self.val_every = val_every
         self.roots = [Path(root) for root in (roots or [paths["stdlib"], paths["purelib"]])]
 
-    def prepare(self) -> None:
+    def prepare(self, only_if_missing: bool = False) -> None:
         """Collect docstrings, train the tokenizer and tokenize, unless the manifest says that this was done."""
         if self.val_every < 2:
             raise UserError(f"data.source.val_every must be at least 2, not {self.val_every}")
@@ -237,26 +254,26 @@ class PythonDocumentation(Source):
             "val_every": self.val_every,
             "roots": [str(root) for root in self.roots],
         }
-        if is_prepared(self.folder, record):
-            return
-        clear(self.folder)
+        prepare_folder(self.folder, record, lambda folder: self._make(folder, record), only_if_missing)
+
+    def _make(self, folder: Path, record: dict[str, object]) -> None:
+        """Write shards and manifest into a folder."""
         logger.info(f"collecting Python's own documentation into {self.folder}")
         documents = list(itertools.chain.from_iterable(map(_join_neighbors, self._modules())))
         # Neighbors in one module are alike: a small batch of them would hold the same text many times.
         documents.sort(key=_text_hash)
-        splits = [Document(split_of(text, self.val_every), text, "the documentation") for text in documents]
+        keys = DocumentKeys()
+        splits = [Document(split_of(keys.of(text), self.val_every), text, "the documentation") for text in documents]
         train = [document.text for document in splits if document.split == "train"]
         if not train or len(train) == len(splits):
             roots = ", ".join(map(str, self.roots))
             raise UserError(f"{roots}: too few docstrings for two splits; use another data.source")
-        model = self.folder / "tokenizer.model"
-        train_tokenizer(_sentences(train), self.vocab_size, model, os.cpu_count() or 1)
-        tokenize(splits, model, self.folder, record)
-        mark_finished(self.folder)
+        train_tokenizer(_sentences(train), self.vocab_size, folder / TOKENIZER, os.cpu_count() or 1)
+        tokenize(splits, folder / TOKENIZER, folder, record)
 
     def prepared(self) -> PreparedText:
         """The shards of the folder."""
-        return list_shards(self.folder, self.folder / "tokenizer.model")
+        return list_shards(self.folder, self.folder / TOKENIZER)
 
     def _modules(self) -> Iterator[list[str]]:
         """Docstrings of modules with at least a paragraph of them, each once, in an order that the paths determine."""
@@ -325,12 +342,13 @@ def _is_clean(text: str) -> bool:
     )
 
 
-def _beginning(path: Path, size: int) -> Iterator[str]:
-    """The first documents of a file, of about `size` bytes, at least one."""
+def _beginning(path: Path, field: str, size: int, split: Callable[[str], str | None]) -> Iterator[str]:
+    """The first training documents of a file, of about `size` bytes, at least one if there is one."""
     total = 0
-    for text in TextFiles([path]):
-        yield text
-        total += len(text.encode())
+    for text in TextFiles([path], field):
+        if split(text) == "train":
+            yield text
+            total += len(text.encode())
         if total >= size:
             return
 

@@ -19,7 +19,8 @@ def load_tokenizer(path: str | Path) -> sentencepiece.SentencePieceProcessor:
     """Open a SentencePiece model.
 
     Raises:
-        UserError: If the file is missing, is not a SentencePiece model, or its BOS is not token 1.
+        UserError: If the file is missing, is not a SentencePiece model, its BOS is not token 1, or its tokens do not
+            tell how many bytes of text they stand for.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: there is no tokenizer; give the path of a SentencePiece .model file")
@@ -29,7 +30,34 @@ def load_tokenizer(path: str | Path) -> sentencepiece.SentencePieceProcessor:
         raise UserError(f"{path}: is not a SentencePiece model ({error})") from error
     if tokenizer.bos_id() != BOS:
         raise UserError(f"{path}: its BOS is token {tokenizer.bos_id()}, but shards use {BOS}; use another tokenizer")
+    if _added_spaces(tokenizer)[1]:
+        raise UserError(
+            f"{path}: adds a space after every text, which cannot be told from one of it; use another tokenizer"
+        )
+    has_bytes = any(tokenizer.is_byte(index) for index in range(tokenizer.get_piece_size()))
+    if has_bytes and tokenizer.is_unknown(tokenizer.piece_to_id(SPACE)):
+        raise UserError(f"{path}: has no token for a space and spells it in three bytes; use another tokenizer")
     return tokenizer
+
+
+def normalized_bytes(tokenizer: sentencepiece.SentencePieceProcessor, text: str) -> int:
+    """UTF-8 bytes of a text after the tokenizer's normalization, the denominator of bits per byte.
+
+    A space counts as one byte; the one that the tokenizer itself adds at the start or the end does not count.
+    """
+    normalized = str(tokenizer.normalize(text))
+    prefix, suffix = _added_spaces(tokenizer)
+    if normalized and prefix:
+        normalized = normalized.removeprefix(SPACE)
+    elif normalized and suffix:
+        normalized = normalized.removesuffix(SPACE)
+    return len(normalized.replace(SPACE, " ").encode())
+
+
+def _added_spaces(tokenizer: sentencepiece.SentencePieceProcessor) -> tuple[bool, bool]:
+    """Whether the tokenizer adds a space before a text, or after it."""
+    example = str(tokenizer.normalize("a"))
+    return example.startswith(SPACE), example.endswith(SPACE)
 
 
 def train_tokenizer(sentences: Iterator[str], vocab_size: int, path: str | Path, num_threads: int) -> None:
@@ -65,6 +93,7 @@ def train_tokenizer(sentences: Iterator[str], vocab_size: int, path: str | Path,
                 normalization_rule_name="nmt_nfkc",
                 add_dummy_prefix=False,
                 character_coverage=0.999,
+                required_chars=SPACE,  # else a space could become three byte tokens
                 pad_id=0,
                 bos_id=BOS,
                 eos_id=2,
@@ -87,15 +116,15 @@ def train_tokenizer(sentences: Iterator[str], vocab_size: int, path: str | Path,
 class ByteTable:
     """The UTF-8 bytes of the text that every token stands for.
 
-    A token counts the bytes of its text without one leading space. That space counts 1 byte unless the token before is
-    a boundary (a control, unknown or unused token), because no text precedes the first token of a document. Byte tokens
-    count 1. Source: openai/parameter-golf. A space inside a token counts as the one byte it is, not as the three of
-    SentencePiece's marker.
+    A token counts the bytes of its text without one leading space. That space counts 1 byte, unless the token before is
+    a boundary (a control, unknown or unused token) and the tokenizer itself adds a space at the start of a text. Byte
+    tokens count 1. Source: openai/parameter-golf. A space inside a token counts as the one byte it is, not as the three
+    of SentencePiece's marker.
 
     Attributes:
         text_bytes: (V,) int64, bytes without the leading space.
         leading_space: (V,) bool, whether it starts with a space.
-        boundary: (V,) bool, whether it is a control, unknown or unused token.
+        boundary: (V,) bool, whether it is a control, unknown or unused token after which a space does not count.
     """
 
     text_bytes: Tensor
@@ -105,6 +134,7 @@ class ByteTable:
     @classmethod
     def from_tokenizer(cls, tokenizer: sentencepiece.SentencePieceProcessor) -> "ByteTable":
         """Count the bytes of every token of a tokenizer."""
+        adds_prefix, _ = _added_spaces(tokenizer)
         size = tokenizer.get_piece_size()
         text_bytes = torch.zeros(size, dtype=torch.int64)
         leading_space = torch.zeros(size, dtype=torch.bool)
@@ -112,7 +142,7 @@ class ByteTable:
         for index in range(size):
             piece = tokenizer.id_to_piece(index)
             if tokenizer.is_control(index) or tokenizer.is_unknown(index) or tokenizer.is_unused(index):
-                boundary[index] = True
+                boundary[index] = adds_prefix
             elif tokenizer.is_byte(index):
                 text_bytes[index] = 1
             else:

@@ -1,0 +1,100 @@
+"""A lock between processes, also of several machines that share a folder: a directory, which only one of them can make.
+
+Its owner touches a file in it every few seconds. A lock whose owner has stopped doing so is taken over.
+"""
+
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from trainer.errors import UserError
+from trainer.logging import logger
+
+HEARTBEAT = 5.0  # seconds between two signs of life
+STALE = 60.0  # seconds without one, after which the owner counts as dead
+POLL = 0.5  # seconds between two tries
+OWNER = "owner.json"
+
+
+@contextmanager
+def exclusive(path: Path, purpose: str) -> Iterator[None]:
+    """Hold a lock while the block runs; wait for another process that holds it.
+
+    Args:
+        path: The lock's directory; its parent must exist.
+        purpose: What the lock is for, for the message of a process that waits.
+
+    Raises:
+        UserError: If the lock cannot be made.
+    """
+    _acquire(path, purpose)
+    ended = threading.Event()
+    heart = threading.Thread(target=_beat, args=(path / OWNER, ended), daemon=True)
+    heart.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        heart.join()
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _acquire(path: Path, purpose: str) -> None:
+    seen: tuple[str, int] = ("", 0)
+    since = time.monotonic()
+    is_waiting = False
+    while True:
+        try:
+            path.mkdir()
+            (path / OWNER).write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+            return
+        except FileExistsError:
+            pass
+        except OSError as error:
+            raise UserError(f"{path}: cannot be made ({error.strerror}); choose another folder") from error
+        if (state := _state(path)) != seen:
+            seen, since = state, time.monotonic()
+        if _is_dead(seen[0]) or time.monotonic() - since > STALE:
+            dead = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
+            with suppress(OSError):  # another process was faster
+                os.rename(path, dead)
+            shutil.rmtree(dead, ignore_errors=True)
+            continue
+        if not is_waiting:
+            is_waiting = True
+            logger.info(f"{purpose}: waiting for another process that does it ({seen[0] or 'unknown'})")
+        time.sleep(POLL)
+
+
+def _state(path: Path) -> tuple[str, int]:
+    """The owner and the time of its last sign of life, by the clock of the file system."""
+    try:
+        return (path / OWNER).read_text(), (path / OWNER).stat().st_mtime_ns
+    except OSError:
+        return "", 0
+
+
+def _is_dead(owner: str) -> bool:
+    """Whether the owner ran on this machine and is gone."""
+    try:
+        values = json.loads(owner)
+        if values["host"] != socket.gethostname():
+            return False
+        os.kill(values["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return False
+    return False
+
+
+def _beat(path: Path, ended: threading.Event) -> None:
+    while not ended.wait(HEARTBEAT):
+        with suppress(OSError):
+            os.utime(path)
