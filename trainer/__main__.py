@@ -1,5 +1,7 @@
 """The command `trainer`: dispatch and exit codes."""
 
+import errno
+import io
 import os
 import sys
 from difflib import get_close_matches
@@ -8,7 +10,10 @@ from typing import Any
 
 from trainer import __version__
 from trainer.errors import UserError
+from trainer.logging import keep_running_without_output
 
+# What a machine can lack, wherever a library meets it.
+NOT_A_BUG = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EROFS, errno.EFBIG)
 COMMANDS = {
     "fit": ("train, export, read back and score", "fit --config int5mlp_10l"),
     "validate": ("score a checkpoint or an artifact", "validate --ckpt runs/quickstart/1/artifact.zst"),
@@ -38,6 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     command, args = (argv[0], argv[1:]) if argv else ("--help", [])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without UTF-8 shows escapes instead of failing
+            stream.reconfigure(errors="backslashreplace")
     try:
         if command in ("-h", "--help"):
             print(usage(), end="")
@@ -61,12 +69,19 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("trainer: interrupted", file=sys.stderr)
         return 130
+    except OSError as error:
+        if error.errno not in NOT_A_BUG:
+            raise
+        hint = "; raise the limit with `ulimit -n 4096`" if error.errno == errno.EMFILE else ""
+        print(f"trainer: {error.filename or 'a file'}: {error.strerror}{hint}", file=sys.stderr)
+        return 1
     return 0
 
 
 def _run(command: str, args: list[str]) -> None:
     """Import a command and run it; the others, and Lightning with its seconds, stay out."""
     if command in ("fit", "validate"):
+        keep_running_without_output()
         import_module("trainer.cli.train").run(command, args)
     elif command == "prepare":  # its options depend on the recipe
         import_module("trainer.cli.prepare").run(args)

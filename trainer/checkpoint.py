@@ -9,7 +9,7 @@ import os
 import pickle
 import struct
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -68,14 +68,39 @@ def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
     Raises:
         UserError: If it cannot be written.
     """
+    failure = _Failure()
     try:
         with atomic_write(path) as file:
-            torch.save(checkpoint, file)
+            torch.save(checkpoint, cast(BinaryIO, failure.watch(file)))
             append_checksum(file)
     except torch.AcceleratorError:  # the weights could not be read
         raise
     except RuntimeError as error:  # torch's way to report a failed write
-        raise UserError(f"{path}: the checkpoint cannot be written ({error}); free some space") from error
+        if failure.error is None:
+            raise
+        reason = failure.error.strerror or failure.error
+        raise UserError(f"{path}: the checkpoint cannot be written ({reason}); free some space") from error
+
+
+class _Failure:
+    """Remembers why a write failed, which torch hides behind a place in its own sources."""
+
+    def __init__(self) -> None:
+        self.error: OSError | None = None
+
+    def watch(self, file: BinaryIO) -> "_Failure":
+        self._file = file
+        return self
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -84,6 +109,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: If it is missing, damaged, or holds more than tensors and plain values.
     """
+    if Path(path).is_dir():
+        raise UserError(f"{path}: is a folder; give a file in it, such as checkpoints/last.ckpt of a run")
     if not Path(path).is_file():
         raise UserError(f"{path}: there is no such checkpoint")
     if problem := verify_checksum(path):
@@ -98,6 +125,27 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or METADATA_KEY not in checkpoint:
         raise UserError(f"{path}: was not written by this trainer")
     return checkpoint
+
+
+class Progress(NamedTuple):
+    """How far the run of a checkpoint was.
+
+    Attributes:
+        step: Its steps; -1 if the file cannot be read.
+        saved_at: Time when it was saved, in seconds since 1970.
+    """
+
+    step: int
+    saved_at: float
+
+
+def read_progress(path: Path) -> Progress:
+    """The steps of a checkpoint, without reading its tensors; whether the file is whole is not checked."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return Progress(int(checkpoint["global_step"]), float(checkpoint[METADATA_KEY]["saved_at"]))
+    except Exception:  # torch has many ways to say that a file is damaged
+        return Progress(-1, 0.0)
 
 
 def live_state(checkpoint: dict[str, Any]) -> dict[str, Tensor]:

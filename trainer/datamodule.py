@@ -52,6 +52,7 @@ class TokenData(pl.LightningDataModule):
         sequence_length: int = 2048,
         order: Order = "sequential",
         seed: int | None = None,
+        held_out_tokens: int | None = None,
         vocab_size: int = 1024,
         evaluation: EvaluationConfig = EvaluationConfig(),
     ) -> None:
@@ -67,6 +68,8 @@ class TokenData(pl.LightningDataModule):
                 that start at a document and are packed from whole ones; longer documents are cut, and all tokens are
                 read once at the start.
             seed: Seed of the orders that shuffle (at least 0). null: seed_everything.
+            held_out_tokens: Tokens at the end of the training text that are never trained on (at least 2), for
+                export.weights better. null: none.
             vocab_size: Vocabulary size of the model (1 to 65,536); linked to model.vocab_size.
             evaluation: How validation text is scored; linked to eval.
         """
@@ -76,6 +79,9 @@ class TokenData(pl.LightningDataModule):
         self.sequence_length = sequence_length
         self.order = order
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed  # where Lightning keeps it
+        if held_out_tokens is not None and held_out_tokens < 2:
+            raise ValueError(f"data.held_out_tokens must be at least 2, or null for none, not {held_out_tokens}")
+        self.held_out_tokens = held_out_tokens
         self.vocab_size = vocab_size
         self.evaluation = evaluation
         self.table: ByteTable | None = None
@@ -150,7 +156,7 @@ class TokenData(pl.LightningDataModule):
         trainer = self.trainer
         assert trainer is not None
         stream = TrainStream(
-            TokenFiles(self.text.train),
+            TokenFiles(self.text.train, self.held_out_tokens or 0),
             self.batch_tokens,
             self.sequence_length,
             trainer.max_steps if trainer.max_steps > 0 else UNLIMITED_STEPS,
@@ -168,8 +174,15 @@ class TokenData(pl.LightningDataModule):
     def calibration_sequences(self, count: int, device: torch.device) -> Iterator[Tensor]:
         """The first training sequences, (b, sequence_length + 1) on the device."""
         settings = self.batch_tokens, self.sequence_length, self.order, self.seed
-        sequences = calibration_sequences(self.text, count, *settings, self.vocab_size, self.tokenizer_sha256)
+        sequences = calibration_sequences(
+            self.text, count, *settings, self.vocab_size, self.tokenizer_sha256, self.held_out_tokens
+        )
         return (batch.to(device) for batch in sequences)
+
+    def held_out(self) -> Tensor:
+        """The training tokens that were never trained on, (n,) int32."""
+        tokens = TokenFiles(self.text.train, self.held_out_tokens or 0).read_held_out()
+        return torch.from_numpy(tokens.astype(np.int32))
 
     @override
     def val_dataloader(self) -> list[DataLoader[WindowBatch]]:

@@ -263,7 +263,7 @@ class LanguageModel(pl.LightningModule):
                 f"the checkpoint holds another model ({'; '.join(different)}); give the options of its run, or another "
                 "--ckpt"
             )
-        for name in ("batch_tokens", "sequence_length", "order", "seed"):
+        for name in ("batch_tokens", "sequence_length", "order", "seed", "held_out_tokens"):
             if (before := metadata.get(name, getattr(data, name))) != getattr(data, name):
                 raise UserError(
                     f"the checkpoint's run had data.{name} {before}, this one has {getattr(data, name)}, and would "

@@ -1,7 +1,7 @@
 """A model from an artifact or a checkpoint, with the tokenizer beside it; without Lightning."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import sentencepiece
 import torch
@@ -33,11 +33,13 @@ def stored_weights(path: Path, weights: str = "live") -> Artifact:
     Raises:
         UserError: If it cannot be read, or holds no average although one is requested.
     """
+    if path.is_dir():
+        raise UserError(
+            f"{path}: is a folder; give a file in it, such as artifact.zst or checkpoints/last.ckpt of a run"
+        )
     if not path.is_file():
         raise UserError(f"{path}: there is no such file; give an artifact or a checkpoint")
-    with path.open("rb") as file:
-        is_artifact = file.read(len(MAGIC)) == MAGIC
-    if is_artifact:
+    if _is_artifact(path):
         return read_artifact(path)
     checkpoint = load_checkpoint(path)
     metadata = checkpoint[METADATA_KEY]
@@ -46,6 +48,25 @@ def stored_weights(path: Path, weights: str = "live") -> Artifact:
         raise UserError(f"{path}: holds no average of at least two steps; score it with --weights live")
     config = TransformerConfig.from_dict(metadata["model"])
     return Artifact(config, state or live_state(checkpoint), metadata.get("tokenizer_sha256"))
+
+
+def load_run(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint to resume or to export.
+
+    Raises:
+        UserError: If it is an artifact, which has neither an optimizer's state nor full weights, or cannot be read.
+    """
+    if Path(path).is_file() and _is_artifact(Path(path)):
+        raise UserError(
+            f"{path}: is an artifact, which only holds rounded weights; give a checkpoint, such as "
+            "checkpoints/last.ckpt of its run"
+        )
+    return load_checkpoint(path)
+
+
+def _is_artifact(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
 
 
 def load_artifact(

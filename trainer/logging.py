@@ -1,12 +1,15 @@
 """One logger for a run: what it says goes to the console and to `train.log`; what libraries repeat does not."""
 
 import contextlib
+import io
 import logging
+import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TextIO
 
 from trainer.distributed import rank
 
@@ -53,6 +56,56 @@ class Console(logging.Handler):
         self.write(self.format(record), record.levelno)
 
 
+class _Lossy(io.TextIOBase):
+    """A stream of text that writes nowhere once its own reader or its disk is gone, instead of ending the run."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def write(self, text: str) -> int:
+        return self._try(self._stream.write, text) or len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, action: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return action(*args)
+        except OSError:
+            # The text that is left in the stream's buffer must go somewhere, too, when Python ends.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+        return None
+
+
+def keep_running_without_output() -> None:
+    """Let output that cannot be written be lost: a closed terminal, a full disk, `trainer fit | head`."""
+    sys.stdout, sys.stderr = (
+        stream if isinstance(stream, _Lossy) else _Lossy(stream)  # type: ignore[assignment]
+        for stream in (sys.stdout, sys.stderr)
+    )
+
+
+class _LogFile(logging.FileHandler):
+    """The file that messages are copied to; where it cannot be written, the run goes on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Lose the message."""
+
+
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return f"{'warning: ' if record.levelno >= logging.WARNING else ''}{record.getMessage()}"
@@ -82,7 +135,7 @@ def quiet_libraries() -> None:
 def logging_to(path: Path) -> Iterator[None]:
     """Append every message of this project and of Lightning to a file while the block runs."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(_Formatter())
     loggers = [logging.getLogger(name) for name in ("trainer", "lightning.pytorch")]
     for each in loggers:

@@ -10,6 +10,19 @@ import yaml
 from trainer.errors import UserError
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key may occur once: of two, the later would win in silence, with all that is below it."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+            if key in seen:
+                raise UserError(f"line {line}: the key {key!r} is on line {seen[key]}, too; keep one of them")
+            seen[key] = line
+        return super().construct_mapping(node, deep)
+
+
 @cache
 def recipe_folder() -> Path:
     """The folder of the packaged recipes."""
@@ -44,7 +57,11 @@ def load_recipe(path: Path) -> dict[str, Any]:
         UserError: If the file is not a recipe.
     """
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.load(path.read_text(), _UniqueKeys)
+    except UserError as error:
+        raise UserError(f"--config {path}: {error}") from error
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"--config {path}: is not a text; give a recipe in YAML") from error
     except yaml.YAMLError as error:

@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
-from trainer.checkpoint import verify_checksum
+from trainer.checkpoint import read_progress, verify_checksum
 from trainer.distributed import rank
 from trainer.errors import UserError
-from trainer.files import atomic_write
+from trainer.files import atomic_write, remove_partials
 from trainer.logging import logger
 
 Series = tuple[list[float], list[float]]  # steps and values
@@ -69,6 +69,9 @@ class RunFolder:
             return cls(parent / (name or "0"))
         try:
             parent.mkdir(parents=True, exist_ok=True)
+            for other in map(cls, parent.iterdir()):
+                remove_partials(other.path)
+                remove_partials(other.checkpoints)
             while True:
                 numbers = [int(path.name) for path in parent.iterdir() if path.name.isdigit()]
                 run = cls(parent / (name or str(max(numbers, default=0) + 1)))
@@ -97,7 +100,7 @@ class RunFolder:
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write `summary.json`; the run then counts as finished."""
         with atomic_write(self.summary) as file:
-            file.write(json.dumps(summary, indent=2).encode())
+            file.write(json.dumps(summary, indent=2, allow_nan=False).encode())
 
     def read(self) -> "RunData":
         """What the folder says of its run.
@@ -106,7 +109,7 @@ class RunFolder:
             UserError: If the run has not finished.
         """
         try:
-            summary = json.loads(self.summary.read_text())
+            summary = json.loads(self.summary.read_text(), parse_constant=_refuse_constant)
             config = yaml.safe_load(self.config.read_text())
             rows = _rows(self.metrics)
         except (OSError, ValueError, yaml.YAMLError) as error:
@@ -116,10 +119,10 @@ class RunFolder:
         curves: dict[str, Series] = {}
         for row in rows:
             for name, value in row.items():
-                if value and name not in ("step", "epoch"):
+                if name not in ("step", "epoch"):
                     steps, values = curves.setdefault(name, ([], []))
-                    steps.append(float(row["step"]) + 1)
-                    values.append(float(value))
+                    steps.append(row["step"] + 1)
+                    values.append(value)
         return RunData(self, summary, curves, dict(flatten(config)))
 
 
@@ -149,36 +152,61 @@ class RunData:
 def newest_checkpoint(parent: Path) -> Path:
     """The newest whole checkpoint of all runs of a recipe; each newer one that is damaged is named.
 
+    The newest of a run is the one with the most steps. Of several runs, the newest is the one that saved last. Both are
+    read from the files: copying a run changes the times of its files.
+
     Args:
         parent: Folder of the recipe's runs.
 
     Raises:
         UserError: If there is none.
     """
-    runs = [RunFolder(path) for path in parent.glob("*")]
-    candidates = [run.last_checkpoint for run in runs] + [path for run in runs for path in run.step_checkpoints()]
-    candidates = [path for path in candidates if path.is_file()]
-    candidates.sort(key=_modified, reverse=True)  # stable: of two names of one file, last.ckpt comes first
-    for path in candidates:
-        if (problem := verify_checksum(path)) is None:
-            return path
-        logger.warning(f"{path}: is damaged ({problem}); looking for an older one")
-    raise UserError(f"--ckpt last: {parent} holds no {'whole ' if candidates else ''}checkpoint; start without --ckpt")
+    runs: list[tuple[float, list[tuple[int, Path]]]] = []
+    for run in map(RunFolder, sorted(parent.glob("*"))):
+        files = [path for path in (run.last_checkpoint, *run.step_checkpoints()) if path.is_file()]
+        progress = {path: read_progress(path) for path in files}
+        steps = sorted(((progress[path].step, path) for path in files), key=lambda pair: pair[0], reverse=True)
+        if files:
+            runs.append((max(each.saved_at for each in progress.values()), steps))
+    runs.sort(key=lambda run: run[0], reverse=True)  # stable, and last.ckpt before another name of the same file
+    for _, steps in runs:
+        for step, path in steps:
+            if (problem := verify_checksum(path)) is None:
+                others = [f"{each[0][1]} (step {each[0][0]:,})" for _, each in runs if each is not steps]
+                if others:
+                    logger.info(
+                        f"--ckpt last: takes {path} (step {step:,}), saved last; there are {', '.join(others)}, too"
+                    )
+                return path
+            logger.warning(f"{path}: is damaged ({problem}); looking for an older one")
+    raise UserError(f"--ckpt last: {parent} holds no {'whole ' if runs else ''}checkpoint; start without --ckpt")
 
 
-def _modified(path: Path) -> int:
-    try:
-        return path.stat().st_mtime_ns
-    except OSError:  # another run has just removed it
-        return 0
+def _rows(path: Path) -> list[dict[str, float]]:
+    """Numbers of a metrics file by name, row by row; none if nothing was logged, as in a very short run.
 
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    """Rows of a metrics file; none if nothing was logged, as in a very short run."""
+    Raises:
+        ValueError: If a row but the last is not whole; the last one was cut if the disk was full.
+    """
     if not path.is_file():
         return []
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        lines = list(csv.DictReader(file))
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append({name: float(value) for name, value in line.items() if value and name})
+            int(line["step"])
+        except (ValueError, TypeError, KeyError) as error:
+            if number < len(lines):
+                raise ValueError(f"{path.name}: row {number} is not whole") from error
+            logger.warning(f"{path}: its last row is cut, and left out")
+            return rows[: number - 1]
+    return rows
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}, which is not a number")
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

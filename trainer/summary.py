@@ -1,10 +1,13 @@
 """The summary of a finished run: `summary.json`, and its last lines."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from trainer.data.identity import Identity
 from trainer.data.manifest import Manifest
 from trainer.data.shards import TokenFiles
 from trainer.evaluation.metric import Score
@@ -20,6 +23,8 @@ def make_summary(
     batch_tokens: int,
     train_seconds: float,
     shards: list[Path],
+    identity: Identity,
+    tokenizer_sha256: str,
     model: nn.Module,
 ) -> dict[str, Any]:
     """Everything that `summary.json` says of a run.
@@ -31,6 +36,8 @@ def make_summary(
         batch_tokens: Tokens of a step.
         train_seconds: Time on the training clock.
         shards: Training shards.
+        identity: Identity of all shards.
+        tokenizer_sha256: sha256 of the tokenizer.
         model: The model, for its parameters and its device.
     """
     final = list(scores.values())[-1]
@@ -45,6 +52,8 @@ def make_summary(
         "train_tokens": steps * batch_tokens,
         "epochs": steps * batch_tokens / len(TokenFiles(shards)),
         "text_fingerprint": manifest.text_fingerprint if manifest else None,
+        "shards_fingerprint": hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16],
+        "tokenizer_sha256": tokenizer_sha256,
         "train_seconds": train_seconds,
         **more,
         "parameters": sum(parameter.numel() for parameter in parameters),

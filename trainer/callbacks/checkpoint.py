@@ -6,7 +6,7 @@ Lightning's ModelCheckpoint is not used: on an error or Ctrl-C it would save in 
 import os
 import shutil
 import signal
-from collections.abc import Callable
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -19,12 +19,27 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
-from trainer.checkpoint import load_checkpoint, save_checkpoint
+from trainer.checkpoint import METADATA_KEY, load_checkpoint, save_checkpoint
 from trainer.distributed import HostChannel
 from trainer.errors import UserError
 from trainer.lightning_module import LanguageModel
 from trainer.logging import logger
 from trainer.run_folder import RunFolder
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # the last one announces a time limit
+
+
+class Stopped(SIGTERMException):
+    """Ends a run after a signal; Lightning then ends as after SIGTERM."""
+
+    def __init__(self, number: int) -> None:
+        """Remember the signal.
+
+        Args:
+            number: Its number.
+        """
+        super().__init__()
+        self.number = number
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -69,18 +84,21 @@ class Checkpoints(Checkpoint):
         self._channel = self._channel or HostChannel(trainer.world_size)
 
     @override
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: LanguageModel, checkpoint: dict[str, Any]) -> None:
+        checkpoint.setdefault(METADATA_KEY, {})["saved_at"] = time.time()
+
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
-        """Let Ctrl-C wait for the end of an update.
+        """Let every signal that asks the run to end wait for the end of an update.
 
         Each of several processes waits for the end of the step, where all hear of the signal, save together and stop.
-        That includes SIGTERM, which Lightning broadcasts on the devices at every step: the host could not run ahead of
-        them, and a signal in the middle of a step meets another collective. During validation and export, a signal ends
-        the process that received it at once, and the others when they miss it.
+        Lightning would broadcast SIGTERM on the devices at every step: the host could not run ahead of them, and a
+        signal in the middle of a step meets another collective. During validation and export, a signal ends the process
+        that received it at once, and the others when they miss it. One that is ignored, as under nohup, stays so.
         """
         self.saved_step = trainer.global_step  # nothing was trained yet that the resumed checkpoint lacks
         is_distributed = trainer.world_size > 1
-        if is_distributed:
-            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
         def stop(number: int, frame: FrameType | None) -> None:
             all_will_hear = is_distributed and trainer.training and not self._trained
@@ -88,12 +106,10 @@ class Checkpoints(Checkpoint):
                 raise _exception_of(number)
             self._signal = number
 
-        for number in (signal.SIGINT, signal.SIGTERM) if is_distributed else (signal.SIGINT,):
-            self._handle(number, stop)
-
-    def _handle(self, number: signal.Signals, handler: Callable[[int, FrameType | None], None]) -> None:
-        with suppress(ValueError):  # not the main thread, which alone receives signals
-            self._handlers[number] = signal.signal(number, handler)
+        for number in STOPPING:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                with suppress(ValueError):  # not the main thread, which alone receives signals
+                    self._handlers[number] = signal.signal(number, stop)
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LanguageModel, *_: Any) -> None:
@@ -111,8 +127,6 @@ class Checkpoints(Checkpoint):
         self._trained = trainer.should_stop or step == trainer.max_steps
         if self._trained or step % self.every == 0:
             self._save(trainer)
-        if self._trained and signal.SIGTERM not in self._handlers:  # Lightning would only act on it at a next step
-            self._handle(signal.SIGTERM, _end)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: LanguageModel, exception: BaseException) -> None:
@@ -129,7 +143,7 @@ class Checkpoints(Checkpoint):
                 self._log_saved()
 
     def _log_saved(self) -> None:
-        logger.info(f"step {self.saved_step:,} is saved; resume with --ckpt last")
+        logger.info(f"step {self.saved_step:,} is saved; resume with --ckpt {self.run.last_checkpoint}")
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
@@ -163,17 +177,13 @@ class Checkpoints(Checkpoint):
                 old.unlink()
 
 
-def _end(number: int, frame: FrameType | None) -> None:
-    raise _exception_of(number)
-
-
 def _is_finite(module: torch.nn.Module) -> bool:
     return bool(torch.stack([parameter.isfinite().all() for parameter in module.parameters()]).all())
 
 
 def _exception_of(number: int) -> BaseException:
     """The exception that ends a run after a signal."""
-    return SIGTERMException() if number == signal.SIGTERM else KeyboardInterrupt()
+    return KeyboardInterrupt() if number == signal.SIGINT else Stopped(number)
 
 
 def _link(path: Path, name: Path) -> None:

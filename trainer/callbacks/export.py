@@ -1,13 +1,14 @@
 """The end of a run: score the weights, export them, score the artifact, write the summary and draw the report."""
 
+import hashlib
 import math
-import shutil
 import time
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 from typing_extensions import override
 
 from trainer.callbacks.wallclock import WallclockCutoff
@@ -18,6 +19,7 @@ from trainer.errors import UserError
 from trainer.evaluation.metric import Score
 from trainer.evaluation.sliding import score
 from trainer.evaluation.windows import EvaluationConfig
+from trainer.files import copy_file
 from trainer.lightning_module import LanguageModel
 from trainer.logging import logger
 from trainer.model.transformer import Transformer
@@ -37,6 +39,7 @@ class PostTrainExport(pl.Callback):
         quantization: QuantizationConfig = QuantizationConfig(),
         cap: int = SIZE_CAP,
         shrink_to_cap: bool = False,
+        weights: Literal["average", "live", "better"] = "average",
         enabled: bool = True,
     ) -> None:
         """Export when training ends.
@@ -46,6 +49,8 @@ class PostTrainExport(pl.Callback):
             cap: Largest allowed size of code and model together, in bytes (at least 1).
             shrink_to_cap: If they are larger than the cap, prune more and store fewer bits until they fit, instead of
                 failing. With loss-aware rounding, search for the finest quant_step that fits.
+            weights: Which weights are stored. average: the averaged ones, where there are any. live: those of the last
+                step. better: whichever scores better on data.held_out_tokens.
             enabled: Store the artifact. false only scores the weights, to compare ideas quickly; `trainer export` makes
                 the artifact later.
         """
@@ -54,18 +59,40 @@ class PostTrainExport(pl.Callback):
         self.quantization = quantization
         self.cap = cap
         self.shrink_to_cap = shrink_to_cap
+        self.weights = weights
         self.enabled = enabled
+        self.code = b""  # of the run, as it was when the run began
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: LanguageModel, stage: str) -> None:
+        """Take the code that ships before anybody can change it.
+
+        Raises:
+            UserError: If an option needs another one.
+        """
+        if self.weights == "better" and trainer.datamodule.held_out_tokens is None:  # type: ignore[attr-defined]
+            raise UserError(
+                "export.weights better needs data.held_out_tokens, which it decides on; set it, say to 1000000"
+            )
+        self.code = source_bundle()
 
     @override
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: LanguageModel, checkpoint: dict[str, Any]) -> None:
         """Let `trainer export --ckpt` do exactly what this callback would."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         metadata = checkpoint.setdefault(METADATA_KEY, {})
-        for name in ("tokenizer_sha256", "batch_tokens", "sequence_length", "order", "seed"):
+        for name in ("tokenizer_sha256", "batch_tokens", "sequence_length", "order", "seed", "held_out_tokens"):
             metadata[name] = getattr(data, name)
+        metadata["code_sha256"] = hashlib.sha256(self.code).hexdigest()
         metadata["shards"] = data.shards
         metadata["precision"] = str(trainer.precision)
         metadata["quantization"] = asdict(self.quantization)
+
+    @override
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: LanguageModel, checkpoint: dict[str, Any]) -> None:
+        """Tell of code that has changed since."""
+        if checkpoint[METADATA_KEY]["code_sha256"] != hashlib.sha256(self.code).hexdigest() and trainer.is_global_zero:
+            logger.warning("the trainer's code has changed since this checkpoint; the run ships the code of today")
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
@@ -73,22 +100,24 @@ class PostTrainExport(pl.Callback):
         pl_module.model.is_looped = True
         stages = _Stages(trainer, pl_module)
         stages.score("live_plain", pl_module.model, stages.data.evaluation.plain)
-        if not math.isfinite(stages.scores["live_plain"].bpb):
-            raise UserError("the weights have no finite score, and nothing is exported; lower the learning rate")
         averaging = next((callback for callback in _callbacks(trainer) if isinstance(callback, WeightAveraging)), None)
         averaged = averaging.averaged_state() if averaging else None
         model = Transformer(pl_module.model.config).to(pl_module.device)
         model.load_state_dict(averaged or pl_module.model.state_dict())
         if averaged:
             stages.score("averaged_plain", model, stages.data.evaluation.plain)
+        if averaged and (self.weights == "live" or (self.weights == "better" and stages.live_is_better(model))):
+            averaged = None
+            model.load_state_dict(pl_module.model.state_dict())
         if trainer.is_global_zero:
-            shutil.copyfile(stages.data.text.tokenizer, stages.run.tokenizer)
+            copy_file(stages.data.text.tokenizer, stages.run.tokenizer, stages.data.tokenizer_sha256)
         stored = stages.export(model, self) if self.enabled else {}
         pl_module.display.close()
         if trainer.is_global_zero:
             weights = {
                 "averaged_steps": averaging.count if averaging else 0,
                 "weights": "averaged" if averaged else "live",
+                "code_sha256": hashlib.sha256(self.code).hexdigest(),
             }
             stages.finish(weights, stored)
 
@@ -105,17 +134,36 @@ class _Stages:
         self.scores: dict[str, Score] = {}
 
     def score(self, name: str, model: Transformer, evaluation: EvaluationConfig) -> None:
-        """Score a model on all processes."""
+        """Score a model on all processes.
 
+        Raises:
+            UserError: If the score is not a finite number.
+        """
+        self.scores[name] = self._score(name, model, evaluation, self.data.val_tokens)
+
+    def live_is_better(self, averaged: Transformer) -> bool:
+        """Whether the live weights score better than the averaged ones on the held-out training tokens."""
+        plain, tokens = self.data.evaluation.plain, self.data.held_out()
+        live, average = (
+            self._score(name, model, plain, tokens).bpb
+            for name, model in (("live_held_out", self.module.model), ("averaged_held_out", averaged))
+        )
+        logger.info(f"on {len(tokens) - 1:,} held-out training tokens: live {live:.5f}, averaged {average:.5f} bpb")
+        return live < average
+
+    def _score(self, name: str, model: Transformer, evaluation: EvaluationConfig, tokens: Tensor) -> Score:
         def show(done: int, total: int) -> None:
             self.module.display.update_task(f"scoring {name}", done, total)
 
-        tokens, table = self.data.val_tokens.to(self.module.device), self.data.table
+        table = self.data.table
         assert table is not None
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
         with self.autocast(), torch.no_grad():
             nll = self.module.nll_of(model)
-            self.scores[name] = score(nll, tokens, table, evaluation, rank, world_size, show)
+            result = score(nll, tokens.to(self.module.device), table, evaluation, rank, world_size, show)
+        if not math.isfinite(result.bpb):
+            raise UserError(f"{name}: the score is {result.bpb}, not a number; lower the learning rate")
+        return result
 
     def export(self, model: Transformer, options: PostTrainExport) -> dict[str, Any]:
         """Export and score the artifact; rank 0 gets sizes and times."""
@@ -136,7 +184,7 @@ class _Stages:
             options.quantization,
             data.tokenizer_sha256,
             self.run.path,
-            source_bundle(),
+            options.code,
             options.cap,
             options.shrink_to_cap,
             data.calibration_sequences(options.quantization.calibration_sequences, self.module.device),
@@ -176,6 +224,8 @@ class _Stages:
             self.data.batch_tokens,
             clock.elapsed,
             self.data.text.train,
+            self.data.shards,
+            self.data.tokenizer_sha256,
             self.module.model,
         )
         self.run.write_summary(summary)

@@ -1,6 +1,6 @@
 """`trainer export`: make the artifact again from a checkpoint, exactly as training does."""
 
-import shutil
+import hashlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.checkpoint import METADATA_KEY, live_state, load_checkpoint, stored_average
+from trainer.checkpoint import METADATA_KEY, live_state, stored_average
 from trainer.cli.parser import CommandParser
 from trainer.data.calibration import calibration_sequences
 from trainer.data.sources import Shards
 from trainer.errors import UserError
+from trainer.files import copy_file
+from trainer.loading import load_run
+from trainer.logging import logger
 from trainer.model.transformer import Transformer, TransformerConfig
 from trainer.quantize.export import SIZE_CAP
 from trainer.quantize.export import export as export_model
@@ -39,7 +42,7 @@ def export(
     Raises:
         UserError: If the checkpoint cannot be read, the shards are missing, or the files exceed the cap.
     """
-    checkpoint = load_checkpoint(ckpt)
+    checkpoint = load_run(ckpt)
     metadata = checkpoint[METADATA_KEY]
     run = RunFolder.containing(Path(ckpt))
     target = RunFolder(out or run.path / "export")
@@ -51,24 +54,28 @@ def export(
     model.load_state_dict(stored_average(checkpoint) or live_state(checkpoint))
     dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(metadata["precision"])
     sequences = list(_sequences(data, metadata, config, quantization)) if is_loss_aware else []
+    code = source_bundle()
+    if metadata["code_sha256"] != hashlib.sha256(code).hexdigest():
+        logger.warning(f"the code has changed since the run of {ckpt}; {target.code} is the code of today")
     try:
         target.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{target}: cannot be made ({error.strerror}); choose another --out") from error
+    copies = ((run.tokenizer, target.tokenizer, metadata["tokenizer_sha256"]), (run.config, target.config, None))
+    for source, copy, sha256 in copies:
+        if source.is_file() and run.path.resolve() != target.path.resolve():
+            copy_file(source, copy, sha256)
     exported = export_model(
         model,
         quantization,
         metadata["tokenizer_sha256"],
         target.path,
-        source_bundle(),
+        code,
         cap,
         shrink_to_cap,
         (tokens.to(device) for tokens in sequences),
         partial(torch.autocast, device.type, dtype, enabled=dtype is not None and device.type == "cuda"),
     )
-    for source, copy in ((run.tokenizer, target.tokenizer), (run.config, target.config)):
-        if source.is_file() and run.path.resolve() != target.path.resolve():
-            shutil.copyfile(source, copy)
     assert exported is not None
     size = exported.size
     print(f"{target.artifact}: {size.model:,} model + {size.code:,} code = {size.total:,} of {cap:,} bytes")
@@ -84,7 +91,9 @@ def _sequences(
         raise UserError(f"--data {data}: there is no such folder; name the shard folder that the run trained on")
     settings = metadata["batch_tokens"], metadata["sequence_length"], metadata["order"], metadata["seed"]
     text, count = Shards(data).prepared(), quantization.calibration_sequences
-    return calibration_sequences(text, count, *settings, config.vocab_size, metadata["tokenizer_sha256"])
+    return calibration_sequences(
+        text, count, *settings, config.vocab_size, metadata["tokenizer_sha256"], metadata["held_out_tokens"]
+    )
 
 
 def make_parser() -> CommandParser:

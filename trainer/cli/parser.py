@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser
 from trainer.errors import UserError
 
 UNKNOWN = "unrecognized arguments: "
+MAY_BE_EMPTY = ("prompt", "blurb")  # texts; every other empty value is an unset shell variable, or a slip
 NOT_A_CHOICE = re.compile(r'Parser key "([^"]+)":.*?Literal\[([^]]+)\].*?(?:Given value|Got value): (\S+)')
 
 
@@ -21,6 +22,19 @@ class ShortErrors:
 
     prog: str
     _option_string_actions: dict[str, Any]
+
+    def parse_args(self, *args: Any, **options: Any) -> Any:
+        """Parse, and refuse empty values.
+
+        Raises:
+            UserError: If an option is empty that names something.
+        """
+        config = super().parse_args(*args, **options)  # type: ignore[misc]
+        for key, value in config.items():
+            is_ours = not key.startswith("trainer.") or key == "trainer.default_root_dir"
+            if is_ours and key not in MAY_BE_EMPTY and "" in (value if isinstance(value, list) else [value]):
+                refuse_empty(f"--{key.replace('.init_args', '')}")
+        return config
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the problem, the option that was probably meant and where all options are listed; exit with code 2."""
@@ -63,6 +77,15 @@ class CommandParser(ShortErrors, ArgumentParser):
         self.add_function_arguments(command, as_group=False, skip=set(by_hand))
 
 
+def refuse_empty(option: str) -> NoReturn:
+    """Refuse an option whose value is empty.
+
+    Raises:
+        UserError: Always.
+    """
+    raise UserError(f"{option}: its value is empty (an unset variable?); give one, or leave the option out")
+
+
 def split_options(args: list[str], *flags: str) -> tuple[dict[str, list[str]], list[str]]:
     """Find some options before all options are known.
 
@@ -81,4 +104,7 @@ def split_options(args: list[str], *flags: str) -> tuple[dict[str, list[str]], l
         known, others = parser.parse_known_args(args)
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
+    for name, values in vars(known).items():
+        if "" in values:
+            refuse_empty(f"--{name}")
     return vars(known), others

@@ -1,7 +1,9 @@
 """`trainer fit` and `trainer validate`: Lightning's CLI with named recipes, run folders, precision and checkpoints."""
 
+import math
 import os
 import re
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -10,28 +12,31 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 import yaml
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from trainer.callbacks import CALLBACKS
 from trainer.callbacks.checkpoint import AtomicCheckpointIO
-from trainer.checkpoint import METADATA_KEY, load_checkpoint
+from trainer.checkpoint import METADATA_KEY
 from trainer.cli.env_aliases import alias_options
 from trainer.cli.parser import ShortErrors, split_options
+from trainer.cli.trainer_options import agree_with_launcher, check_trainer_options
 from trainer.datamodule import TokenData
 from trainer.distributed import is_lost_process
 from trainer.errors import UserError
 from trainer.evaluation.windows import EvaluationConfig
 from trainer.lightning_module import LanguageModel
-from trainer.loading import stored_weights
+from trainer.loading import load_run, stored_weights
 from trainer.logging import logger, logging_to, quiet_libraries
 from trainer.quantize.artifact import Artifact
 from trainer.recipes import find_recipe, load_recipe
-from trainer.run_folder import RunFolder, newest_checkpoint
+from trainer.run_folder import RunFolder, flatten, newest_checkpoint
 
 Precision = Literal["auto", "bf16-mixed", "16-mixed", "32-true", "64-true"]
 
@@ -42,6 +47,9 @@ DESCRIPTIONS = {
     "validate": "Score a checkpoint or an artifact with the settings of its run. "
     "Example: trainer validate --ckpt runs/quickstart/1/artifact.zst --eval.stride null",
 }
+# What is taken from a config.yaml that lies beside a file to score, and the classes that it may name there.
+TRUSTED_SETTINGS = ("data", "eval", "precision")
+TRUSTED_CLASSES = "trainer.data."
 # What a run's own config may not change in a score: it would leave out a part of the split.
 WHOLE_SPLIT = {"limit_val_batches": 1.0, "overfit_batches": 0.0, "fast_dev_run": False}
 
@@ -99,6 +107,9 @@ class TrainerCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the given arguments; Lightning would warn about `sys.argv`."""
         self.config = parser.parse_args(args)
+        seed = self.config.seed_everything
+        if not isinstance(seed, bool) and seed is not None and not 0 <= seed < 2**32:
+            raise UserError(f"seed_everything must be between 0 and {2**32 - 1}, not {seed}")
         if self.stored is not None:
             self.config = parser.parse_object({"model": self.stored.model.to_dict()}, namespace=self.config)
 
@@ -136,20 +147,19 @@ class TrainerCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Resolve device and precision, and claim the run's folder."""
         options = self.config.trainer
+        check_trainer_options(options)
+        kwargs["devices"], kwargs["num_nodes"] = agree_with_launcher(options.devices, options.num_nodes)
         if options.accelerator == "auto":  # Apple's GPUs have no float64 for exact sums: only when requested
             kwargs["accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
-            if kwargs["accelerator"] == "cpu" and options.devices == "auto":
+            if kwargs["accelerator"] == "cpu" and kwargs["devices"] == "auto":
                 kwargs["devices"] = 1
-        for limit in ("max_steps", "max_epochs", "limit_train_batches", "log_every_n_steps", "val_check_interval"):
-            if getattr(options, limit) == 0:
-                raise UserError(f"trainer.{limit} must not be 0")
-        if self.command == "fit" and options.fast_dev_run:
-            raise UserError("trainer.fast_dev_run makes no run folder; use --trainer.max_steps 1")
         if options.precision is None:
             on_gpu = kwargs.get("accelerator", options.accelerator) in ("cuda", "gpu")
             has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
             kwargs["precision"] = resolve_precision(self.config.precision, on_gpu, has_bf16)
-        kwargs["plugins"] = [*(options.plugins or []), AtomicCheckpointIO()]
+        kwargs["plugins"] = [*self._plugins(), AtomicCheckpointIO()]
+        if SLURMEnvironment.detect():  # Lightning would save, in the middle of an update, what it later loads unasked
+            kwargs["plugins"].append(SLURMEnvironment(auto_requeue=False))
         run: RunFolder | None = None
         if self.command == "fit":
             run = RunFolder.claim(Path(options.default_root_dir) / self.recipe, self.config.run_name)
@@ -159,12 +169,18 @@ class TrainerCLI(LightningCLI):
             self.parser.callback_keys = ["progress"]
         try:
             trainer = super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, ModuleNotFoundError, TypeError) as error:
+        except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError, RuntimeError) as error:
             if run is not None:
                 run.remove_if_unused()
             raise UserError(first_line(error)) from error
         trainer.fit_loop.__class__ = FitLoop  # Lightning has no argument for its loop
+        trainer._checkpoint_connector.__class__ = CheckpointConnector  # nor for this
         return trainer
+
+    def _plugins(self) -> list[Any]:
+        """The plugins of `--trainer.plugins`."""
+        requested = self._get(self.config_init, "trainer", default={}).get("plugins")
+        return requested if isinstance(requested, list) else [requested] if requested else []
 
     def _loggers(self, run: RunFolder) -> list[Logger]:
         """The run's own loggers, and those of `--trainer.logger`."""
@@ -187,6 +203,14 @@ class FitLoop(_FitLoop):
     def skip(self) -> bool:
         """Whether `on_train_start` and `on_train_end` are skipped too."""
         return super().skip and not self.restarting
+
+
+class CheckpointConnector(_CheckpointConnector):
+    """Loads no file that was not asked for: under SLURM, Lightning would take a `hpc_ckpt_*.ckpt` that lies around."""
+
+    @property
+    def _hpc_resume_path(self) -> None:
+        return None
 
 
 def first_line(error: BaseException) -> str:
@@ -231,11 +255,13 @@ def run(command: str, args: Sequence[str]) -> None:
         configs = ["quickstart"]
     stored = None
     if command == "validate" and not any(arg in ("-h", "--help") for arg in rest):
-        ckpt, configs, stored = _to_score(ckpt, configs, rest)
+        ckpt, stored = _to_score(ckpt, rest)
+    has_source = bool(split_options(rest, "--data.source")[0]["data.source"])
     paths = [find_recipe(name) for name in configs]
     recipe = RunFolder.recipe_of(paths[-1]) if paths else "default"
-    has_source = bool(split_options(rest, "--data.source")[0]["data.source"])
     recipes = [f"--config={_recipe(path, has_source)}" for path in paths]
+    if stored is not None and not configs and ckpt is not None:
+        recipes = _settings_beside(ckpt, rest, has_source)
     try:
         cli = TrainerCLI(command, recipe, [*recipes, *aliases, *rest], stored)
     except ValueError as error:  # a setting out of range, refused by the part it belongs to
@@ -248,19 +274,48 @@ def run(command: str, args: Sequence[str]) -> None:
         fit(cli, ckpt or cli.config.ckpt, run_folder.log)
 
 
-def _to_score(ckpt: str | None, configs: list[str], rest: list[str]) -> tuple[str, list[str], Artifact]:
-    """The file to score, the recipes of its run, and its weights."""
+def _to_score(ckpt: str | None, rest: list[str]) -> tuple[str, Artifact]:
+    """The file to score, and its weights."""
     if ckpt is None:
         raise UserError("validate needs --ckpt with a checkpoint or an artifact")
-    if not Path(ckpt).is_file():
-        raise UserError(f"--ckpt {ckpt}: there is no such file")
-    config = RunFolder.containing(Path(ckpt)).config
-    if not configs and config.is_file():
-        configs = [str(config)]
-    if not configs and not any(arg.startswith("--data.") for arg in rest):
-        raise UserError(f"--ckpt {ckpt}: its run folder has no config.yaml; name its recipe with --config")
     is_averaged = "averaged" in split_options(rest, "--weights")[0]["weights"]
-    return ckpt, configs, stored_weights(Path(ckpt), "averaged" if is_averaged else "live")
+    return ckpt, stored_weights(Path(ckpt), "averaged" if is_averaged else "live")
+
+
+def _settings_beside(ckpt: str, rest: list[str], has_source: bool) -> list[str]:
+    """Settings from the config.yaml beside a file to score: how to score it, and on which text.
+
+    Somebody else may have made both files: only a config that is named with --config may run classes of its own.
+    """
+    config = RunFolder.containing(Path(ckpt)).config
+    if not config.is_file():
+        if has_source or any(arg.startswith("--data.") for arg in rest):
+            return []
+        raise UserError(f"--ckpt {ckpt}: its run folder has no config.yaml; name its recipe with --config")
+    settings = {key: value for key, value in load_recipe(config).items() if key in TRUSTED_SETTINGS}
+    if has_source and isinstance(settings.get("data"), dict):
+        settings["data"].pop("source", None)
+    for name in _class_paths(settings):
+        if not name.startswith(TRUSTED_CLASSES):
+            raise UserError(
+                f"{config}: names the class {name}, which is not one of this trainer's sources; give --data.source, or "
+                f"--config {config} if you trust that file"
+            )
+    return [f"--config={yaml.safe_dump(settings, sort_keys=False)}"] if settings else []
+
+
+def _class_paths(values: Any) -> Iterator[str]:
+    """Every name of a class in settings, however deep."""
+    if isinstance(values, list):
+        for each in values:
+            yield from _class_paths(each)
+    elif isinstance(values, dict):
+        if "class_path" in values:
+            yield str(values["class_path"])
+        for key, each in values.items():
+            if key == "source" and isinstance(each, str):  # the short form of a class
+                yield each
+            yield from _class_paths(each)
 
 
 def _recipe(path: Path, has_source: bool) -> str:
@@ -280,6 +335,8 @@ def validate(cli: TrainerCLI, stored: Artifact) -> None:
     cli.model.model.load_state_dict(stored.state)
     cli.datamodule.expected_tokenizer = stored.tokenizer_sha256
     cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
+    if not all(math.isfinite(score.bpb) for score in cli.model.scores):
+        raise UserError("the score is not a number: these weights are not usable")
     names = ["plain", "sliding"][: len(cli.model.scores)]
     for name, score in zip(names, cli.model.scores, strict=True):
         logger.info(f"{name:<8} {score.line()}")
@@ -302,14 +359,17 @@ def fit(cli: TrainerCLI, ckpt: str | None, log: Path) -> None:
         ckpt = str(newest_checkpoint(Path(cli.config.trainer.default_root_dir) / cli.recipe))
     if ckpt is not None:
         # Refuse a damaged file, or one of another model, before any data is prepared.
-        cli.model.check_resumable(load_checkpoint(ckpt)[METADATA_KEY], cli.datamodule)
+        cli.model.check_resumable(load_run(ckpt)[METADATA_KEY], cli.datamodule)
+        cli.datamodule.resumes = True
         logger.info(f"resuming from {ckpt}")
         cli.config.ckpt = ckpt  # config.yaml then repeats a resumed run, too
+    for each in cli.trainer.loggers[1:]:  # the first one is the run's own, beside config.yaml
+        each.log_hyperparams(dict(flatten(yaml.safe_load(cli.parser.dump(cli.config)))))
     try:
         with logging_to(log) if cli.trainer.is_global_zero else nullcontext():
             cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt, weights_only=True)
     except SIGTERMException as error:
-        raise SystemExit(143) from error
+        raise SystemExit(128 + getattr(error, "number", signal.SIGTERM)) from error
     except MisconfigurationException as error:
         raise UserError(first_line(error)) from error
     except torch.AcceleratorError as error:

@@ -23,6 +23,7 @@ def calibration_sequences(
     seed: int,
     vocab_size: int,
     tokenizer_sha256: str,
+    held_out_tokens: int | None = None,
 ) -> Iterator[Tensor]:
     """The first sequences of a run's training stream.
 
@@ -35,6 +36,7 @@ def calibration_sequences(
         seed: Seed of the order, as in the run.
         vocab_size: Vocabulary size of the model, which bounds a batch by the size of its logits.
         tokenizer_sha256: sha256 of the tokenizer of the run.
+        held_out_tokens: Tokens at the end that the run did not train on.
 
     Yields:
         (b, sequence_length + 1) int32.
@@ -45,7 +47,8 @@ def calibration_sequences(
     if sha256_of(text.tokenizer) != tokenizer_sha256:
         raise UserError(f"{text.tokenizer}: is not the tokenizer this model was trained with; name its own shards")
     steps = -(-count * sequence_length // batch_tokens)
-    stream = TrainStream(TokenFiles(text.train), batch_tokens, sequence_length, steps, order=order, seed=seed)
+    files = TokenFiles(text.train, held_out_tokens or 0)
+    stream = TrainStream(files, batch_tokens, sequence_length, steps, order=order, seed=seed)
     max_rows = max(1, min(MAX_SEQUENCES, MAX_LOGITS // (sequence_length * vocab_size)))
     for step in range(steps):
         rows = stream[step][:count]

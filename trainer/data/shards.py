@@ -4,8 +4,10 @@ A shard is 256 little-endian int32 (`20240520, 1, n_tokens, 0, ...`) and then n_
 Source: openai/parameter-golf, which took it from modded-nanogpt.
 """
 
+import errno
 import os
 from collections.abc import Sequence
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +54,8 @@ def open_shard(path: str | Path) -> TokenArray:
         size = path.stat().st_size
         header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
+        hint = "raise the limit with `ulimit -n 4096`" if error.errno == errno.EMFILE else "check its permissions"
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {hint}") from error
     if len(header) < HEADER_INTS or header[0] != MAGIC:
         raise UserError(f"{path}: is not a token shard (its header does not start with {MAGIC}); remove or replace it")
     if header[1] != VERSION:
@@ -72,11 +75,12 @@ def open_shard(path: str | Path) -> TokenArray:
 class TokenFiles:
     """Several shards as one long row of tokens, without reading them into memory."""
 
-    def __init__(self, paths: Sequence[str | Path]) -> None:
+    def __init__(self, paths: Sequence[str | Path], held_out: int = 0) -> None:
         """Open the shards.
 
         Args:
             paths: Shards in reading order.
+            held_out: Number of tokens at the end that do not count.
 
         Raises:
             UserError: If there is none, or one is damaged.
@@ -87,10 +91,16 @@ class TokenFiles:
         self.shards = [open_shard(path) for path in paths]
         # Not from mapped memory: access beyond the end of a file that was cut meanwhile kills the process silently. A
         # read comes back short instead.
-        self._files = [path.open("rb", buffering=0) for path in self.paths]
+        self._files = [_opened(path) for path in self.paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self._length = int(self.ends[-1]) - held_out
 
     def __len__(self) -> int:
+        return self._length
+
+    @property
+    def total(self) -> int:
+        """All tokens, with those that are held out."""
         return int(self.ends[-1])
 
     def read(self, start: int, count: int) -> TokenArray:
@@ -102,18 +112,24 @@ class TokenFiles:
         Raises:
             UserError: If a shard was cut or removed since it was opened.
         """
+        return self._read(start % len(self), count, len(self))
+
+    def read_held_out(self) -> TokenArray:
+        """The tokens that are held out, (held_out,) uint16."""
+        return self._read(len(self), self.total - len(self), self.total)
+
+    def _read(self, position: int, count: int, end: int) -> TokenArray:
         out = np.empty(count, dtype=np.uint16)
         filled = 0
-        position = start % len(self)
         while filled < count:
             index = int(np.searchsorted(self.ends, position, side="right"))
             offset = position - int(self.ends[index] - len(self.shards[index]))
-            length = min(count - filled, len(self.shards[index]) - offset)
+            length = min(count - filled, len(self.shards[index]) - offset, end - position)
             block = os.pread(self._files[index].fileno(), 2 * length, HEADER_BYTES + 2 * offset)
             self._check_unchanged(index, len(block) == 2 * length)
             out[filled : filled + length] = np.frombuffer(block, dtype="<u2")
             filled += length
-            position = (position + length) % len(self)
+            position = (position + length) % end
         return out
 
     def _check_unchanged(self, index: int, is_whole: bool) -> None:
@@ -127,6 +143,14 @@ class TokenFiles:
             raise UserError(
                 f"{path}: had {expected:,} bytes when the run began, but has {size:,} now; prepare it again"
             )
+
+
+def _opened(path: Path) -> FileIO:
+    try:
+        return path.open("rb", buffering=0)
+    except OSError as error:
+        hint = "raise the limit with `ulimit -n 4096`" if error.errno == errno.EMFILE else "check its permissions"
+        raise UserError(f"{path}: cannot be opened ({error.strerror}); {hint}") from error
 
 
 def check_vocab_size(tokenizer: Path, vocab_size: int) -> None:

@@ -65,8 +65,8 @@ class TrainStream(Dataset[Tensor]):
             )
         if batch_tokens >= len(files):
             raise UserError(
-                f"data.batch_tokens {batch_tokens:,} is more than the training tokens give ({len(files):,}); "
-                "lower it or prepare more text"
+                f"data.batch_tokens {batch_tokens:,} is more than the training tokens give ({max(len(files), 0):,}); "
+                "lower it, or prepare more text"
             )
         self.files = files
         self.length = sequence_length

@@ -15,8 +15,8 @@ class EvaluationConfig:
 
     Args:
         window: Tokens that the model reads at once (at least 1).
-        stride: New targets that each window after the first scores (sliding-window evaluation, at least 1). null, or at
-            least the window: every window is scored whole (plain evaluation).
+        stride: New targets that each window after the first scores (sliding-window evaluation, 1 to the window). null:
+            every window is scored whole (plain evaluation).
         batch_windows: Windows per batch (at least 1).
         fit_tokens: Validation tokens that each validation during training scores, in plain evaluation (at least 1);
             null: all.
@@ -43,6 +43,10 @@ class EvaluationConfig:
             if value is not None and value < 1:
                 or_null = "" if name in ("window", "batch_windows") else ", or null"
                 raise ValueError(f"eval.{name} must be at least 1{or_null}, not {value}")
+        if self.stride is not None and self.stride > self.window:
+            raise ValueError(
+                f"eval.stride must be at most eval.window {self.window}, or null (plain evaluation), not {self.stride}"
+            )
         if self.adapt_rate is not None and not self.adapt_rate > 0:
             raise ValueError(f"eval.adapt_rate must be above 0, or null for no training, not {self.adapt_rate}")
         if self.attention_window is not None and (

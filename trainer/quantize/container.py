@@ -77,6 +77,11 @@ def write_container(
     offset = 0
     for name in sorted(tensors, key=lambda name: (tensors[name].kind, name)):
         tensor = tensors[name]
+        if not all(np.isfinite(part.astype(np.float32)).all() for part in _floats_of(tensor)):
+            raise UserError(
+                f"{path}: the tensor {name} holds a value that {tensor.kind if tensor.scale is None else 'float16'} "
+                "cannot store (not finite, or too large): the training diverged; lower the learning rate"
+            )
         parts = encode(tensor)
         if codec == "ans" and tensor.scale is not None:
             rows = tensor.values.reshape(len(tensor.scale), -1)
@@ -99,6 +104,12 @@ def write_container(
     with atomic_write(path) as file:
         file.write(MAGIC + VERSION + hashlib.sha256(frame).digest() + frame)
     return START + len(frame)
+
+
+def _floats_of(tensor: StoredTensor) -> list[Array]:
+    """The numbers of a tensor as the file holds them, but its symbols."""
+    with np.errstate(over="ignore"):
+        return [tensor.values.astype(FLOATS[tensor.kind])] if tensor.scale is None else [tensor.scale.astype(SCALE)]
 
 
 def compressed_size(tensors: list[StoredTensor], codec: Codec) -> int:
