@@ -141,6 +141,17 @@ def spoil_weights(_: Any, module: LanguageModel) -> None:
     module.model.blocks[1].mlp.up.weight.data[0, 0] = float("inf")
 
 
+def huge_weight(_: Any, module: LanguageModel) -> None:
+    """A weight that float16 cannot store."""
+    module.model.blocks[1].mlp.up.weight.data[0, 0] = 1e9
+    StabilityMonitor._check = lambda *_, **__: None
+
+
+def change_sources(*_: Any) -> None:
+    """Somebody edits the trainer's sources meanwhile."""
+    export_callback.source_bundle = lambda: b"changed"
+
+
 def at_step(step: int, fault: str) -> None:
     """Another fault of this module, after so many steps."""
 

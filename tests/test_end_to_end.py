@@ -413,7 +413,10 @@ def test_the_shards_of_the_tests_hold_enough(shard_folder: Path):
     assert len(plan_windows(len(tokens) - 1, 256, 64).starts) > 2
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+STOPPING = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)]
+
+
+@pytest.mark.parametrize(("number", "code"), STOPPING)
 def test_a_stopped_run_saves_and_exits_with_the_documented_code(number, code: int, tmp_path: Path, shard_folder: Path):
     args = small(
         shard_folder,

@@ -67,21 +67,6 @@ def test_rows_without_an_artifact_have_no_size():
     )
 
 
-def test_the_fingerprint_is_that_of_the_text_under_any_tokenizer():
-    def fingerprint(*shards: tuple[str, int, int, int]) -> str:
-        records = [
-            ShardRecord("f", split, documents, tokens, 990, text_bytes, "0" * 64)
-            for split, documents, tokens, text_bytes in shards
-        ]
-        return Manifest({}, "0" * 64, records, {}).text_fingerprint
-
-    one = fingerprint(("train", 10, 100, 1000), ("val", 3, 30, 200))
-    two = fingerprint(("train", 6, 40, 700), ("train", 4, 30, 300), ("val", 3, 20, 200))  # other tokens and shards
-    assert one == two
-    assert one != fingerprint(("train", 10, 100, 1001), ("val", 3, 30, 200))
-    assert one != fingerprint(("train", 10, 100, 1000), ("val", 2, 30, 200))
-
-
 def sprint(data: Path, folder: Path, *settings: str) -> subprocess.CompletedProcess[str]:
     args = ["--config=int5mlp_10l", "--table=t.jsonl", "--steps=4", f"--data={data}", "--seeds=2"]
     return subprocess.run(

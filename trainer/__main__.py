@@ -10,7 +10,7 @@ from typing import Any
 
 from trainer import __version__
 from trainer.errors import UserError
-from trainer.logging import keep_running_without_output
+from trainer.logging import running_without_output
 
 # What a machine can lack, wherever a library meets it.
 NOT_A_BUG = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EROFS, errno.EFBIG)
@@ -81,8 +81,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run(command: str, args: list[str]) -> None:
     """Import a command and run it; the others, and Lightning with its seconds, stay out."""
     if command in ("fit", "validate"):
-        keep_running_without_output()
-        import_module("trainer.cli.train").run(command, args)
+        with running_without_output():
+            import_module("trainer.cli.train").run(command, args)
     elif command == "prepare":  # its options depend on the recipe
         import_module("trainer.cli.prepare").run(args)
     else:

@@ -16,7 +16,7 @@ from trainer.distributed import rank
 # Advertisements, device tables and advice that does not apply here; the progress display shows what runs where.
 LIBRARY_MESSAGES = re.compile(
     r"💡|GPU available|TPU available|HPU available|`Trainer|`weights_only` was not set|Using bfloat16 Auto|"
-    r"Using 16bit Auto|You are using a CUDA device|LOCAL_RANK|An \w+ was raised with message|"
+    r"Restoring states from|Restored all states|Using 16bit Auto|You are using a CUDA device|LOCAL_RANK|An \w+ was raised with message|"
     r"(\[rank: \d+\] )?Seed set to"
 )
 LIBRARY_WARNINGS = (
@@ -91,12 +91,15 @@ class _Lossy(io.TextIOBase):
         return None
 
 
-def keep_running_without_output() -> None:
+@contextlib.contextmanager
+def running_without_output() -> Iterator[None]:
     """Let output that cannot be written be lost: a closed terminal, a full disk, `trainer fit | head`."""
-    sys.stdout, sys.stderr = (
-        stream if isinstance(stream, _Lossy) else _Lossy(stream)  # type: ignore[assignment]
-        for stream in (sys.stdout, sys.stderr)
-    )
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _Lossy(sys.stdout), _Lossy(sys.stderr)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
 
 
 class _LogFile(logging.FileHandler):

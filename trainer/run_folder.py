@@ -149,6 +149,22 @@ class RunData:
         return f"{path.parent.name}/{path.name}"
 
 
+def why_incomparable(first: RunData, other: RunData) -> str | None:
+    """Why the scores of two runs do not compare, or None if they saw and scored the same text.
+
+    Shards without a manifest have no fingerprint of their text; those of two tokenizers cannot be compared then.
+    """
+    one, two = first.summary, other.summary
+    texts = one["text_fingerprint"], two["text_fingerprint"]
+    if None in texts and one["tokenizer_sha256"] != two["tokenizer_sha256"]:
+        return "text unknown"
+    if None in texts:
+        texts = one["shards_fingerprint"], two["shards_fingerprint"]
+    if texts[0] != texts[1]:
+        return "other text"
+    return None if one["val_bytes"] == two["val_bytes"] else "another part of the text"
+
+
 def newest_checkpoint(parent: Path) -> Path:
     """The newest whole checkpoint of all runs of a recipe; each newer one that is damaged is named.
 

@@ -1,5 +1,6 @@
 """This project's sources as one file that Python runs: what `bytes_code` counts and a submission ships."""
 
+import ast
 import io
 import lzma
 import zipfile
@@ -48,6 +49,15 @@ def source_bundle() -> bytes:
     packed = lzma.compress(_zip(files), preset=9 | lzma.PRESET_EXTREME)
     text = packed.decode("latin-1").translate(ESCAPES)
     return SCRIPT.replace("SOURCES", text).encode("latin-1")
+
+
+def sources_of(script: bytes) -> dict[str, bytes]:
+    """The files in a script of `source_bundle`, by name."""
+    tree = ast.parse(script)
+    texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    packed = lzma.decompress(max(texts, key=len).encode("latin-1"))
+    with zipfile.ZipFile(io.BytesIO(packed)) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
 
 
 def _zip(files: dict[str, bytes]) -> bytes:

@@ -5,7 +5,23 @@ from importlib.metadata import version
 
 import torch
 
-PACKAGES = ("torch", "lightning", "numpy", "sentencepiece", "zstandard", "constriction", "torchmetrics")
+PACKAGES = (
+    "torch",
+    "lightning",
+    "numpy",
+    "sentencepiece",
+    "zstandard",
+    "constriction",
+    "torchmetrics",
+    "jsonargparse",
+    "docstring_parser",
+    "pyyaml",
+    "rich",
+    "huggingface_hub",
+    "typing_extensions",
+)
+EXTRAS = {"jsonargparse": "[signatures]"}
+OPTIONAL = ("pyarrow", "triton", "flash_attn", "shtab", "brotli")  # imported only where they are there
 
 
 def versions(device: torch.device) -> dict[str, str]:

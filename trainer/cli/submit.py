@@ -23,6 +23,7 @@ def submit(
     data: str,
     blurb: str = "",
     out: str | None = None,
+    fresh_env: bool = False,
 ) -> None:
     """Make a submission folder of finished runs, and prove that it works.
 
@@ -35,6 +36,7 @@ def submit(
         data: Folder with the shards and the tokenizer that the runs were scored on.
         blurb: A sentence about the submission.
         out: Folder to make; default: submission in the first run's folder.
+        fresh_env: Prove it in a new environment with its requirements, which pip downloads.
 
     Raises:
         UserError: If the runs make no valid submission.
@@ -43,7 +45,7 @@ def submit(
     folder = Path(out) if out else folders[0] / "submission"
     best = make_folder(Entry(name, author, github_id, track, blurb), folders, folder)
     try:
-        print(prove(folder, Path(data), best.summary), flush=True)
+        print(prove(folder, Path(data), best.summary, fresh_env), flush=True)
     except UserError:
         shutil.rmtree(folder)  # an unproved submission must not be sent
         raise
@@ -53,4 +55,10 @@ def submit(
 def make_parser() -> CommandParser:
     """The options of the command."""
     flags = ["--github_id", "--github-id"]  # an alias
-    return CommandParser(submit, EXAMPLE, runs={"nargs": "+"}, github_id={"flags": flags, "required": True})
+    return CommandParser(
+        submit,
+        EXAMPLE,
+        runs={"nargs": "+"},
+        github_id={"flags": flags, "required": True},
+        fresh_env={"action": "store_true"},
+    )

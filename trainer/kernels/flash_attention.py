@@ -45,6 +45,16 @@ def interface() -> ModuleType:
     return import_module(INTERFACE)
 
 
+def why_not(head_dim: int, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The first line of what keeps the package from running, or None if it runs."""
+    try:
+        q = torch.randn(1, 128, 1, head_dim, device=device, dtype=dtype)
+        flash_attention(q, q, q)
+    except Exception as error:  # whatever a package can raise that was built for something else
+        return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
+    return None
+
+
 @torch.library.custom_op("golf_trainer::flash_attention", mutates_args=())
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> tuple[Tensor, Tensor]:
     """Causal attention with native grouped queries.

@@ -3,22 +3,50 @@
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from trainer.errors import UserError
 from trainer.kernels import fused_heads, fused_loss, fused_mlp
 from trainer.kernels.attention_backends import BACKENDS, AttentionBackend, ByGradient, FlashAttention4, SdpaBackend
-from trainer.kernels.flash_attention import is_installed
+from trainer.kernels.flash_attention import is_installed, why_not
 from trainer.kernels.fusion import Fused
 from trainer.kernels.windowed_attention import with_window
 from trainer.model.attention import Attention, rotary_tables
 from trainer.model.transformer import TransformerConfig
 
 PROBE_TOKENS = 131_072
+# The settings that a fused operator computes, or that it leaves to the code around it. One that is not listed is new:
+# where it is switched on, the operator would ignore it in silence.
+FUSED_MLP = ("ratio",)
+FUSED_HEADS = [
+    "num_heads",
+    "num_kv_heads",
+    "qk_gain_init",
+    "rope_base",
+    "rope_dims",
+    "xsa",
+    "gate_dims",
+    "window",
+    "window_pattern",
+    "backend",
+]
+
+
+def is_known(config: Any, names: Sequence[str]) -> bool:
+    """Whether every setting of a config that is not among these names has its default.
+
+    Args:
+        config: A dataclass that can be made without arguments.
+        names: Names of its settings.
+    """
+    default = type(config)()
+    others = [field.name for field in fields(config) if field.name not in names]
+    return all(getattr(config, name) == getattr(default, name) for name in others)
 
 
 def choose_fused(
@@ -44,8 +72,8 @@ def choose_fused(
     else:
         widths = config.model_dim, config.mlp.ratio * config.model_dim
         fused = Fused(
-            fused_mlp.runs_on(widths, device, dtype),
-            fused_heads.runs_on(config.heads, device, dtype),
+            is_known(config.mlp, FUSED_MLP) and fused_mlp.runs_on(widths, device, dtype),
+            is_known(config.attention, FUSED_HEADS) and fused_heads.runs_on(config.heads, device, dtype),
             fused_loss.runs_on(config.logit_softcap, device, dtype),
         )
     if config.fused == "on" and not all(fused):
@@ -132,8 +160,10 @@ def choose_attention(
                 )
                 break
     if name == "auto" and is_installed() and not any(isinstance(backend, FlashAttention4) for backend in seconds):
+        reason = why_not(config.heads[2], device, dtype) or "it does not support these heads"
         warnings.warn(
-            "flash-attn-4 is installed but does not run here with these heads; importing flash_attn.cute may tell why",
+            f"flash-attn-4 is installed but does not run here: {reason}. These versions were tested together: "
+            "pip install 'golf-trainer[flash-attn]'",
             stacklevel=2,
         )
     if not seconds:

@@ -25,8 +25,11 @@ FLOATS: dict[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "float32": np.dt
 SCALE = FLOATS["float16"]
 EXPONENTS_PER_OCTAVE = 8  # of a column's scale
 MAX_FILE = 2**28
-MAX_CONTENT = 2**30  # more than any model of the challenge needs; a reader must not trust a larger claim
-MAX_SYMBOLS = 2**28
+# A reader must not believe more than a file can honestly hold: its content, and the symbols that are coded together,
+# have at most MIN_CONTENT bytes and MAX_RATIO for each byte of the file.
+MAX_RATIO = 256
+MIN_CONTENT = 2**20
+MAX_HEADER = 2**20  # bytes of JSON
 
 Array = np.ndarray[Any, Any]
 
@@ -154,13 +157,16 @@ def read_container(path: str | Path) -> tuple[dict[str, Any], dict[str, StoredTe
     if hashlib.sha256(frame).digest() != raw[START - 32 : START]:
         raise UserError(f"{path}: is damaged (its checksum does not match); copy or export it again")
     try:
-        content = memoryview(_decompress(frame))
+        limit = MIN_CONTENT + MAX_RATIO * len(raw)
+        content = memoryview(_decompress(frame, limit))
         del frame, raw
         length = struct.unpack_from("<I", content)[0]
+        if length > MAX_HEADER:
+            raise ValueError(f"its header of {length:,} bytes is longer than {MAX_HEADER:,}")
         header = json.loads(bytes(content[4 : 4 + length]))
         if header["codec"] not in CODECS:
             raise ValueError(f"unknown codec {header['codec']!r}")
-        return header, _tensors(header, content[4 + length :])
+        return header, _tensors(header, content[4 + length :], limit)
     except (ValueError, KeyError, TypeError, struct.error, zstandard.ZstdError, RecursionError) as error:
         raise UserError(f"{path}: is not a valid artifact ({error})") from error
 
@@ -183,10 +189,10 @@ def compress(content: bytes) -> bytes:
     return zstandard.ZstdCompressor(compression_params=settings).compress(content)
 
 
-def _decompress(frame: memoryview) -> bytes:
+def _decompress(frame: memoryview, limit: int) -> bytes:
     size = zstandard.frame_content_size(frame)
-    if not 0 < size <= MAX_CONTENT:
-        raise ValueError(f"its content of {size:,} bytes is not between 1 and {MAX_CONTENT:,}")
+    if not 0 < size <= limit:
+        raise ValueError(f"its content of {size:,} bytes is not between 1 and {limit:,}, which its size allows")
     if not zstandard.get_frame_parameters(frame).has_checksum:
         raise ValueError("its frame has no checksum")
     # Into a buffer of that size: blocks that hold more than the frame's header claims are an error, not memory.
@@ -218,12 +224,12 @@ class _Reader:
         return np.ascontiguousarray(planes.T).view(dtype).reshape(count)
 
 
-def _tensors(header: dict[str, Any], content: memoryview) -> dict[str, StoredTensor]:
+def _tensors(header: dict[str, Any], content: memoryview, max_symbols: int) -> dict[str, StoredTensor]:
     reader = _Reader(content)
     coded = header["codec"] == "ans"
     tensors: dict[str, StoredTensor] = {}
     classes: dict[str, tuple[Array, Array]] = {}
-    symbols_left = MAX_SYMBOLS
+    symbols_left = max_symbols
     for entry in header["tensors"]:
         name, kind, shape = entry["name"], entry["kind"], entry["shape"]
         if not isinstance(name, str) or name in tensors:

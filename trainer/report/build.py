@@ -12,10 +12,11 @@ from trainer.errors import UserError
 from trainer.files import atomic_write
 from trainer.generation import Decoder, generate, sample, stream_text
 from trainer.loading import load_artifact
+from trainer.logging import logger
 from trainer.quantize.container import Array, read_container
 from trainer.report.byte_use import ByteUse, byte_use
 from trainer.report.page import page
-from trainer.run_folder import RunFolder
+from trainer.run_folder import RunFolder, why_incomparable
 
 PROMPTS = ("", "", "The")
 SAMPLE_TOKENS = 120
@@ -32,6 +33,9 @@ def build_report(folders: list[RunFolder], path: Path) -> None:
         UserError: If one holds no finished run, or the file cannot be written.
     """
     runs = [folder.read() for folder in folders]
+    for run in runs[1:]:
+        if reason := why_incomparable(runs[0], run):
+            logger.warning(f"{run.folder}: its scores do not compare with those of {runs[0].folder} ({reason})")
     first = folders[0]
     uses: list[ByteUse] = []
     samples: list[str] = []

@@ -5,7 +5,7 @@ from typing import Any
 
 from trainer.report.byte_use import ByteUse
 from trainer.report.charts import line_chart
-from trainer.run_folder import RunData
+from trainer.run_folder import RunData, why_incomparable
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2329; --soft: #59636e; --line: #d9dee3; --paper: #fff; --card: #f5f7f9;
@@ -165,7 +165,7 @@ def _score_rows(runs: list[RunData]) -> list[list[str]]:
         cells = ["-" if score is None else f"{score:.5f}" for score in scores]
         for n, score in enumerate(scores[1:], 1):
             if first is not None and score is not None:
-                cells[n] += f" ({score - first:+.5f})"
+                cells[n] += f" ({why_incomparable(runs[0], runs[n]) or f'{score - first:+.5f}'})"
         rows.append([f"bits per byte: {label}", *cells])
     return rows
 

@@ -12,7 +12,7 @@ from trainer.errors import UserError
 from trainer.files import atomic_write
 from trainer.quantize.export import SIZE_CAP
 from trainer.run_folder import RunData, RunFolder
-from trainer.versions import PACKAGES
+from trainer.versions import EXTRAS, PACKAGES
 
 # Settings that may differ between the seeds of one recipe.
 RUN_SETTINGS = ("seed_everything", "run_name", "data.seed", "model.micro_batch_tokens", "data.source.init_args.folder")
@@ -79,7 +79,10 @@ def make_folder(entry: Entry, folders: list[Path], out: Path) -> RunData:
     for name, text in (
         ("submission.json", json.dumps(record, indent=2) + "\n"),
         ("README.md", _readme(entry, runs, record)),
-        ("requirements.txt", "".join(f"{name}=={_version(best, name)}\n" for name in PACKAGES)),
+        (
+            "requirements.txt",
+            "".join(f"{name}{EXTRAS.get(name, '')}=={_version(best, name)}\n" for name in PACKAGES),
+        ),
     ):
         with atomic_write(out / name) as file:
             file.write(text.encode())
@@ -169,11 +172,11 @@ def _readme(entry: Entry, runs: list[RunData], record: dict[str, Any]) -> str:
 |---|---|---|---|---|---|
 {rows}
 
-`artifact.zst` is the model of seed {best.config["seed_everything"]}. `train_gpt.py` holds all of the code, and Python
-runs it directly:
+`artifact.zst` is the model of seed {best.config["seed_everything"]}. `train_gpt.py` holds all of the code, in one
+script:
 
 ```sh
-pip install -r requirements.txt jsonargparse pyyaml
+pip install -r requirements.txt
 python train_gpt.py validate --ckpt artifact.zst --data.source Shards --data.source.folder DATA
 python train_gpt.py fit --config config.yaml --data.source Shards --data.source.folder DATA
 ```

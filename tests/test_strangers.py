@@ -1,0 +1,513 @@
+"""What strangers' habits and files do to a run: nothing false is printed, nothing is lost, nothing foreign is run."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from tests.helpers import RUNS, environment, run_faulty, score_of, small, trainer, trainer_here
+from trainer.checkpoint import METADATA_KEY, append_checksum, load_checkpoint, stored_average
+from trainer.data.shards import write_shard
+from trainer.errors import UserError
+from trainer.files import PARTIAL, copy_file, remove_partials
+from trainer.run_folder import RunFolder, newest_checkpoint, why_incomparable
+
+SLURM = {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_JOB_ID": "7", "SLURM_NODEID": "0", "SLURM_NNODES": "1"}
+SLURM |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODELIST": "localhost", "SLURM_JOB_NODELIST": "localhost"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, shard_folder: Path) -> Path:
+    """A folder with a finished run."""
+    folder = tmp_path_factory.mktemp("finished")
+    result = trainer(*small(shard_folder, "--checkpoints.every=3"), cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """A copy of that folder, to be changed."""
+    shutil.copytree(finished, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def resave(path: Path, **metadata: object) -> None:
+    """Write a checkpoint again with other metadata."""
+    checkpoint = load_checkpoint(path)
+    checkpoint[METADATA_KEY] |= metadata
+    path.unlink()
+    torch.save(checkpoint, path)
+    with path.open("r+b") as file:
+        append_checksum(file)
+
+
+# --- Lightning under SLURM
+
+
+def test_a_signal_under_slurm_saves_a_whole_step_and_nothing_else(tmp_path: Path, shard_folder: Path):
+    args = [*small(shard_folder, "--trainer.max_steps=1000000", "--trainer.val_check_interval=1000000")]
+    args += ["--wallclock.seconds=100", "--progress.every_seconds=0.5"]
+    command = [sys.executable, "-m", "trainer", *args]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment(**SLURM), stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert any(line.startswith("step") for line in process.stdout)
+        process.send_signal(signal.SIGUSR1)
+        rest = process.stdout.read()
+        assert process.wait(60) == 128 + signal.SIGUSR1
+    assert f"is saved; resume with --ckpt {RUNS}/1/checkpoints/last.ckpt" in rest
+    assert not list(tmp_path.rglob("hpc_ckpt_*"))
+
+
+def test_no_command_loads_a_checkpoint_that_nobody_named(copied: Path, shard_folder: Path):
+    shutil.copy(copied / RUNS / "1/checkpoints/last.ckpt", copied / "runs/hpc_ckpt_1.ckpt")
+    result = trainer(*small(shard_folder, "--export.enabled=false"), cwd=copied, env=SLURM)
+    assert result.returncode == 0, result.stderr
+    rows = (copied / RUNS / "2/metrics.csv").read_text().splitlines()
+    assert ",0," in rows[1]  # from the first step on
+    expected = score_of(trainer("validate", f"--ckpt={RUNS}/1/artifact.zst", cwd=copied).stdout)
+    (copied / "runs/hpc_ckpt_2.ckpt").write_bytes(b"damaged")
+    assert score_of(trainer("validate", f"--ckpt={RUNS}/1/artifact.zst", cwd=copied, env=SLURM).stdout) == expected
+
+
+# --- State that outlives its meaning
+
+
+def test_an_extended_run_averages_its_own_end_alone(finished: Path, copied: Path, shard_folder: Path):
+    before = load_checkpoint(copied / RUNS / "1/checkpoints/last.ckpt")
+    assert before["callbacks"]["WeightAveraging"]["count"] >= 2
+    longer = ["--trainer.max_steps=24", f"--ckpt={RUNS}/1/checkpoints/last.ckpt", "--export.enabled=false"]
+    result = trainer(*small(shard_folder, *longer), cwd=copied)
+    assert result.returncode == 0, result.stderr
+    average = load_checkpoint(copied / RUNS / "2/checkpoints/last.ckpt")["callbacks"]["WeightAveraging"]
+    assert average["count"] == 2  # of steps 22 and 24: the multiplier is below 0.6 after step 20.4
+    fresh = trainer(*small(shard_folder, *longer[::2]), cwd=copied)
+    assert fresh.returncode == 0, fresh.stderr
+    assert load_checkpoint(copied / RUNS / "3/checkpoints/last.ckpt")["callbacks"]["WeightAveraging"]["count"] == 2
+
+
+@pytest.mark.parametrize("weights", ["average", "live", "better"])
+def test_the_weights_that_are_exported_can_be_chosen(weights: str, tmp_path: Path, shard_folder: Path):
+    args = [f"--export.weights={weights}", "--data.held_out_tokens=500"]
+    result = trainer_here(*small(shard_folder, *args), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / RUNS / "1/summary.json").read_text())
+    checkpoint = load_checkpoint(tmp_path / RUNS / "1/checkpoints/last.ckpt")
+    assert stored_average(checkpoint) is not None
+    expected = {"average": "averaged", "live": "live"}.get(weights, summary["weights"])
+    assert summary["weights"] == expected
+    if weights == "better":
+        line = next(line for line in result.stdout.splitlines() if "held-out training tokens" in line)
+        assert line.startswith("on 499 held-out training tokens: live ")
+        live, average = (float(word) for word in line.replace(",", "").split() if word[0].isdigit() and "." in word)
+        assert summary["weights"] == ("live" if live < average else "averaged")
+
+
+def test_better_needs_held_out_text_and_it_is_never_trained_on(tmp_path: Path, shard_folder: Path):
+    result = trainer_here(*small(shard_folder, "--export.weights=better"), cwd=tmp_path)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert "export.weights better needs data.held_out_tokens" in result.stderr
+    result = trainer_here("fit", "--data.held_out_tokens=1", cwd=tmp_path)
+    assert "data.held_out_tokens must be at least 2, or null for none, not 1" in result.stderr
+
+
+# --- Identity of the text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("one less", "the train shards differ: words_train_000001.bin is missing"),
+        ("one more", "the train shards differ: words_train_000002.bin is new"),
+        ("other content", "the train shard words_train_000000.bin has another content"),
+        ("validation as training", "is the validation shard"),
+    ],
+)
+def test_resuming_on_another_text_is_refused(
+    change: str, message: str, copied: Path, tmp_path: Path, shard_folder: Path
+):
+    shards = tmp_path / "shards"
+    shutil.copytree(shard_folder, shards)
+    first, second, val = (shards / f"words_{name}.bin" for name in ("train_000000", "train_000001", "val_000000"))
+    if change == "one less":
+        second.unlink()
+    elif change == "one more":
+        write_shard(shards / "words_train_000002.bin", np.ones(100, dtype=np.uint16))
+    elif change == "other content":
+        content = bytearray(first.read_bytes())
+        content[1030:1032] = content[1040:1042]
+        first.write_bytes(content[:1024] + content[-2:] + content[1026:])
+    else:
+        shutil.copy(val, second)
+    args = small(shards, f"--ckpt={RUNS}/1/checkpoints/step-000000006.ckpt")
+    result = trainer_here(*args, cwd=copied)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
+    assert message in result.stderr
+    assert not (copied / RUNS / "2").exists()
+
+
+def test_scores_of_other_texts_do_not_compare(copied: Path, capsys: pytest.CaptureFixture[str]):
+    def run(**changes: object) -> Path:
+        folder = copied / RUNS / str(len(list((copied / RUNS).iterdir())) + 1)
+        shutil.copytree(copied / RUNS / "1", folder)
+        summary = json.loads((folder / "summary.json").read_text()) | changes
+        (folder / "summary.json").write_text(json.dumps(summary))
+        return folder
+
+    def why(one: Path, two: Path) -> str | None:
+        return why_incomparable(RunFolder(one).read(), RunFolder(two).read())
+
+    first, same = run(), run(val_bpb=1.0)
+    assert why(first, same) is None  # shards without a manifest, but the same ones
+    assert why(first, run(shards_fingerprint="0")) == "other text"
+    assert why(first, run(tokenizer_sha256="0", shards_fingerprint="0")) == "text unknown"
+    prepared = run(text_fingerprint="a")
+    assert why(prepared, run(text_fingerprint="a", tokenizer_sha256="0", shards_fingerprint="0")) is None
+    other = run(text_fingerprint="b")
+    assert why(prepared, other) == "other text"
+    assert why(first, run(val_bytes=3)) == "another part of the text"
+    result = trainer_here("report", str(prepared), str(other), cwd=copied)
+    assert result.returncode == 0, result.stderr
+    assert "do not compare" in result.stdout
+    page = (prepared / "report.html").read_text()
+    assert "(other text)" in page
+    assert "(+0.00000)" not in page
+
+
+# --- Seeds, empty values, recipes
+
+
+def test_the_seed_of_the_order_follows_seed_everything(tmp_path: Path, shard_folder: Path):
+    seeds = {}
+    for number, args in enumerate((["--seed_everything=5"], ["--seed_everything=5", "--data.seed=9"]), 1):
+        short = ["--trainer.max_steps=1", "--export.enabled=false", "--data.order=shuffled"]
+        result = trainer_here(*small(shard_folder, *short, *args), cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        folder = tmp_path / RUNS / str(number)
+        seeds[number] = load_checkpoint(folder / "checkpoints/last.ckpt")[METADATA_KEY]["seed"]
+    assert seeds == {1: 5, 2: 9}
+    assert yaml.safe_load((tmp_path / RUNS / "1/config.yaml").read_text())["data"]["seed"] is None  # as it was given
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["fit", "--ckpt", ""],
+        ["fit", "--config", ""],
+        ["fit", "--run_name", ""],
+        ["fit", "--data.source", "Shards", "--data.source.folder", ""],
+        ["fit", "--data.source", "Shards", "--data.source.folder", "x", "--data.source.tokenizer="],
+        ["fit", "--data.source", "LocalText", "--data.source.folder", "x", "--data.source.train_files", '[""]'],
+        ["fit", "--trainer.default_root_dir", ""],
+        ["validate", "--ckpt="],
+        ["prepare", "--config", ""],
+        ["prepare", "--data.source", "LocalText", "--data.source.folder", "", "--data.source.train_files", "[x]"],
+        ["export", "--ckpt", ""],
+        ["export", "--ckpt", "x", "--out", ""],
+        ["generate", "--artifact", ""],
+        ["generate", "--artifact", "x", "--tokenizer", ""],
+        ["report", ""],
+        ["inspect", ""],
+        ["submit", "", "--name=a", "--author=a", "--github_id=a", "--track=a", "--data=a"],
+        ["submit", "x", "--name=a", "--author=", "--github_id=a", "--track=a", "--data=a"],
+    ],
+)
+def test_an_empty_value_is_refused(args: list[str], tmp_path: Path):
+    result = trainer_here(*args, cwd=tmp_path)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
+    assert "its value is empty (an unset variable?); give one, or leave the option out" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_key_that_occurs_twice_is_refused(tmp_path: Path):
+    for text, message in (
+        ("model:\n  num_layers: 3\nmodel:\n  model_dim: 96\n", "line 3: the key 'model' is on line 1, too"),
+        ("model:\n  num_layers: 3\n  num_layers: 4\n", "line 3: the key 'num_layers' is on line 2, too"),
+    ):
+        (tmp_path / "mine.yaml").write_text(text)
+        for command in ("fit", "prepare"):
+            result = trainer_here(command, "--config=mine.yaml", cwd=tmp_path)
+            assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+            assert f"--config mine.yaml: {message}" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["fit", "--seed_everything=4294967296"], "seed_everything must be between 0 and 4294967295"),
+        (["fit", "--seed_everything=-1"], "seed_everything must be between 0 and 4294967295, not -1"),
+        (["fit", "--eval.window=128", "--eval.stride=129"], "eval.stride must be at most eval.window 128"),
+        (["fit", f"--ckpt={RUNS}/1/artifact.zst"], "is an artifact, which only holds rounded weights"),
+        (["export", f"--ckpt={RUNS}/1/artifact.zst"], "is an artifact, which only holds rounded weights"),
+        (["fit", f"--ckpt={RUNS}/1"], "is a folder; give a file in it, such as checkpoints/last.ckpt"),
+        (["validate", f"--ckpt={RUNS}/1"], "is a folder; give a file in it, such as artifact.zst"),
+    ],
+)
+def test_the_message_says_what_is_wrong(args: list[str], message: str, finished: Path):
+    result = trainer_here(*args, cwd=finished)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
+    assert message in result.stderr
+
+
+# --- Output that cannot be written
+
+
+def test_a_run_outlives_the_reader_of_its_output(tmp_path: Path, shard_folder: Path):
+    command = [sys.executable, "-m", "trainer", *small(shard_folder)]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(120) == 0
+    assert (tmp_path / RUNS / "1/summary.json").is_file()
+    assert "Run finished" in (tmp_path / RUNS / "1/train.log").read_text()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_run_outlives_a_full_disk_under_its_output(tmp_path: Path, shard_folder: Path):
+    command = [sys.executable, "-m", "trainer", *small(shard_folder)]
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(
+            command, cwd=tmp_path, env=environment(), stdout=full, stderr=full, timeout=120, check=False
+        )
+    assert ended.returncode == 0
+    assert (tmp_path / RUNS / "1/summary.json").is_file()
+
+
+def test_output_that_is_not_utf8_shows_escapes(finished: Path):
+    args = ["generate", f"--artifact={RUNS}/1/artifact.zst", "--prompt=the 猫", "--tokens=1"]
+    result = trainer(*args, cwd=finished, env={"PYTHONIOENCODING": "latin-1"})
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("the \\u732b")
+
+
+# --- Files of a run
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next_run(tmp_path: Path, shard_folder: Path):
+    folder = tmp_path / RUNS / "1/checkpoints"
+    folder.mkdir(parents=True)
+    old, young = folder / f".step-000000003.ckpt.77{PARTIAL}", folder / f".step-000000004.ckpt.78{PARTIAL}"
+    for path in (old, young):
+        path.write_bytes(b"x")
+    os.utime(old, (time.time() - 1000, time.time() - 1000))
+    result = trainer_here(*small(shard_folder, "--trainer.max_steps=1", "--export.enabled=false"), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert not old.exists()
+    assert young.exists()  # perhaps it is just being written
+
+
+def test_a_partial_file_that_is_being_written_stays(tmp_path: Path):
+    path = tmp_path / f".a.1{PARTIAL}"
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        os.utime(path, (0, 0))
+        remove_partials(tmp_path)
+        assert path.exists()
+    remove_partials(tmp_path)
+    assert not path.exists()
+
+
+def test_the_newest_checkpoint_is_known_by_its_content(copied: Path, capsys: pytest.CaptureFixture[str]):
+    """A plain copy gives the files new times, in any order."""
+    folder = copied / RUNS / "1/checkpoints"
+    (folder / "last.ckpt").unlink()
+    os.utime(folder / "step-000000006.ckpt", (time.time() + 100, time.time() + 100))
+    assert newest_checkpoint(copied / RUNS) == folder / "step-000000008.ckpt"
+    os.rename(folder / "step-000000008.ckpt", folder / "step-000000001.ckpt")  # its name does not count either
+    assert newest_checkpoint(copied / RUNS) == folder / "step-000000001.ckpt"
+    assert capsys.readouterr().out == ""
+    later = copied / RUNS / "2/checkpoints"
+    later.mkdir(parents=True)
+    shutil.copy(folder / "step-000000006.ckpt", later / "step-000000006.ckpt")
+    resave(later / "step-000000006.ckpt", saved_at=time.time() + 50)
+    assert newest_checkpoint(copied / RUNS) == later / "step-000000006.ckpt"  # of the run that saved last
+    message = capsys.readouterr().out
+    assert "takes" in message
+    assert f"there are {folder}/step-000000001.ckpt (step 8), too" in message
+
+
+def test_a_file_that_is_copied_is_whole_and_the_right_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "a").write_bytes(b"content")
+    with pytest.raises(UserError, match="a: is not the file that the run was made with"):
+        copy_file(tmp_path / "a", tmp_path / "b", "0" * 64)
+    with pytest.raises(UserError, match="none: cannot be read"):
+        copy_file(tmp_path / "none", tmp_path / "b")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"b: cannot be written \(No space left on device\)"):
+        copy_file(tmp_path / "a", tmp_path / "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_export_refuses_a_tokenizer_that_was_cut(copied: Path):
+    tokenizer = copied / RUNS / "1/tokenizer.model"
+    tokenizer.write_bytes(tokenizer.read_bytes()[:1000])
+    result = trainer_here("export", f"--ckpt={RUNS}/1/checkpoints/last.ckpt", cwd=copied)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
+    assert "tokenizer.model: is not the file that the run was made with" in result.stderr
+    assert not (copied / RUNS / "1/export/tokenizer.model").exists()
+
+
+def test_a_last_row_that_was_cut_is_left_out(copied: Path):
+    metrics = copied / RUNS / "1/metrics.csv"
+    lines = metrics.read_text().splitlines()
+    metrics.write_text("\n".join([*lines, lines[-1][:5]]))
+    result = trainer_here("report", f"{RUNS}/1", cwd=copied)
+    assert result.returncode == 0, result.stderr
+    assert "metrics.csv: its last row is cut, and left out" in result.stdout
+    metrics.write_text("\n".join([lines[0], "x,y", *lines[1:]]))
+    result = trainer_here("report", f"{RUNS}/1", cwd=copied)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
+    assert "metrics.csv: row 1 is not whole" in result.stderr
+
+
+# --- Results that are no numbers
+
+
+def test_no_command_succeeds_with_a_score_that_is_not_a_number(copied: Path, shard_folder: Path):
+    folder = copied / RUNS / "1"
+    checkpoint = load_checkpoint(folder / "checkpoints/last.ckpt")
+    checkpoint["state_dict"]["model.blocks.1.mlp.up.weight"][0, 0] = float("nan")
+    (folder / "checkpoints/last.ckpt").unlink()
+    torch.save(checkpoint, folder / "checkpoints/last.ckpt")
+    with (folder / "checkpoints/last.ckpt").open("r+b") as file:
+        append_checksum(file)
+    scored = trainer_here("validate", f"--ckpt={folder}/checkpoints/last.ckpt", cwd=copied)
+    assert (scored.returncode, scored.stderr.count("\n")) == (1, 1), scored.stderr
+    assert "the score is not a number" in scored.stderr
+    assert "val_bpb=" not in scored.stdout
+    summary = (folder / "summary.json").read_text()
+    score = json.loads(summary)["val_bpb"]
+    (folder / "summary.json").write_text(summary.replace(str(score), "NaN"))
+    for command in (["report", str(folder)], ["submit", str(folder), "--name=a", "--author=a", "--github_id=a"]):
+        args = ["--track=a", f"--data={shard_folder}"] if command[0] == "submit" else []
+        result = trainer_here(*command, *args, cwd=copied)
+        assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
+        assert "it holds NaN, which is not a number" in result.stderr
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        RunFolder(folder).write_summary({"val_bpb": float("nan")})
+
+
+def test_weights_that_overflow_when_stored_end_the_run(tmp_path: Path, shard_folder: Path):
+    """Finite in float32, but not as float16: the scale of a control tensor."""
+    result = run_faulty("at_step", {"step": 7, "fault": "huge_weight"}, *small(shard_folder), cwd=tmp_path)
+    assert result.returncode == 1
+    assert "cannot store (not finite, or too large)" in result.stderr
+    assert not (tmp_path / RUNS / "1/summary.json").exists()
+
+
+# --- Trust
+
+
+class Planted:
+    """A class that tells when it is made."""
+
+    def __init__(self, folder: str) -> None:
+        Path(folder).write_text("ran")
+
+
+@pytest.mark.parametrize("where", ["data.source", "trainer.callbacks", "trainer.logger", "data.evaluation"])
+def test_a_config_beside_an_artifact_runs_nothing(where: str, copied: Path, shard_folder: Path):
+    path = copied / RUNS / "1/config.yaml"
+    config, planted = yaml.safe_load(path.read_text()), copied / "planted"
+    foreign = {"class_path": "tests.test_strangers.Planted", "init_args": {"folder": str(planted)}}
+    room, key = where.split(".")
+    config[room][key] = [foreign] if key == "callbacks" else foreign
+    path.write_text(yaml.safe_dump(config))
+    result = trainer_here("validate", f"--ckpt={RUNS}/1/artifact.zst", cwd=copied)
+    assert not planted.exists()
+    if room == "data":
+        assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
+        assert (
+            "names the class tests.test_strangers.Planted, which is not one of this trainer's sources" in result.stderr
+        )
+    else:
+        assert result.returncode == 0, result.stderr
+    if where == "data.source":
+        source = ["--data.source=Shards", f"--data.source.folder={shard_folder}"]
+        result = trainer_here("validate", f"--ckpt={RUNS}/1/artifact.zst", *source, cwd=copied)
+        assert result.returncode == 0, result.stderr
+        assert not planted.exists()
+
+
+def test_validate_makes_no_text(copied: Path, tmp_path: Path):
+    missing = tmp_path / "gone"
+    path = copied / RUNS / "1/config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["data"]["source"] = {
+        "class_path": "trainer.data.sources.PythonDocumentation",
+        "init_args": {"folder": str(missing)},
+    }
+    path.write_text(yaml.safe_dump(config))
+    result = trainer_here("validate", f"--ckpt={RUNS}/1/artifact.zst", cwd=copied)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
+    assert f"{missing}: is not a folder; prepare it" in result.stderr
+    assert not missing.exists()
+
+
+# --- Launchers and code
+
+
+def test_torchrun_on_cpus_makes_one_run(tmp_path: Path, shard_folder: Path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "trainer"]
+    args = small(shard_folder, "--trainer.accelerator=cpu", "--trainer.max_steps=2", "--export.enabled=false")
+    result = subprocess.run(
+        [*command, *args], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=200, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Run finished") == 1
+    assert [path.name for path in (tmp_path / RUNS).iterdir()] == ["1"]
+    result = subprocess.run(
+        [*command, *args, "--trainer.devices=1"], cwd=tmp_path, env=environment(), capture_output=True, text=True,
+        timeout=200, check=False,
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert "torchrun has started 2 processes on each of 1 nodes, but trainer.devices 1" in result.stderr
+    assert [path.name for path in (tmp_path / RUNS).iterdir()] == ["1"]
+
+
+def test_the_script_that_ships_compiles_and_starts_several_processes(
+    finished: Path, tmp_path: Path, shard_folder: Path
+):
+    script = finished / RUNS / "1/train_gpt.py"
+    compile(script.read_bytes(), "train_gpt.py", "exec")
+    two = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.max_steps=2", "--export.enabled=false"]
+    variables = {key: value for key, value in environment().items() if key != "PYTHONPATH"}
+    result = subprocess.run(
+        [sys.executable, "-P", str(script), *small(shard_folder, *two)], cwd=tmp_path, env=variables,
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Run finished") == 1
+
+
+def test_the_code_that_ships_is_that_of_the_start(tmp_path: Path, shard_folder: Path):
+    """The sources change while the run trains."""
+    result = run_faulty("at_step", {"step": 5, "fault": "change_sources"}, *small(shard_folder), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / RUNS / "1"
+    metadata = load_checkpoint(folder / "checkpoints/last.ckpt")[METADATA_KEY]
+    summary = json.loads((folder / "summary.json").read_text())
+    shipped = hashlib.sha256((folder / "train_gpt.py").read_bytes()).hexdigest()
+    assert shipped == metadata["code_sha256"] == summary["code_sha256"]
+    resave(folder / "checkpoints/last.ckpt", code_sha256="0" * 64)
+    result = trainer_here("export", f"--ckpt={folder}/checkpoints/last.ckpt", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "the code has changed since the run" in result.stdout
