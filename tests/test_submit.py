@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.helpers import RUNS, small, trainer
 from trainer.__main__ import main
+from trainer.source_bundle import script_of, source_bundle, sources_of
 from trainer.submission import folder as submission_folder
 
 WHO = [
@@ -82,6 +84,23 @@ def test_a_submission_holds_every_field_and_proves_its_score(
     assert f"torch=={summary['versions']['torch'].partition('+')[0]}" in (out / "requirements.txt").read_text()
 
 
+def test_a_run_of_two_processes_can_be_submitted(shard_folder: Path, tmp_path: Path):
+    two = ["--trainer.accelerator=cpu", "--trainer.devices=2"]
+    result = trainer(*small(shard_folder, *two), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / RUNS / "1"
+    assert main(["submit", str(run), *WHO, "--data", str(shard_folder), "--out", str(tmp_path / "out")]) == 0
+
+
+def test_the_script_gives_its_sources_back():
+    script = source_bundle()
+    compile(script, "train_gpt.py", "exec")
+    sources = sources_of(script)
+    assert sources["trainer/errors.py"] == (ROOT / "trainer/errors.py").read_bytes()
+    assert sources["trainer/configs/quickstart.yaml"] == (ROOT / "configs/quickstart.yaml").read_bytes()
+    assert script == source_bundle()
+
+
 def test_several_seeds_make_one_submission(runs: list[Path], shard_folder: Path, tmp_path: Path):
     out = tmp_path / "submission"
     assert main(["submit", *map(str, runs), *WHO, "--data", str(shard_folder), "--out", str(out)]) == 0
@@ -113,6 +132,12 @@ def test_what_must_not_ship_is_refused(runs: list[Path], shard_folder: Path, tmp
     (copy / "summary.json").write_text(json.dumps({**summary, "val_bpb": summary["val_bpb"] - 0.01}))
     assert "give the --data that the run was scored on" in refused(str(copy))
     (copy / "train_gpt.py").write_bytes(b"raise SystemExit('broken')")
+    assert "is not a script of this trainer that compiles" in refused(str(copy))
+    files = {"trainer/__init__.py": b"", "trainer/__main__.py": b"import absent"}
+    (copy / "train_gpt.py").write_bytes(script_of(files))
+    assert "requirements.txt: lacks absent, which the code imports" in refused(str(copy))
+    files["trainer/__main__.py"] = b"def main(): raise SystemExit('broken')"
+    (copy / "train_gpt.py").write_bytes(script_of(files))
     assert "its own code cannot score its artifact: broken" in refused(str(copy))
     (copy / "artifact.zst").unlink()
     assert "the run did not end with an export" in refused(str(copy))

@@ -35,7 +35,7 @@ def usage() -> str:
         + "\n".join(lines)
         + "\n\nshell completion: trainer --print_completion shtab-bash >> ~/.bash_completion\n"
         + "exit codes: 0 success, 1 failure (one line says why), 2 bad options,\n"
-        + "            130 interrupted, 143 terminated\n"
+        + "            130 interrupted, 129 hung up, 138 SIGUSR1, 143 terminated\n"
     )
 
 

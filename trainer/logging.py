@@ -16,7 +16,7 @@ from trainer.distributed import rank
 # Advertisements, device tables and advice that does not apply here; the progress display shows what runs where.
 LIBRARY_MESSAGES = re.compile(
     r"💡|GPU available|TPU available|HPU available|`Trainer|`weights_only` was not set|Using bfloat16 Auto|"
-    r"Restoring states from|Restored all states|Using 16bit Auto|You are using a CUDA device|LOCAL_RANK|An \w+ was raised with message|"
+    r"Using 16bit Auto|You are using a CUDA device|LOCAL_RANK|An \w+ was raised with message|"
     r"(\[rank: \d+\] )?Seed set to"
 )
 LIBRARY_WARNINGS = (

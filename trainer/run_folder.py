@@ -16,6 +16,10 @@ from trainer.files import atomic_write, remove_partials
 from trainer.logging import logger
 
 Series = tuple[list[float], list[float]]  # steps and values
+REQUIRED = (  # of a summary
+    "val_bpb val_loss val_tokens val_bytes steps train_tokens train_seconds parameters weights stages versions "
+    "text_fingerprint shards_fingerprint tokenizer_sha256"
+).split()
 
 
 class RunFolder:
@@ -111,11 +115,15 @@ class RunFolder:
         try:
             summary = json.loads(self.summary.read_text(), parse_constant=_refuse_constant)
             config = yaml.safe_load(self.config.read_text())
+            if not isinstance(summary, dict) or not isinstance(config, dict):
+                raise ValueError("summary.json or config.yaml holds no settings")
             rows = _rows(self.metrics)
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise UserError(
                 f"{self}: holds no finished run ({error}); one has summary.json, metrics.csv and config.yaml"
             ) from error
+        if missing := [key for key in REQUIRED if key not in summary]:
+            raise UserError(f"{self.summary}: lacks {missing[0]}; it was changed, or written by another version")
         curves: dict[str, Series] = {}
         for row in rows:
             for name, value in row.items():

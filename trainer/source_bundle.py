@@ -46,6 +46,11 @@ def source_bundle() -> bytes:
     files = _files(resources.files("trainer"), "trainer/")
     for path in Path(recipe_folder()).glob("*.yaml"):
         files[f"trainer/configs/{path.name}"] = path.read_bytes()
+    return script_of(files)
+
+
+def script_of(files: dict[str, bytes]) -> bytes:
+    """A Python script that unpacks files, by name, and runs `trainer.__main__`."""
     packed = lzma.compress(_zip(files), preset=9 | lzma.PRESET_EXTREME)
     text = packed.decode("latin-1").translate(ESCAPES)
     return SCRIPT.replace("SOURCES", text).encode("latin-1")

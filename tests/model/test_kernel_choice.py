@@ -1,7 +1,8 @@
 """Attention backends agree, and the choice between them is right on GPUs that are not here."""
 
 import shutil
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,15 @@ import torch
 from torch._dynamo.utils import counters
 
 from trainer.errors import UserError
+from trainer.kernels import flash_attention
 from trainer.kernels.attention_backends import AttentionBackend, BackendName, ByGradient, FlashAttention4, SdpaBackend
 from trainer.kernels.compiler import configure_compiler
 from trainer.kernels.flash_attention import cache_folder
 from trainer.kernels.windowed_attention import with_window
 from trainer.model import kernel_choice
 from trainer.model.attention import AttentionConfig
-from trainer.model.kernel_choice import Seconds, choose_attention
+from trainer.model.kernel_choice import Seconds, choose_attention, choose_fused
+from trainer.model.mlp import MLPConfig
 from trainer.model.transformer import TransformerConfig
 
 GPU = (128, torch.device("cuda"), torch.float16)
@@ -195,6 +198,61 @@ def test_the_compile_cache_holds_one_graph_per_backend(tmp_path: Path, monkeypat
         {"autograd_cache_miss": 1, "autograd_cache_saved": 1},
         {"autograd_cache_hit": 1},
     ]
+
+
+def test_a_function_may_have_many_graphs():
+    """Shapes, gradients, the loop and a model of each stage of an export make more than torch's limit of 8."""
+
+    def count(limit: int | None) -> int:
+        torch._dynamo.reset()
+        configure_compiler()
+        with torch._dynamo.config.patch(recompile_limit=limit) if limit else nullcontext():
+            double = torch.compile(lambda x: 2 * x, backend="eager", fullgraph=True, dynamic=False)
+            return sum(len(double(torch.ones(size))) == size for size in range(1, 20))
+
+    with pytest.raises(Exception, match="recompile_limit"):
+        count(8)
+    assert count(None) == 19
+
+
+def test_a_kernel_that_does_not_import_says_why(monkeypatch: pytest.MonkeyPatch):
+    def broken() -> None:
+        raise ImportError("libcute.so: undefined symbol: x\nmore")
+
+    monkeypatch.setattr(flash_attention, "interface", broken)
+    reason = "ImportError: libcute.so: undefined symbol: x"
+    assert flash_attention.why_not(64, torch.device("cpu"), torch.bfloat16) == reason
+    monkeypatch.setattr(kernel_choice, "is_installed", lambda: True)
+    monkeypatch.setattr(kernel_choice, "why_not", lambda *_: reason)
+    with pytest.warns(UserWarning, match=f"does not run here: {reason}. These versions were tested"):
+        choose("auto", *GPU, measure=table(cudnn=0.005))
+
+
+@dataclass(frozen=True)
+class NewMLP(MLPConfig):
+    """An MLP with an option that nobody knew when the kernel was written."""
+
+    activation: str = "relu_squared"
+
+
+@dataclass(frozen=True)
+class NewAttention(AttentionConfig):
+    """Attention with such an option."""
+
+    new_gate: float | None = None
+
+
+def test_a_fused_operator_is_only_taken_for_settings_it_knows(monkeypatch: pytest.MonkeyPatch):
+    for module in (kernel_choice.fused_mlp, kernel_choice.fused_heads, kernel_choice.fused_loss):
+        monkeypatch.setattr(module, "runs_on", lambda *_: True)
+    for mlp, attention, expected in (
+        (NewMLP(ratio=5), NewAttention(xsa=True), (True, True, True)),
+        (NewMLP(activation="gelu"), NewAttention(), (False, True, True)),
+        (NewMLP(), NewAttention(new_gate=1.0), (True, False, True)),
+    ):
+        assert choose_fused(TransformerConfig(mlp=mlp, attention=attention), GPU[1], GPU[2]) == expected
+    known = {field.name for field in fields(AttentionConfig)}, {field.name for field in fields(MLPConfig)}
+    assert (set(kernel_choice.FUSED_HEADS), set(kernel_choice.FUSED_MLP)) == known
 
 
 def test_flash_attention_caches_what_it_compiles_where_files_can_be_written(

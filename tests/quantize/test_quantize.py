@@ -1,11 +1,13 @@
 """The quantizer against numpy bit by bit; the artifact against its own promises."""
 
+import gc
 import hashlib
 import json
 import re
 import struct
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -25,7 +27,14 @@ from trainer.errors import UserError
 from trainer.model.transformer import Transformer, TransformerConfig
 from trainer.quantize.artifact import read_artifact, write_artifact
 from trainer.quantize.calibration import calibrate
-from trainer.quantize.container import StoredTensor, write_container
+from trainer.quantize.container import (
+    MAX_HEADER,
+    MAX_RATIO,
+    MIN_CONTENT,
+    StoredTensor,
+    read_container,
+    write_container,
+)
 from trainer.quantize.export import export, store
 from trainer.quantize.loss_aware import LossAwareRounding
 from trainer.quantize.policy import QuantizationConfig, storage_dtype
@@ -134,6 +143,75 @@ def test_a_frame_that_holds_another_size_than_it_claims_is_refused(written, clai
     path.write_bytes(container_of(bomb[:at] + claimed.to_bytes(4, "little") + bomb[at + 4 :]))
     with pytest.raises(UserError, match=message):
         read_artifact(path)
+
+
+def bombs() -> dict[str, bytes]:
+    """Small files that claim much."""
+
+    def container(header: dict[str, Any] | bytes, payload: bytes) -> bytes:
+        encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
+        content = struct.pack("<I", len(encoded)) + encoded + payload
+        return container_of(zstandard.ZstdCompressor(level=3, write_checksum=True).compress(content))
+
+    def tensor(kind: str, *shape: int, **more: object) -> dict[str, Any]:
+        return {"name": "w", "kind": kind, "shape": list(shape), "offset": 0, **more}
+
+    plain = {"codec": "zstd-22", "model": {}, "tokenizer_sha256": "0"}
+    coded = {**plain, "codec": "ans", "tables": 1, "words": 1}
+    sure = np.zeros(255, dtype="<u2")  # one symbol of a table is certain, and needs no bit
+    sure[127] = 1
+    planes = sure.view(np.uint8).reshape(-1, 2).T.tobytes()
+    side = 2**14
+    return {
+        "zeros": container({**plain, "tensors": [tensor("int2", 2**14, 2**15)]}, bytes(2**29 + 2**15)),
+        "floats": container({**plain, "tensors": [tensor("float32", 2**27)]}, bytes(2**29)),
+        "coded": container(
+            {**coded, "tensors": [tensor("int2", side, side)]}, bytes(2 * side) + bytes(2 * side) + planes + bytes(4)
+        ),
+        "header": container(b"[" + b"[]," * 2**25 + b"[]]", b""),
+        "tables": container({**coded, "tables": 2**30, "tensors": [tensor("int2", 8, 8)]}, bytes(8 + 8 + 16 + 4)),
+    }
+
+
+@pytest.mark.parametrize("name", ["zeros", "floats", "coded", "header", "tables"])
+def test_a_small_file_never_takes_much_memory(name: str, tmp_path: Path):
+    content = bombs()[name]
+    assert len(content) < 1_000_000
+    (tmp_path / "bomb").write_bytes(content)
+    gc.collect()
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError):
+            read_container(tmp_path / "bomb")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 3 * (MIN_CONTENT + MAX_RATIO * len(content)) + 20 * MAX_HEADER
+
+
+def test_what_a_file_can_honestly_hold_is_read(tmp_path: Path):
+    """Fresh weights: half of the matrices are zero, and nothing compresses better."""
+    model = Transformer(TransformerConfig(num_layers=2))
+    state = {name: tensor * (tensor.ndim < 2 or "attention" in name) for name, tensor in model.state_dict().items()}
+    config = QuantizationConfig()
+    dtypes = {name: storage_dtype(name, tensor, model.config, config) for name, tensor in state.items()}
+    size = write_artifact(tmp_path / "a.zst", model.config, state, dtypes, "0" * 64)
+    assert size < 5_000_000
+    assert read_artifact(tmp_path / "a.zst").state.keys() == state.keys()
+
+
+def test_a_tensor_that_cannot_be_stored_is_named(tmp_path: Path):
+    for value in (float("nan"), float("inf"), 1e9):
+        tensors = {
+            "good": StoredTensor("float16", np.ones(3, dtype=np.float32)),
+            "bad": StoredTensor("float16", np.array([0, value], dtype=np.float32)),
+        }
+        with pytest.raises(UserError, match="the tensor bad holds a value that float16 cannot store"):
+            write_container(tmp_path / "a.zst", {}, tensors)
+        scales = StoredTensor("int5", np.ones((1, 2), dtype=np.int8), np.array([value], dtype=np.float32))
+        with pytest.raises(UserError, match="the tensor scaled holds a value that float16 cannot store"):
+            write_container(tmp_path / "a.zst", {}, {"scaled": scales})
+    assert not (tmp_path / "a.zst").exists()
 
 
 def container_of(frame: bytes) -> bytes:
