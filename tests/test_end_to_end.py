@@ -305,6 +305,15 @@ def test_tensorboard_gets_the_same_numbers_with_one_flag(tmp_path: Path, shard_f
     for name in ("train/loss", "train/gradient_norm", "train/lr_multiplier", "val/bpb", "perf/tokens_per_second"):
         assert name.encode() in events
     assert not (tmp_path / RUNS / "1/report.html").exists()
+    assert yaml.safe_load((tmp_path / RUNS / "1/hparams.yaml").read_text())["model.num_layers"] == 4
+
+
+def test_a_metric_that_is_not_there_is_one_line(tmp_path: Path, shard_folder: Path):
+    watch = ["--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val/perplexity"]
+    result = trainer_here(*small(shard_folder, *watch), cwd=tmp_path)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
+    assert "val/perplexity" in result.stderr
+    assert "docs/metrics.md lists the metrics" in result.stderr
 
 
 def test_an_unknown_option_is_one_line_with_the_near_one(tmp_path: Path):

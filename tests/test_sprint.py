@@ -84,8 +84,9 @@ def test_a_sprint_runs_its_seeds_and_adds_their_rows(tmp_path: Path, shard_folde
     assert "holds no manifest.json" in sprint(shard_folder, tmp_path, *settings).stderr
     data = tmp_path / "data"
     shutil.copytree(shard_folder, data)
-    shards = [ShardRecord(path.name, "train", 1, 1, 1, 7, "0" * 64) for path in sorted(data.glob("*.bin"))]
-    Manifest({}, sha256_of(data / "tokenizer.model"), shards, {}).write(data)
+    shards = [ShardRecord(path.name, "train", 1, 1, 1, 7, path.name) for path in sorted(data.glob("*.bin"))]
+    text = {"train": "1", "val": "2"}
+    Manifest({}, sha256_of(data / "tokenizer.model"), shards, text, 0, {}).write(data)
     result = sprint(data, tmp_path, *settings)
     assert result.returncode == 0, result.stderr
     rows = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]

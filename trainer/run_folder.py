@@ -16,10 +16,9 @@ from trainer.files import atomic_write, remove_partials
 from trainer.logging import logger
 
 Series = tuple[list[float], list[float]]  # steps and values
-REQUIRED = (  # of a summary
-    "val_bpb val_loss val_tokens val_bytes steps train_tokens train_seconds parameters weights stages versions "
-    "text_fingerprint shards_fingerprint tokenizer_sha256"
-).split()
+SCORE = ("val_bpb", "val_loss", "val_tokens", "val_bytes", "stages")
+TRAINING = ("steps", "train_tokens", "train_seconds", "parameters", "weights", "versions")
+TEXT = ("text_fingerprint", "shards_fingerprint", "tokenizer_sha256")
 
 
 class RunFolder:
@@ -122,7 +121,7 @@ class RunFolder:
             raise UserError(
                 f"{self}: holds no finished run ({error}); one has summary.json, metrics.csv and config.yaml"
             ) from error
-        if missing := [key for key in REQUIRED if key not in summary]:
+        if missing := [key for key in (*SCORE, *TRAINING, *TEXT) if key not in summary]:
             raise UserError(f"{self.summary}: lacks {missing[0]}; it was changed, or written by another version")
         curves: dict[str, Series] = {}
         for row in rows:

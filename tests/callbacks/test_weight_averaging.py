@@ -25,7 +25,7 @@ def train(averaging: WeightAveraging, module: LanguageModel, steps: range) -> li
         with torch.no_grad():
             for parameter in module.model.parameters():
                 parameter.add_(torch.randn_like(parameter))
-        averaging.on_train_batch_end(SimpleNamespace(global_step=step), module)
+        averaging.on_train_batch_end(SimpleNamespace(global_step=step, max_steps=-1), module)
         matrices.append(module.model.token_embedding.weight.detach().numpy().copy())
     return matrices
 
@@ -47,7 +47,7 @@ def test_late_swa_is_numpys_mean_of_the_late_snapshots():
             for parameter in module.model.parameters():
                 parameter.add_(torch.randn_like(parameter))
         before = {name: tensor.clone() for name, tensor in module.model.state_dict().items()}
-        averaging.on_train_batch_end(SimpleNamespace(global_step=step), module)
+        averaging.on_train_batch_end(SimpleNamespace(global_step=step, max_steps=-1), module)
         for name, tensor in module.model.state_dict().items():
             assert torch.equal(tensor, before[name])
             if step % 3 == 0 and 1 - step / 30 < 0.4:
@@ -98,7 +98,7 @@ def test_half_precision_weights_are_averaged_in_float32(module: LanguageModel, m
     averaging = WeightAveraging(method, start_frac=1.0, every=1)
     module.lr_multiplier = 0.0
     for step in range(1, 301):  # 300 times the same: a bfloat16 sum would stop growing at 256
-        averaging.on_train_batch_end(SimpleNamespace(global_step=step), module)
+        averaging.on_train_batch_end(SimpleNamespace(global_step=step, max_steps=-1), module)
     average = averaging.averaged_state()
     assert average is not None
     weight = module.model.token_embedding.weight
@@ -113,12 +113,27 @@ def test_a_run_that_resumes_without_its_average_or_with_another_one_drops_the_ol
     module.lr_multiplier = 0.0
     averaging = WeightAveraging(method, every=1)
     train(averaging, module, range(1, 3))
-    assert averaging.state_dict().keys() == {"method", "weights", "count"}
+    assert averaging.state_dict().keys() == {"method", "weights", "count", "budget"}
     assert resumed(averaging, method=method).averaged_state() is not None
     other = "ema" if method == "late_swa" else "late_swa"
     for dropped in (resumed(averaging, method=None), resumed(averaging, method=other)):
         assert dropped.averaged_state() is None
-        assert dropped.state_dict() == {"method": dropped.method, "weights": {}, "count": 0}
+        assert dropped.state_dict() == {"method": dropped.method, "weights": {}, "count": 0, "budget": None}
+
+
+def test_snapshots_are_forgotten_when_the_rate_is_high_again_or_the_budget_is_another(module: LanguageModel):
+    averaging = WeightAveraging(start_frac=0.4, every=1)
+
+    def count(step: int, multiplier: float, max_steps: int = -1) -> int:
+        module.lr_multiplier = multiplier
+        averaging.on_train_batch_end(SimpleNamespace(global_step=step, max_steps=max_steps), module)
+        return averaging.count
+
+    assert [count(1, 0.39), count(2, 0.2), count(3, 0.3), count(4, 0.399)] == [1, 2, 3, 4]  # small rises do not matter
+    assert [count(5, 0.4), count(6, 0.39)] == [0, 1]
+    assert [count(7, 0.3), count(8, 0.3, max_steps=100), count(9, 0.3, max_steps=100)] == [2, 1, 2]
+    module.clock.budget = 60.0
+    assert count(10, 0.3, max_steps=100) == 1
 
 
 @pytest.mark.parametrize("method", ["late_swa", "ema"])

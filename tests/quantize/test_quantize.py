@@ -299,6 +299,13 @@ def test_any_content_under_a_right_checksum_is_read_or_refused(written, tmp_path
         content[position : position + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=6))
     frame = zstandard.ZstdCompressor(write_checksum=True).compress(bytes(content))
     (tmp_path / "fuzzed").write_bytes(container_of(frame))
+    tracemalloc.start()
+    try:
+        with suppress(UserError):
+            read_container(tmp_path / "fuzzed")
+        assert tracemalloc.get_traced_memory()[1] < 3 * (MIN_CONTENT + MAX_RATIO * len(frame)) + 20 * MAX_HEADER
+    finally:
+        tracemalloc.stop()
     with suppress(UserError):
         read_artifact(tmp_path / "fuzzed").build()
 

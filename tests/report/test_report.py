@@ -31,6 +31,9 @@ SUMMARY = {
     "train_seconds": 300.5,
     "parameters": 25_000_000,
     "weights": "averaged",
+    "text_fingerprint": "a",
+    "shards_fingerprint": "b",
+    "tokenizer_sha256": "c",
     "stages": {"artifact_sliding": {"bpb": 1.23456, "loss": 2.1, "tokens": 1000, "bytes": 2400}},
     "versions": {"torch": "9.9", "device": "<b>a card</b>"},
 }

@@ -56,18 +56,14 @@ class WeightAveraging(pl.Callback):
         self.budget: list[float | None] | None = None  # of the run that the snapshots belong to: steps and seconds
 
     @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
-        """Forget the snapshots of a run that was shorter or longer: their learning rates were those of its end."""
-        budget = [float(trainer.max_steps), pl_module.clock.budget]
-        if self.method == "late_swa" and self.budget not in (None, budget):
-            self._forget()
-        self.budget = budget
-
-    @override
     @torch.no_grad()
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LanguageModel, *_: Any) -> None:
-        if self.method == "late_swa" and pl_module.lr_multiplier >= self.start_frac:
-            self._forget()  # the learning rate is high again
+        budget = [float(trainer.max_steps), pl_module.clock.budget]
+        # Snapshots belong to the end of one schedule: not to a run with another one, or whose rate is high again.
+        is_other = self.budget not in (None, budget) or pl_module.lr_multiplier >= self.start_frac
+        if self.method == "late_swa" and is_other:
+            self.weights, self.count = {}, 0
+        self.budget = budget
         is_snapshot = pl_module.lr_multiplier < self.start_frac and trainer.global_step % self.every == 0
         if self.method is None or (self.method == "late_swa" and not is_snapshot):
             return
@@ -102,6 +98,3 @@ class WeightAveraging(pl.Callback):
         if self.method is not None and self.method == state_dict["method"]:
             self.weights, self.count = dict(state_dict["weights"]), int(state_dict["count"])
             self.budget = state_dict["budget"]
-
-    def _forget(self) -> None:
-        self.weights, self.count = {}, 0

@@ -378,6 +378,8 @@ def fit(cli: TrainerCLI, ckpt: str | None, log: Path) -> None:
             "kept: resume with --ckpt last. If it fails again, CUDA_LAUNCH_BLOCKING=1 shows where"
         ) from error
     except RuntimeError as error:
+        if "which is not available" in str(error):  # what EarlyStopping says of the metric that it watches
+            raise UserError(f"{first_line(error)} docs/metrics.md lists the metrics of a run") from error
         if cli.trainer.world_size == 1 or not is_lost_process(error):
             raise
         raise UserError(

@@ -15,8 +15,8 @@ class EvaluationConfig:
 
     Args:
         window: Tokens that the model reads at once (at least 1).
-        stride: New targets that each window after the first scores (sliding-window evaluation, 1 to the window). null:
-            every window is scored whole (plain evaluation).
+        stride: New targets that each window after the first scores (sliding-window evaluation, at least 1, at most the
+            window). null: every window is scored whole (plain evaluation).
         batch_windows: Windows per batch (at least 1).
         fit_tokens: Validation tokens that each validation during training scores, in plain evaluation (at least 1);
             null: all.
