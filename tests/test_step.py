@@ -36,27 +36,6 @@ def test_accumulated_micro_batches_give_the_loss_and_gradient_of_the_whole(micro
         assert (a - b).norm() <= 1e-5 * a.norm() + 1e-7
 
 
-def test_padding_is_not_a_target():
-    """The loss of a padded row is the mean over the targets it has, whatever stands at the padding."""
-    torch.manual_seed(0)
-    model = Transformer(TINY)
-    tokens = torch.randint(0, 300, (2, 17), dtype=torch.int32)
-    tokens[1, 11:] = -1
-    nll = torch.cat([model.nll(row[None, :-1], row[None, 1:])[0] for row in (tokens[0], tokens[1, :11])])
-    assert nll.shape == (26,)
-    for micro_batches in (1, 2):
-        loss = train_step(model.nll, tokens, micro_batches, lambda loss, last: loss.backward(), lambda: None)
-        assert abs(loss - nll.mean()) < 1e-6
-
-
-def test_a_step_without_any_target_has_no_gradient():
-    model = Transformer(TINY)
-    tokens = torch.full((2, 9), -1, dtype=torch.int32)
-    tokens[:, 0] = 1
-    assert train_step(model.nll, tokens, 1, lambda loss, last: loss.backward(), lambda: None) == 0
-    assert all(bool(p.grad is None or (p.grad == 0).all()) for p in model.parameters())
-
-
 def test_clipping_scales_to_the_limit_and_none_means_no_limit():
     parameters = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2))]
 

@@ -23,7 +23,6 @@ from trainer.errors import UserError
 from trainer.evaluation.sliding import WindowScorer
 from trainer.evaluation.windows import EvaluationConfig, WindowBatch, batch_plan, plan_windows
 from trainer.files import sha256_of
-from trainer.logging import logger
 
 UNLIMITED_STEPS = 2**40  # of a run without a step limit
 
@@ -64,10 +63,8 @@ class TokenData(pl.LightningDataModule):
                 of devices).
             sequence_length: Tokens of one training sequence (at least 1).
             order: How the text is read. sequential (the reference): one running stream, shard after shard. shuffled:
-                all sequences of all shards in random order, each once per epoch. documents: the same with sequences
-                that start at a document and are packed from whole ones; longer documents are cut, and all tokens are
-                read once at the start.
-            seed: Seed of the orders that shuffle (at least 0). null: seed_everything.
+                all sequences of all shards in random order, each once per epoch.
+            seed: Seed of the order shuffled (at least 0). null: seed_everything.
             held_out_tokens: Tokens at the end of the training text that are never trained on (at least 2), for
                 export.weights better. null: none.
             vocab_size: Vocabulary size of the model (1 to 65,536); linked to model.vocab_size.
@@ -165,10 +162,6 @@ class TokenData(pl.LightningDataModule):
             self.order,
             self.seed,
         )
-        if stream.packing is not None:
-            logger.info(
-                f"packed documents into {len(stream.packing):,} sequences, {100 * stream.packing.filled:.2f} % filled"
-            )
         return Prefetcher(stream, lambda: trainer.global_step, torch.cuda.is_available())
 
     def calibration_sequences(self, count: int, device: torch.device) -> Iterator[Tensor]:

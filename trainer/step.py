@@ -23,8 +23,7 @@ def train_step(
 
     Args:
         loss_fn: Losses of (b, T) inputs and targets from a first position on, as `Transformer.nll`.
-        tokens: (n, T + 1); in each row every token is the target of the one before. A position with -1 holds no token
-            and is not a target.
+        tokens: (n, T + 1); in each row every token is the target of the one before.
         micro_batches: Number of slices of the n sequences whose gradients are accumulated, to bound memory.
         backward: Called with the loss of each slice and whether it is the last.
         update: Called once, when all gradients are there.
@@ -33,10 +32,8 @@ def train_step(
     Returns:
         Mean loss over the targets of all of them, a detached scalar on the device.
     """
-    inputs, targets = tokens[:, :-1].clamp(min=0).chunk(micro_batches), tokens[:, 1:].chunk(micro_batches)
-    # A process's share of all targets: the mean of the processes' gradients is then that of the whole step.
-    count = mean((tokens[:, 1:] >= 0).sum())
-    count = torch.where(count > 0, count, 1)
+    inputs, targets = tokens[:, :-1].chunk(micro_batches), tokens[:, 1:].chunk(micro_batches)
+    count = tokens[:, 1:].numel()
     total = torch.zeros((), device=tokens.device)
     for index, (x, y) in enumerate(zip(inputs, targets, strict=True)):
         loss = loss_fn(x, y, 0).sum() / count

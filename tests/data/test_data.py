@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import tempfile
 import threading
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from trainer.data.prefetch import Prefetcher
 from trainer.data.shards import TokenFiles, open_shard, write_shard
 from trainer.data.sources import LocalText, PythonDocumentation, Shards, docstrings_of
 from trainer.data.stream import TrainStream
-from trainer.data.tokenizer import BOS, ByteTable, load_tokenizer
+from trainer.data.tokenizer import ByteTable, load_tokenizer
 from trainer.errors import UserError
 
 
@@ -92,51 +91,6 @@ def test_every_sequence_comes_once_per_epoch_in_another_order_each_time(three_sh
     assert set(whole[:124]) == set(whole[124:]) == sequences
     assert whole[:124] != whole[124:]
     assert read(range(restart, 41))[: 8 * max(0, 31 - restart)] == whole[8 * restart :]
-
-
-@settings(deadline=None)
-@given(
-    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60).filter(lambda lengths: sum(lengths) > 32),
-    world=st.sampled_from([1, 2, 4]),
-    seed=st.integers(0, 3),
-)
-def test_packed_sequences_hold_every_token_of_an_epoch_once(lengths: list[int], world: int, seed: int):
-    """Tokens are numbered, so that a row shows where it was cut; -1 is only at its end."""
-    total, capacity = sum(lengths), 9
-    starts = np.cumsum(lengths) - lengths
-    tokens = np.arange(100, 100 + total, dtype=np.uint16)
-    tokens[starts] = BOS
-    with tempfile.TemporaryDirectory() as folder:
-        for number, part in enumerate(np.array_split(tokens, [total // 3, total // 2])):
-            if len(part):
-                write_shard(Path(folder) / f"{number}.bin", part)
-        files = TokenFiles(sorted(Path(folder).iterdir()))
-        streams = [TrainStream(files, 8 * world, 8, 500, rank, world, "documents", seed) for rank in range(world)]
-        rows = len(streams[0].packing or [])
-        read = torch.cat([stream[step] for step in range(2 * rows // world + 1) for stream in streams]).numpy()
-    for epoch in range(2):
-        positions = []
-        for row in read[epoch * rows : (epoch + 1) * rows]:
-            held = row[row >= 0]
-            assert len(held)
-            assert (row[len(held) :] == -1).all()
-            numbered = held != BOS
-            if numbered[0]:  # a long document continues here: no other one is in this row
-                assert numbered.all()
-            positions += held[numbered].tolist()
-        assert sorted(positions) == tokens[tokens != BOS].tolist()
-    assert rows == best_fit_decreasing([min(capacity, n - k) for n in lengths for k in range(0, n, capacity)], capacity)
-
-
-def best_fit_decreasing(lengths: list[int], capacity: int) -> int:
-    """The textbook's algorithm, one segment at a time: number of rows."""
-    free: list[int] = []
-    for length in sorted(lengths, reverse=True):
-        fitting = [space for space in free if space >= length]
-        if fitting:
-            free.remove(min(fitting))
-        free.append((min(fitting) if fitting else capacity) - length)
-    return len(free)
 
 
 def test_a_thread_reads_ahead_from_the_first_step_that_is_not_done(three_shards):

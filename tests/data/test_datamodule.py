@@ -89,7 +89,7 @@ def test_a_vocabulary_of_another_size_than_the_models_is_refused(shard_folder: P
         module.setup("fit")
 
 
-@pytest.mark.parametrize("order", ["sequential", "shuffled", "documents"])
+@pytest.mark.parametrize("order", ["sequential", "shuffled"])
 def test_calibration_reads_the_first_training_sequences_of_the_run(shard_folder: Path, order: str):
     module = TokenData(Shards(str(shard_folder)), 256, 32, order, seed=3, vocab_size=300)
     module.setup("fit")

@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from trainer.data.packing import Packing, document_starts, pack
 from trainer.data.shards import TokenFiles
 from trainer.errors import UserError
 
-Order = Literal["sequential", "shuffled", "documents"]
-PADDING = -1  # a position without a token
+Order = Literal["sequential", "shuffled"]
 
 
 class TrainStream(Dataset[Tensor]):
@@ -45,8 +43,8 @@ class TrainStream(Dataset[Tensor]):
             world_size: Number of processes.
             order: sequential reads one running stream, shard after shard, and continues with the first token after the
                 last. shuffled reads every sequence of the shards once per epoch, in an order that seed and epoch
-                determine; documents does so with sequences that are packed from whole documents.
-            seed: Seed of the orders that shuffle (at least 0).
+                determine.
+            seed: Seed of the order shuffled (at least 0).
 
         Raises:
             UserError: If the batch is not a whole number of sequences per process, or longer than the data.
@@ -77,10 +75,6 @@ class TrainStream(Dataset[Tensor]):
         self.batch_sequences = batch_tokens // sequence_length
         self.local_sequences = self.batch_sequences // world_size
         self.sequences = (len(files) - 1) // sequence_length  # of an epoch, each with the token after it as last target
-        self.packing: Packing | None = None
-        if order == "documents":
-            self.packing = pack(document_starts(files), len(files), sequence_length)
-            self.sequences = len(self.packing)
 
     def __len__(self) -> int:
         return self.num_steps
@@ -89,25 +83,18 @@ class TrainStream(Dataset[Tensor]):
         """Tokens of one step and process, each sequence with one look-ahead token for its last target.
 
         Returns:
-            (sequences, sequence_length + 1) int32, with PADDING after the last token of a sequence that is not full.
+            (sequences, sequence_length + 1) int32.
         """
         first = step * self.batch_sequences + self.rank * self.local_sequences
         if self.order == "sequential":
             tokens = self.files.read(first * self.length, self.local_sequences * self.length + 1)
             rows = np.lib.stride_tricks.sliding_window_view(tokens, self.length + 1)[:: self.length]
             return torch.from_numpy(rows.astype(np.int32))
-        rows = np.full((self.local_sequences, self.length + 1), PADDING, dtype=np.int32)
+        rows = np.empty((self.local_sequences, self.length + 1), dtype=np.int32)
         for row, number in zip(rows, range(first, first + self.local_sequences), strict=True):
             sequence = int(permutation(self.seed, number // self.sequences, self.sequences)[number % self.sequences])
-            filled = 0
-            for start, count in self._segments(sequence):
-                row[filled : filled + count] = self.files.read(start, count)
-                filled += count
+            row[:] = self.files.read(sequence * self.length, self.length + 1)
         return torch.from_numpy(rows)
-
-    def _segments(self, sequence: int) -> list[tuple[int, int]]:
-        """Start and length of the segments that make up a sequence."""
-        return self.packing.row(sequence) if self.packing else [(sequence * self.length, self.length + 1)]
 
 
 @lru_cache(maxsize=2)  # a batch may cross the end of an epoch
