@@ -4,12 +4,14 @@ import fcntl
 import hashlib
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +21,10 @@ import yaml
 from tests.helpers import RUNS, environment, run_faulty, score_of, small, trainer, trainer_here
 from trainer.checkpoint import METADATA_KEY, append_checksum, load_checkpoint, stored_average
 from trainer.data.shards import write_shard
+from trainer.data.sources import LocalText
 from trainer.errors import UserError
 from trainer.files import PARTIAL, copy_file, remove_partials
+from trainer.recipes import load_recipe
 from trainer.run_folder import RunFolder, newest_checkpoint, why_incomparable
 
 SLURM = {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_JOB_ID": "7", "SLURM_NODEID": "0", "SLURM_NNODES": "1"}
@@ -423,28 +427,57 @@ class Planted:
         Path(folder).write_text("ran")
 
 
-@pytest.mark.parametrize("where", ["data.source", "trainer.callbacks", "trainer.logger", "data.evaluation"])
-def test_a_config_beside_an_artifact_runs_nothing(where: str, copied: Path, shard_folder: Path):
+FOREIGN = {"class_path": "tests.test_strangers.Planted", "init_args": {"folder": "planted"}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data": {"source": FOREIGN}},
+        {"data": {"source": "tests.test_strangers.Planted"}},
+        {"data": {"source.class_path": "tests.test_strangers.Planted", "source.init_args.folder": "planted"}},
+        {"data": {"source": {"class_path": "trainer.data.sources.Shards", "init_args": "other.yaml"}}},
+        {"data": {"source": {**FOREIGN, "class_path": "trainer.data.sources.Source"}}},
+        {"data": {"evaluation": FOREIGN}},
+        {"data": {"order": FOREIGN}},
+        {"data": {"seed": "other.yaml"}},
+        {"data": json.dumps({"source": FOREIGN})},
+        {"data": "other.yaml"},
+        {"eval": "other.yaml"},
+        {"eval": {"stride": FOREIGN}},
+        {"precision": FOREIGN},
+    ],
+)
+def test_a_config_beside_an_artifact_runs_nothing(
+    change: dict[str, Any], copied: Path, shard_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
     path = copied / RUNS / "1/config.yaml"
-    config, planted = yaml.safe_load(path.read_text()), copied / "planted"
-    foreign = {"class_path": "tests.test_strangers.Planted", "init_args": {"folder": str(planted)}}
-    room, key = where.split(".")
-    config[room][key] = [foreign] if key == "callbacks" else foreign
+    config = yaml.safe_load(path.read_text())
+    for room, values in change.items():
+        config[room] = config[room] | values if isinstance(values, dict) and room != "precision" else values
+    path.write_text(yaml.safe_dump(config))
+    (copied / "other.yaml").write_text(yaml.safe_dump({"source": FOREIGN, "stride": None}))
+    result = trainer_here("validate", f"--ckpt={RUNS}/1/artifact.zst", cwd=copied)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
+    assert "which nobody named on the command line" in result.stderr
+    assert not (copied / "planted").exists()
+
+
+@pytest.mark.parametrize("room", ["trainer", "model", "averaging", "report"])
+def test_other_settings_beside_an_artifact_are_not_taken(room: str, copied: Path, shard_folder: Path):
+    path = copied / RUNS / "1/config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config[room] |= {"callbacks": [FOREIGN], "logger": FOREIGN, "evil": 3}
     path.write_text(yaml.safe_dump(config))
     result = trainer_here("validate", f"--ckpt={RUNS}/1/artifact.zst", cwd=copied)
-    assert not planted.exists()
-    if room == "data":
-        assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
-        assert (
-            "names the class tests.test_strangers.Planted, which is not one of this trainer's sources" in result.stderr
-        )
-    else:
-        assert result.returncode == 0, result.stderr
-    if where == "data.source":
-        source = ["--data.source=Shards", f"--data.source.folder={shard_folder}"]
-        result = trainer_here("validate", f"--ckpt={RUNS}/1/artifact.zst", *source, cwd=copied)
-        assert result.returncode == 0, result.stderr
-        assert not planted.exists()
+    assert result.returncode == 0, result.stderr
+    assert not (copied / "planted").exists()
+    config["data"]["source"] = FOREIGN  # replaced on the command line
+    path.write_text(yaml.safe_dump(config))
+    source = ["--data.source=Shards", f"--data.source.folder={shard_folder}"]
+    result = trainer_here("validate", f"--ckpt={RUNS}/1/artifact.zst", *source, cwd=copied)
+    assert result.returncode == 0, result.stderr
+    assert not (copied / "planted").exists()
 
 
 def test_validate_makes_no_text(copied: Path, tmp_path: Path):
@@ -460,6 +493,194 @@ def test_validate_makes_no_text(copied: Path, tmp_path: Path):
     assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
     assert f"{missing}: is not a folder; prepare it" in result.stderr
     assert not missing.exists()
+
+
+def test_shards_of_another_tokenizer_are_not_scored(copied: Path, tmp_path: Path, shard_folder: Path):
+    texts = [" ".join(random.Random(seed).choices("other words in this text".split(), k=30)) for seed in range(60)]
+    (tmp_path / "u.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    LocalText([str(tmp_path / "u.jsonl")], str(tmp_path / "u"), val_every=4, vocab_size=300).prepare()
+    args = [
+        "--data.source=Shards",
+        f"--data.source.folder={tmp_path}/u",
+        f"--data.source.tokenizer={RUNS}/1/tokenizer.model",
+    ]
+    result = trainer_here("validate", f"--ckpt={RUNS}/1/artifact.zst", *args, cwd=copied)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
+    assert "is not the tokenizer that made the shards" in result.stderr
+
+
+def test_the_folder_of_another_source_is_not_replaced(tmp_path: Path):
+    texts = [" ".join(random.Random(seed).choices("some words of a text to keep".split(), k=30)) for seed in range(60)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    LocalText(
+        [str(tmp_path / "t.jsonl")], str(tmp_path / "data/python-documentation"), val_every=4, vocab_size=300
+    ).prepare()
+    before = (tmp_path / "data/python-documentation/manifest.json").read_bytes()
+    for args in (["fit"], ["prepare"], ["prepare", "--config=quickstart"]):
+        result = trainer_here(*args, cwd=tmp_path)
+        assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
+        assert "holds the shards of the source LocalText, not PythonDocumentation; to read them, use" in result.stderr
+        assert (tmp_path / "data/python-documentation/manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("spelling", ["--data.source=LocalText", "--data.source.class_path=LocalText", "two recipes"])
+def test_another_source_never_inherits_the_folder(spelling: str, tmp_path: Path):
+    (tmp_path / "t.jsonl").write_text('{"text": "a"}\n')
+    if spelling == "two recipes":
+        source = {"class_path": "LocalText", "init_args": {"train_files": ["t.jsonl"]}}
+        (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"data": {"source": source}}))
+        commands = [["fit", "--config=quickstart", "--config=mine.yaml"]]
+    else:
+        commands = [
+            [name, "--config=quickstart", spelling, "--data.source.train_files=[t.jsonl]"]
+            for name in ("fit", "prepare")
+        ]
+    for command in commands:
+        result = trainer_here(*command, cwd=tmp_path)
+        assert result.returncode == 2, result.stderr
+        assert "folder" in result.stderr
+        assert not (tmp_path / "data").exists()
+
+
+def test_export_stores_the_weights_that_the_run_would_and_never_over_a_run(tmp_path: Path, shard_folder: Path):
+    args = ["--export.weights=live", "--averaging.start_frac=1.0", "--averaging.every=1"]
+    assert trainer_here(*small(shard_folder, *args), cwd=tmp_path).returncode == 0
+    folder = tmp_path / RUNS / "1"
+    before = (folder / "artifact.zst").read_bytes()
+    result = trainer_here("export", f"--ckpt={folder}/checkpoints/last.ckpt", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "stored the live weights of step 8" in result.stdout
+    assert (folder / "export/artifact.zst").read_bytes() == before
+    result = trainer_here("export", f"--ckpt={folder}/checkpoints/last.ckpt", f"--out={folder}", cwd=tmp_path)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert "is the folder of a run, whose artifact would be replaced" in result.stderr
+    result = trainer_here("report", str(folder), f"--out={folder}/artifact.zst", cwd=tmp_path)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert "a report is an HTML file" in result.stderr
+    assert (folder / "artifact.zst").read_bytes() == before
+    (tmp_path / "best.ckpt").symlink_to(folder / "checkpoints/last.ckpt")
+    for ckpt, cwd in (("best.ckpt", tmp_path), ("last.ckpt", folder / "checkpoints")):
+        result = trainer_here("validate", f"--ckpt={ckpt}", cwd=cwd)
+        assert result.returncode == 0, result.stderr
+    result = trainer_here("export", "--ckpt=last.ckpt", f"--out={tmp_path}/e", cwd=folder / "checkpoints")
+    assert result.returncode == 0, result.stderr
+    assert {path.name for path in (tmp_path / "e").iterdir()} >= {"artifact.zst", "tokenizer.model", "config.yaml"}
+
+
+def test_the_weights_given_last_are_scored(copied: Path):
+    ckpt = f"--ckpt={RUNS}/1/checkpoints/last.ckpt"
+    live, averaged, last = (
+        score_of(trainer_here("validate", ckpt, *(f"--weights={name}" for name in names), cwd=copied).stdout)
+        for names in (["live"], ["averaged"], ["averaged", "live"])
+    )
+    assert last == live != averaged
+    (copied / "w.yaml").write_text("weights: averaged\n")
+    result = trainer_here("validate", ckpt, f"--config={RUNS}/1/config.yaml", "--config=w.yaml", cwd=copied)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
+    assert "in a config has no effect; give --weights averaged" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--wallclock.seconds=.nan"], "--wallclock.seconds: must be a finite number, not nan"),
+        (["--model.optimizer.matrix_lr=.inf"], "--model.optimizer.matrix_lr: must be a finite number, not inf"),
+        (["--data.source.vocab_size=-5"], "data.source.vocab_size must be between 261 and 65,536, not -5"),
+        (["--data.source.folder=."], "is the current folder, or holds it; choose another data.source.folder"),
+        (["--config=merge.yaml"], "--config merge.yaml: line 1: a key is not a name"),
+        (["--config=date.yaml"], "--config date.yaml: is not a recipe (month must be in 1..12)"),
+        (["--config=loop.yaml"], "--config loop.yaml: "),
+    ],
+)
+def test_numbers_and_recipes_that_are_none_are_refused(args: list[str], message: str, tmp_path: Path):
+    (tmp_path / "merge.yaml").write_text("? [a, b]\n: 1\n")
+    (tmp_path / "date.yaml").write_text("run_name: 2026-13-45\n")
+    (tmp_path / "loop.yaml").write_text("data:\n" + "[" * 3000)
+    result = trainer_here("fit", *args, cwd=tmp_path)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
+    assert message in result.stderr
+
+
+def test_merge_keys_and_null_work(tmp_path: Path, shard_folder: Path):
+    text = "a: &a\n  num_layers: 3\nmodel:\n  <<: *a\n  model_dim: 64\n"
+    (tmp_path / "a.yaml").write_text(text)
+    assert load_recipe(tmp_path / "a.yaml")["model"] == {"num_layers": 3, "model_dim": 64}
+    short = ["--trainer.max_steps=1", "--export.enabled=false", "--ckpt=null", "--run_name=\u00b2"]
+    for args in (short, short[:2]):  # a name that looks like a number does not end the next run
+        result = trainer_here(*small(shard_folder, *args), cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+
+
+def test_validation_text_without_a_byte_is_refused_before_training(tmp_path: Path, shard_folder: Path):
+    shutil.copytree(shard_folder, tmp_path / "shards")
+    write_shard(tmp_path / "shards/words_val_000000.bin", np.ones(400, dtype=np.uint16))
+    result = trainer_here(*small(tmp_path / "shards"), cwd=tmp_path)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
+    assert "the validation text has no bytes" in result.stderr
+    assert not (tmp_path / RUNS / "1").exists()
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_closed_output_is_no_traceback(command: str, copied: Path, shard_folder: Path):
+    args = small(shard_folder) if command == "fit" else ["validate", f"--ckpt={RUNS}/1/artifact.zst"]
+    line = " ".join([sys.executable, "-m", "trainer", *args, ">&-"])
+    ended = subprocess.run(
+        ["/bin/sh", "-c", line], cwd=copied, env=environment(), stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_score_that_cannot_be_printed_is_no_success(finished: Path):
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "trainer", "validate", f"--ckpt={RUNS}/1/artifact.zst"]
+        ended = subprocess.run(
+            command, cwd=finished, env=environment(), stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert ended.returncode != 0
+    assert "No space left on device" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"val_bpb": None},
+        {"val_bpb": "1.0"},
+        {"stages": []},
+        {"stages": {"a": {"bpb": 1}}},
+        {"versions": 3},
+        {"steps": None},
+    ],
+)
+def test_a_changed_summary_is_refused(changes: dict[str, Any], copied: Path):
+    path = copied / RUNS / "1/summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    result = trainer_here("report", f"{RUNS}/1", cwd=copied)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
+    assert f"summary.json has no right {next(iter(changes))}" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [{"model": None}, {"model": {"zzz": 1}}, {"model": {"num_layers": "2"}}, {"quantization": {"zzz": 1}}, "none"],
+)
+def test_a_checkpoint_of_another_version_is_refused(metadata: dict[str, Any] | str, copied: Path, shard_folder: Path):
+    ckpt = copied / RUNS / "1/checkpoints/last.ckpt"
+    checkpoint = load_checkpoint(ckpt)
+    checkpoint[METADATA_KEY] = {} if isinstance(metadata, str) else checkpoint[METADATA_KEY] | metadata
+    ckpt.unlink()
+    torch.save(checkpoint, ckpt)
+    with ckpt.open("r+b") as file:
+        append_checksum(file)
+    commands = [small(shard_folder, f"--ckpt={ckpt}"), ["export", f"--ckpt={ckpt}"]]
+    if metadata != {"quantization": {"zzz": 1}}:
+        commands += [["validate", f"--ckpt={ckpt}"], ["generate", f"--artifact={ckpt}", "--tokens=1"]]
+    for command in commands:
+        result = trainer_here(*command, cwd=copied)
+        assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
+        assert "was written by another version of this trainer" in result.stderr
 
 
 # --- Launchers and code

@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import sys
+from contextlib import nullcontext
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
@@ -43,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     command, args = (argv[0], argv[1:]) if argv else ("--help", [])
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - closed by whoever started this process
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal without UTF-8 shows escapes instead of failing
             stream.reconfigure(errors="backslashreplace")
@@ -81,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(command: str, args: list[str]) -> None:
     """Import a command and run it; the others, and Lightning with its seconds, stay out."""
     if command in ("fit", "validate"):
-        with running_without_output():
+        with running_without_output() if command == "fit" else nullcontext():
             import_module("trainer.cli.train").run(command, args)
     elif command == "prepare":  # its options depend on the recipe
         import_module("trainer.cli.prepare").run(args)

@@ -122,7 +122,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: is not a checkpoint that can be read ({reason})") from error
-    if not isinstance(checkpoint, dict) or METADATA_KEY not in checkpoint:
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(METADATA_KEY), dict):
         raise UserError(f"{path}: was not written by this trainer")
     return checkpoint
 
@@ -173,4 +173,4 @@ def averaged_state(averaging: dict[str, Any]) -> dict[str, Tensor] | None:
 
 def stored_average(checkpoint: dict[str, Any]) -> dict[str, Tensor] | None:
     """The averaged tensors of a checkpoint, or None if it has no average yet."""
-    return averaged_state(checkpoint["callbacks"].get(AVERAGING_KEY, {"count": 0}))
+    return averaged_state(checkpoint.get("callbacks", {}).get(AVERAGING_KEY, {"count": 0}))

@@ -112,6 +112,7 @@ class TokenData(pl.LightningDataModule):
                 f"{self.text.tokenizer}: is not the tokenizer this model was trained with "
                 f"(sha256 {self.tokenizer_sha256[:12]}..., expected {str(self.expected_tokenizer)[:12]}...)"
             )
+        self._check_tokenizer_of_shards()
         self.table = ByteTable.from_tokenizer(tokenizer)
         val = TokenFiles(self.text.val)
         needed = self.evaluation.max_tokens + 1 if stage == "validate" and self.evaluation.max_tokens else len(val)
@@ -124,19 +125,24 @@ class TokenData(pl.LightningDataModule):
             self.shards = identify(self.text) if self.trainer is None or self.trainer.is_global_zero else {}
             if self.trainer is not None:
                 self.shards = self.trainer.strategy.broadcast(self.shards)
+        if self.table.total(tokens) == 0:
+            raise UserError(f"{self.text.val[0].parent}: the validation text has no bytes; give another one")
         self.val_tokens = torch.from_numpy(tokens.astype(np.int32))
         self._evaluations()  # an unusable split fails now
 
-    def _check_training_tokens(self, vocab_size: int) -> None:
-        """Refuse a token that the model has no row for: on a GPU it would be an assertion in the middle of a run."""
-        for path in self.text.train:  # read once, 200 MB each
-            check_vocabulary(path, open_shard(path), vocab_size)
+    def _check_tokenizer_of_shards(self) -> None:
+        """Refuse shards whose manifest names another tokenizer: their tokens would mean other text."""
         manifest = Manifest.read(self.text.train[0].parent)
         if manifest is not None and manifest.tokenizer_sha256 != self.tokenizer_sha256:
             raise UserError(
                 f"{self.text.tokenizer}: is not the tokenizer that made the shards in {self.text.train[0].parent} "
                 f"(sha256 {self.tokenizer_sha256[:12]}..., their {NAME} says {manifest.tokenizer_sha256[:12]}...)"
             )
+
+    def _check_training_tokens(self, vocab_size: int) -> None:
+        """Refuse a token that the model has no row for: on a GPU it would be an assertion in the middle of a run."""
+        for path in self.text.train:  # read once, 200 MB each
+            check_vocabulary(path, open_shard(path), vocab_size)
 
     def _evaluations(self) -> list[tuple[EvaluationConfig, int]]:
         """The evaluations of this stage, each with its number of targets."""

@@ -13,7 +13,11 @@ from trainer.files import sha256_of
 from trainer.model.transformer import Transformer, TransformerConfig
 from trainer.quantize.artifact import Artifact, read_artifact
 from trainer.quantize.container import MAGIC
+from trainer.quantize.policy import QuantizationConfig
 from trainer.run_folder import RunFolder
+
+# What a checkpoint says of its run.
+METADATA = ("model", "quantization", "tokenizer_sha256", "shards", "code_sha256", "weights", "precision", "saved_at")
 
 
 class LoadedModel(NamedTuple):
@@ -46,7 +50,10 @@ def stored_weights(path: Path, weights: str = "live") -> Artifact:
     state = None if weights == "live" else stored_average(checkpoint)
     if state is None and weights == "averaged":
         raise UserError(f"{path}: holds no average of at least two steps; score it with --weights live")
-    config = TransformerConfig.from_dict(metadata["model"])
+    try:
+        config = TransformerConfig.from_dict(metadata["model"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: was written by another version of this trainer ({error})") from error
     return Artifact(config, state or live_state(checkpoint), metadata.get("tokenizer_sha256"))
 
 
@@ -61,7 +68,16 @@ def load_run(path: str | Path) -> dict[str, Any]:
             f"{path}: is an artifact, which only holds rounded weights; give a checkpoint, such as "
             "checkpoints/last.ckpt of its run"
         )
-    return load_checkpoint(path)
+    checkpoint = load_checkpoint(path)
+    missing = [key for key in METADATA if key not in checkpoint[METADATA_KEY]]
+    try:
+        TransformerConfig.from_dict(checkpoint[METADATA_KEY].get("model", {}))
+        QuantizationConfig(**checkpoint[METADATA_KEY].get("quantization", {}))
+    except (KeyError, ValueError, TypeError) as error:
+        missing.append(str(error))
+    if missing:
+        raise UserError(f"{path}: was written by another version of this trainer ({missing[0]})")
+    return checkpoint
 
 
 def _is_artifact(path: Path) -> bool:

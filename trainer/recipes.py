@@ -1,5 +1,6 @@
 """Recipes by name: the YAML files of `configs/`, in a checkout or inside the installed package."""
 
+from collections.abc import Hashable
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -16,7 +17,11 @@ class _UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[Any, int] = {}
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # of another mapping, whose keys may be replaced
+                continue
             key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+            if not isinstance(key, Hashable):
+                raise UserError(f"line {line}: a key is not a name")
             if key in seen:
                 raise UserError(f"line {line}: the key {key!r} is on line {seen[key]}, too; keep one of them")
             seen[key] = line
@@ -64,8 +69,8 @@ def load_recipe(path: Path) -> dict[str, Any]:
         raise UserError(f"--config {path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"--config {path}: is not a text; give a recipe in YAML") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"--config {path}: is not a recipe ({str(error).splitlines()[0]})") from error
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"--config {path}: is not a recipe ({(str(error) or '?').splitlines()[0]})") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: is not a recipe; it must hold settings in YAML")
     return values

@@ -16,9 +16,9 @@ from trainer.files import atomic_write, remove_partials
 from trainer.logging import logger
 
 Series = tuple[list[float], list[float]]  # steps and values
-SCORE = ("val_bpb", "val_loss", "val_tokens", "val_bytes", "stages")
-TRAINING = ("steps", "train_tokens", "train_seconds", "parameters", "weights", "versions")
-TEXT = ("text_fingerprint", "shards_fingerprint", "tokenizer_sha256")
+# Of a summary:
+NUMBERS = ("val_bpb", "val_loss", "val_tokens", "val_bytes", "steps", "train_tokens", "train_seconds", "parameters")
+NAMES = ("weights", "shards_fingerprint", "tokenizer_sha256")
 
 
 class RunFolder:
@@ -47,8 +47,11 @@ class RunFolder:
 
     @classmethod
     def containing(cls, file: Path) -> "RunFolder":
-        """The run folder of a checkpoint or an artifact."""
-        return cls(file.parent.parent if file.parent.name == "checkpoints" else file.parent)
+        """The run folder of a checkpoint or an artifact, also by another name of the file."""
+        folder = file.resolve().parent if file.is_symlink() else file.parent
+        if folder.resolve().name != "checkpoints":
+            return cls(folder)
+        return cls(folder.parent if folder.name == "checkpoints" else folder.resolve().parent)
 
     @staticmethod
     def recipe_of(config: Path) -> str:
@@ -76,7 +79,7 @@ class RunFolder:
                 remove_partials(other.path)
                 remove_partials(other.checkpoints)
             while True:
-                numbers = [int(path.name) for path in parent.iterdir() if path.name.isdigit()]
+                numbers = [int(path.name) for path in parent.iterdir() if path.name.isascii() and path.name.isdecimal()]
                 run = cls(parent / (name or str(max(numbers, default=0) + 1)))
                 try:
                     run.path.mkdir()
@@ -97,7 +100,7 @@ class RunFolder:
 
     def remove_if_unused(self) -> None:
         """Remove the folder of a run that was refused before it trained or saved anything."""
-        if set(self.path.glob("*")) <= {self.config, self.log}:
+        if set(self.path.glob("*")) <= {self.config, self.log, self.tokenizer}:
             shutil.rmtree(self.path, ignore_errors=True)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
@@ -116,13 +119,13 @@ class RunFolder:
             config = yaml.safe_load(self.config.read_text())
             if not isinstance(summary, dict) or not isinstance(config, dict):
                 raise ValueError("summary.json or config.yaml holds no settings")
+            settings = dict(flatten(config))
+            _check_types(summary)
             rows = _rows(self.metrics)
-        except (OSError, ValueError, yaml.YAMLError) as error:
+        except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
             raise UserError(
                 f"{self}: holds no finished run ({error}); one has summary.json, metrics.csv and config.yaml"
             ) from error
-        if missing := [key for key in (*SCORE, *TRAINING, *TEXT) if key not in summary]:
-            raise UserError(f"{self.summary}: lacks {missing[0]}; it was changed, or written by another version")
         curves: dict[str, Series] = {}
         for row in rows:
             for name, value in row.items():
@@ -130,7 +133,7 @@ class RunFolder:
                     steps, values = curves.setdefault(name, ([], []))
                     steps.append(row["step"] + 1)
                     values.append(value)
-        return RunData(self, summary, curves, dict(flatten(config)))
+        return RunData(self, summary, curves, settings)
 
 
 @dataclass(frozen=True)
@@ -226,6 +229,25 @@ def _rows(path: Path) -> list[dict[str, float]]:
             logger.warning(f"{path}: its last row is cut, and left out")
             return rows[: number - 1]
     return rows
+
+
+def _check_types(summary: dict[str, Any]) -> None:
+    """Refuse a summary that was changed by hand, or written by another version.
+
+    Raises:
+        ValueError: If a value is missing or of another type.
+    """
+    checks: list[tuple[str, type | tuple[type, ...]]] = [(name, (int, float)) for name in NUMBERS]
+    checks += [(name, str) for name in NAMES] + [("text_fingerprint", (str, type(None))), ("versions", dict)]
+    for name, kind in checks:
+        if not isinstance(summary.get(name, ()), kind):
+            raise ValueError(f"summary.json has no right {name}")
+    stages = summary.get("stages")
+    if not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
+        raise ValueError("summary.json has no right stages")
+    for stage in stages.values():
+        if not all(isinstance(stage.get(name), int | float) for name in ("bpb", "loss", "tokens", "bytes")):
+            raise ValueError("summary.json has no right stages")
 
 
 def _refuse_constant(name: str) -> None:

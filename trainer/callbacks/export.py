@@ -77,6 +77,13 @@ class PostTrainExport(pl.Callback):
         self.code = source_bundle()
 
     @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
+        """Keep the tokenizer beside the checkpoints: whatever becomes of the text, they can be used."""
+        data, run = trainer.datamodule, RunFolder(str(trainer.log_dir))  # type: ignore[attr-defined]
+        if trainer.is_global_zero:
+            copy_file(data.text.tokenizer, run.tokenizer, data.tokenizer_sha256)
+
+    @override
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: LanguageModel, checkpoint: dict[str, Any]) -> None:
         """Let `trainer export --ckpt` do exactly what this callback would."""
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -85,6 +92,7 @@ class PostTrainExport(pl.Callback):
             metadata[name] = getattr(data, name)
         metadata["code_sha256"] = hashlib.sha256(self.code).hexdigest()
         metadata["shards"] = data.shards
+        metadata["weights"] = self.weights
         metadata["precision"] = str(trainer.precision)
         metadata["quantization"] = asdict(self.quantization)
 
@@ -109,8 +117,6 @@ class PostTrainExport(pl.Callback):
         if averaged and (self.weights == "live" or (self.weights == "better" and stages.live_is_better(model))):
             averaged = None
             model.load_state_dict(pl_module.model.state_dict())
-        if trainer.is_global_zero:
-            copy_file(stages.data.text.tokenizer, stages.run.tokenizer, stages.data.tokenizer_sha256)
         stored = stages.export(model, self) if self.enabled else {}
         pl_module.display.close()
         if trainer.is_global_zero:

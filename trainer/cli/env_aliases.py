@@ -4,6 +4,7 @@ They rank between the recipe and the command line, and only count when a recipe 
 something else to whoever runs a bare `trainer fit`. Source: openai/parameter-golf PR #560.
 """
 
+import math
 from collections.abc import Mapping
 
 from trainer.errors import UserError
@@ -107,6 +108,8 @@ def _plain(name: str, value: str) -> list[str]:
 
 def _special(name: str, value: str, command: str) -> list[str]:
     if name == "MAX_WALLCLOCK_SECONDS":
+        if math.isnan(float(value)):
+            raise ValueError(value)
         return [f"--wallclock.seconds={value if float(value) > 0 else 'null'}"]
     if name == "VAL_LOSS_EVERY":
         return [f"--trainer.val_check_interval={value}"] if int(value) > 0 else ["--trainer.limit_val_batches=0"]

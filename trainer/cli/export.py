@@ -46,12 +46,17 @@ def export(
     metadata = checkpoint[METADATA_KEY]
     run = RunFolder.containing(Path(ckpt))
     target = RunFolder(out or run.path / "export")
+    if target.summary.is_file():
+        raise UserError(
+            f"--out {target}: is the folder of a run, whose artifact would be replaced; choose another --out"
+        )
     quantization = QuantizationConfig(**metadata["quantization"])
     config = TransformerConfig.from_dict(metadata["model"])
     is_loss_aware = quantization.rounding == "loss_aware"
     device = torch.device("cuda" if is_loss_aware and torch.cuda.is_available() else "cpu")
     model = Transformer(config).to(device)
-    model.load_state_dict(stored_average(checkpoint) or live_state(checkpoint))
+    average = None if _takes_live(metadata, run) else stored_average(checkpoint)
+    model.load_state_dict(average or live_state(checkpoint))
     dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(metadata["precision"])
     sequences = list(_sequences(data, metadata, config, quantization)) if is_loss_aware else []
     code = source_bundle()
@@ -61,6 +66,8 @@ def export(
         target.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{target}: cannot be made ({error.strerror}); choose another --out") from error
+    if not run.tokenizer.is_file():
+        logger.warning(f"{run.tokenizer}: is missing, so it is not copied; the artifact needs it")
     copies = ((run.tokenizer, target.tokenizer, metadata["tokenizer_sha256"]), (run.config, target.config, None))
     for source, copy, sha256 in copies:
         if source.is_file() and run.path.resolve() != target.path.resolve():
@@ -78,7 +85,17 @@ def export(
     )
     assert exported is not None
     size = exported.size
+    logger.info(f"stored the {'averaged' if average else 'live'} weights of step {checkpoint['global_step']:,}")
     print(f"{target.artifact}: {size.model:,} model + {size.code:,} code = {size.total:,} of {cap:,} bytes")
+
+
+def _takes_live(metadata: dict[str, Any], run: RunFolder) -> bool:
+    """Whether the run stored, or would store, the weights of its last step although it has an average."""
+    if metadata["weights"] == "better" and not run.summary.is_file():
+        raise UserError(f"{run}: has not ended, and so not decided which weights are better; resume it with fit --ckpt")
+    return bool(
+        metadata["weights"] == "live" or (metadata["weights"] == "better" and run.read().summary["weights"] == "live")
+    )
 
 
 def _sequences(

@@ -67,6 +67,8 @@ def generate(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if torch.device(device).type == "meta":
+            raise RuntimeError("it holds no numbers")
         model, processor = load_artifact(artifact, tokenizer, torch.device(device))
     except (RuntimeError, AssertionError) as error:  # torch's message for a device that does not exist
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error

@@ -1,6 +1,7 @@
 """What the parsers of all commands share: errors in one line, near-miss hints, options from a function's docstring."""
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -24,13 +25,15 @@ class ShortErrors:
     _option_string_actions: dict[str, Any]
 
     def parse_args(self, *args: Any, **options: Any) -> Any:
-        """Parse, and refuse empty values.
+        """Parse, and refuse empty values and numbers that are none.
 
         Raises:
-            UserError: If an option is empty that names something.
+            UserError: If an option is empty that names something, or is not finite.
         """
         config = super().parse_args(*args, **options)  # type: ignore[misc]
         for key, value in config.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"--{key.replace('.init_args', '')}: must be a finite number, not {value}")
             is_ours = not key.startswith("trainer.") or key == "trainer.default_root_dir"
             if is_ours and key not in MAY_BE_EMPTY and "" in (value if isinstance(value, list) else [value]):
                 refuse_empty(f"--{key.replace('.init_args', '')}")

@@ -40,8 +40,8 @@ def run(args: list[str]) -> None:
         UserError: If the recipe or its text cannot be used, or the check finds a difference.
     """
     parser = make_parser()
-    given, _ = split_options(args, "--config", "--data.source")
-    if given["config"] or not given["data.source"]:  # a source of another class must not inherit the recipe's settings
+    given, _ = split_options(args, "--config", "--data.source,--data.source.class_path")
+    if not given["data.source"]:  # another source must not inherit the recipe's settings
         recipe = load_recipe(find_recipe((given["config"] or ["quickstart"])[-1]))
         parser.set_defaults({"data.source": (recipe.get("data") or {}).get("source")})
     config = parser.parse_args(args)

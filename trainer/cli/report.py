@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from trainer.cli.parser import CommandParser
+from trainer.errors import UserError
 from trainer.report.build import build_report
 from trainer.run_folder import RunFolder
 
@@ -19,6 +20,8 @@ def report(runs: list[str], out: str | None = None) -> None:
     """
     folders = [RunFolder(run) for run in runs]
     path = Path(out) if out else folders[0].report
+    if path.suffix != ".html":
+        raise UserError(f"--out {path}: a report is an HTML file; choose a name that ends in .html")
     build_report(folders, path)
     print(path)
 

@@ -6,6 +6,7 @@ import re
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,7 +50,11 @@ DESCRIPTIONS = {
 }
 # What is taken from a config.yaml that lies beside a file to score, and the classes that it may name there.
 TRUSTED_SETTINGS = ("data", "eval", "precision")
-TRUSTED_CLASSES = "trainer.data."
+TRUSTED_SOURCES = [
+    f"trainer.data.{name}"
+    for name in ("sources.Shards", "sources.LocalText", "sources.PythonDocumentation", "published.PublishedFineWeb")
+]
+DATA_OPTIONS = ("batch_tokens", "sequence_length", "order", "seed", "held_out_tokens", "vocab_size")
 # What a run's own config may not change in a score: it would leave out a part of the split.
 WHOLE_SPLIT = {"limit_val_batches": 1.0, "overfit_batches": 0.0, "fast_dev_run": False}
 
@@ -241,7 +246,7 @@ def run(command: str, args: Sequence[str]) -> None:
     # Recipes come first on the command line, aliases after them; a checkpoint tells which recipe and model it needs.
     options, rest = split_options(list(args), "--config,-c", "--ckpt,--ckpt_path")
     configs, ckpts = options["config"], options["ckpt"]
-    ckpt = ckpts[-1] if ckpts else None
+    ckpt = ckpts[-1] if ckpts and ckpts[-1] != "null" else None
     if ckpt and re.match(r"[a-z][a-z0-9+.-]*://", ckpt, re.IGNORECASE):
         raise UserError(f"--ckpt {ckpt}: addresses are not opened; download the file and give its path")
     aliases: list[str] = []
@@ -256,29 +261,39 @@ def run(command: str, args: Sequence[str]) -> None:
     stored = None
     if command == "validate" and not any(arg in ("-h", "--help") for arg in rest):
         ckpt, stored = _to_score(ckpt, rest)
-    has_source = bool(split_options(rest, "--data.source")[0]["data.source"])
+    has_source = bool(split_options(rest, "--data.source,--data.source.class_path")[0]["data.source"])
+    if has_source:  # what a variable says of the recipe's source does not hold for another one
+        aliases = [alias for alias in aliases if not alias.startswith("--data.source.")]
     paths = [find_recipe(name) for name in configs]
     recipe = RunFolder.recipe_of(paths[-1]) if paths else "default"
-    recipes = [f"--config={_recipe(path, has_source)}" for path in paths]
+    recipes: list[str] = []
+    for path in reversed(paths):  # of several recipes, the last one that names a source counts
+        recipes.insert(0, f"--config={_recipe(path, has_source)}")
+        has_source |= "source" in (load_recipe(path).get("data") or {})
     if stored is not None and not configs and ckpt is not None:
         recipes = _settings_beside(ckpt, rest, has_source)
+    weights = split_options(rest, "--weights")[0]["weights"][-1:] or ["live"]
     try:
         cli = TrainerCLI(command, recipe, [*recipes, *aliases, *rest], stored)
     except ValueError as error:  # a setting out of range, refused by the part it belongs to
         raise UserError(str(error)) from error
     if stored is not None:
+        if cli.config.weights != weights[0]:
+            raise UserError(
+                f"weights {cli.config.weights} in a config has no effect; give --weights {cli.config.weights}"
+            )
         validate(cli, stored)
         return
     run_folder = RunFolder(str(cli.trainer.log_dir))
     with _removed_if_refused(run_folder) if cli.trainer.is_global_zero else nullcontext():
-        fit(cli, ckpt or cli.config.ckpt, run_folder.log)
+        fit(cli, ckpt or (None if ckpts else cli.config.ckpt), run_folder.log)
 
 
 def _to_score(ckpt: str | None, rest: list[str]) -> tuple[str, Artifact]:
     """The file to score, and its weights."""
     if ckpt is None:
         raise UserError("validate needs --ckpt with a checkpoint or an artifact")
-    is_averaged = "averaged" in split_options(rest, "--weights")[0]["weights"]
+    is_averaged = split_options(rest, "--weights")[0]["weights"][-1:] == ["averaged"]
     return ckpt, stored_weights(Path(ckpt), "averaged" if is_averaged else "live")
 
 
@@ -293,29 +308,42 @@ def _settings_beside(ckpt: str, rest: list[str], has_source: bool) -> list[str]:
             return []
         raise UserError(f"--ckpt {ckpt}: its run folder has no config.yaml; name its recipe with --config")
     settings = {key: value for key, value in load_recipe(config).items() if key in TRUSTED_SETTINGS}
-    if has_source and isinstance(settings.get("data"), dict):
-        settings["data"].pop("source", None)
-    for name in _class_paths(settings):
-        if not name.startswith(TRUSTED_CLASSES):
-            raise UserError(
-                f"{config}: names the class {name}, which is not one of this trainer's sources; give --data.source, or "
-                f"--config {config} if you trust that file"
-            )
+    source = settings["data"].pop("source", None) if isinstance(settings.get("data"), dict) else None
+    for problem in _untrusted(settings, None if has_source else source):
+        raise UserError(
+            f"{config}: {problem}, which nobody named on the command line; give --data.source, or --config {config} "
+            "if you trust that file"
+        )
+    if source is not None and not has_source:
+        settings["data"]["source"] = source
     return [f"--config={yaml.safe_dump(settings, sort_keys=False)}"] if settings else []
 
 
-def _class_paths(values: Any) -> Iterator[str]:
-    """Every name of a class in settings, however deep."""
-    if isinstance(values, list):
-        for each in values:
-            yield from _class_paths(each)
-    elif isinstance(values, dict):
-        if "class_path" in values:
-            yield str(values["class_path"])
-        for key, each in values.items():
-            if key == "source" and isinstance(each, str):  # the short form of a class
-                yield each
-            yield from _class_paths(each)
+def _untrusted(settings: dict[str, Any], source: Any) -> Iterator[str]:
+    """What in settings from somebody else is more than plain values for options that every run has."""
+    known = {"data": DATA_OPTIONS, "eval": [field.name for field in fields(EvaluationConfig)]}
+    for room, values in settings.items():
+        if room not in known:
+            if not isinstance(values, str):
+                yield f"sets {room} to something else than a name"
+        elif not isinstance(values, dict):
+            yield f"sets {room} to something else than options"
+        else:
+            for key, value in values.items():
+                if key not in known[room]:
+                    yield f"sets {room}.{key}"
+                elif not isinstance(value, int | float | None) and not (key == "order" and isinstance(value, str)):
+                    yield f"sets {room}.{key} to something else than a number"
+    if source is not None:
+        name = (
+            source.get("class_path")
+            if isinstance(source, dict) and set(source) <= {"class_path", "init_args"}
+            else None
+        )
+        if name not in TRUSTED_SOURCES:
+            yield f"names the source {name or source}"
+        elif not isinstance(source.get("init_args") or {}, dict):
+            yield "names the settings of its source in another file"
 
 
 def _recipe(path: Path, has_source: bool) -> str:
@@ -332,7 +360,10 @@ def _recipe(path: Path, has_source: bool) -> str:
 
 def validate(cli: TrainerCLI, stored: Artifact) -> None:
     """Score stored weights and print the scores; the last line is for scripts."""
-    cli.model.model.load_state_dict(stored.state)
+    try:
+        cli.model.model.load_state_dict(stored.state)
+    except RuntimeError as error:
+        raise UserError(f"its tensors do not fit its model ({' '.join(str(error).split())[:200]})") from error
     cli.datamodule.expected_tokenizer = stored.tokenizer_sha256
     cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
     if not all(math.isfinite(score.bpb) for score in cli.model.scores):

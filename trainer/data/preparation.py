@@ -38,13 +38,17 @@ def prepare_folder(
         return
     folder = folder.resolve()
     hint = "choose another data.source.folder"
+    if folder == Path.cwd() or folder in Path.cwd().parents:
+        raise UserError(f"{folder}: is the current folder, or holds it; {hint}")
     refuse_foreign(folder)
+    refuse_other_source(folder, source)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(_beside(folder, "lock"), f"preparing {folder}"):
             if is_prepared(folder, source):
                 return
             refuse_foreign(folder)
+            refuse_other_source(folder, source)
             temporary = _beside(folder, "preparing")
             if temporary.exists() and not (temporary / MARKER).exists() and any(temporary.iterdir()):
                 raise UserError(f"{temporary}: was not made by this trainer, but it needs that name; {hint}")
@@ -95,6 +99,23 @@ def refuse_foreign(folder: Path) -> None:
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise UserError(f"{folder}: holds {foreign[0]}{more}, which this trainer did not make; {hint}")
+
+
+def refuse_other_source(folder: Path, source: dict[str, Any]) -> None:
+    """Refuse to replace shards that a source of another class made: the folder was probably meant for them.
+
+    Raises:
+        UserError: With the name of that class.
+    """
+    try:
+        made_by = json.loads((folder / NAME).read_text())["source"]["class"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if made_by != source["class"]:
+        raise UserError(
+            f"{folder}: holds the shards of the source {made_by}, not {source['class']}; to read them, use "
+            f"--data.source Shards --data.source.folder {folder}, else choose another data.source.folder"
+        )
 
 
 def _own_files(folder: Path) -> set[str]:

@@ -9,9 +9,11 @@ import sentencepiece
 import torch
 from torch import Tensor
 
+from trainer.data.shards import MAX_VOCAB
 from trainer.errors import UserError
 
 BOS = 1
+MIN_VOCAB = 261  # 256 byte tokens, 4 control tokens and one of text
 SPACE = "\u2581"  # SentencePiece's visible space
 
 
@@ -72,6 +74,8 @@ def train_tokenizer(sentences: Iterator[str], vocab_size: int, path: str | Path,
     Raises:
         UserError: If the text is too small for the vocabulary, or reading it fails.
     """
+    if not MIN_VOCAB <= vocab_size <= MAX_VOCAB:
+        raise UserError(f"data.source.vocab_size must be between {MIN_VOCAB} and {MAX_VOCAB:,}, not {vocab_size:,}")
     failures: list[UserError] = []
 
     def read() -> Iterator[str]:

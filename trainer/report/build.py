@@ -41,7 +41,9 @@ def build_report(folders: list[RunFolder], path: Path) -> None:
     samples: list[str] = []
     if first.artifact.is_file():
         header, tensors = read_container(first.artifact)
-        uses = byte_use(tensors, _weights(first.last_checkpoint), header["codec"])
+        uses = byte_use(
+            tensors, _weights(first.last_checkpoint, runs[0].summary["weights"] == "averaged"), header["codec"]
+        )
         if first.tokenizer.is_file():
             samples = _samples(first.artifact)
     command = f"trainer fit --config {first.config}"
@@ -49,13 +51,13 @@ def build_report(folders: list[RunFolder], path: Path) -> None:
         file.write(page(runs, uses, samples, command).encode())
 
 
-def _weights(path: Path) -> dict[str, Array] | None:
+def _weights(path: Path, is_averaged: bool) -> dict[str, Array] | None:
     """The weights that were exported, if their checkpoint still exists."""
     try:
         checkpoint = load_checkpoint(path)
     except UserError:
         return None
-    state = stored_average(checkpoint) or live_state(checkpoint)
+    state = (stored_average(checkpoint) if is_averaged else None) or live_state(checkpoint)
     return {name: tensor.float().numpy() for name, tensor in state.items()}
 
 

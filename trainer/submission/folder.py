@@ -66,14 +66,16 @@ def make_folder(entry: Entry, folders: list[Path], out: Path) -> RunData:
         )
     try:
         out.mkdir(parents=True)
+    except FileExistsError as error:
+        raise UserError(f"{out}: exists already; choose another --out or remove it") from error
+    try:
         shutil.copyfile(best.folder.artifact, shipped.artifact)
         shutil.copyfile(best.folder.code, shipped.code)
         shutil.copyfile(best.folder.config, shipped.config)
         for run in runs:
             shutil.copyfile(run.folder.log, out / _log_name(run, runs))
-    except FileExistsError as error:
-        raise UserError(f"{out}: exists already; choose another --out or remove it") from error
     except OSError as error:
+        shutil.rmtree(out)
         raise UserError(f"{error.filename or out}: {error.strerror}; run it again with this version") from error
     record = _record(entry, runs, sizes)
     for name, text in (
