@@ -269,7 +269,8 @@ def run(command: str, args: Sequence[str]) -> None:
     recipes: list[str] = []
     for path in reversed(paths):  # of several recipes, the last one that names a source counts
         recipes.insert(0, f"--config={_recipe(path, has_source)}")
-        has_source |= "source" in (load_recipe(path).get("data") or {})
+        data = load_recipe(path).get("data")
+        has_source |= isinstance(data, dict) and "source" in data
     if stored is not None and not configs and ckpt is not None:
         recipes = _settings_beside(ckpt, rest, has_source)
     weights = split_options(rest, "--weights")[0]["weights"][-1:] or ["live"]
