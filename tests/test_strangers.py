@@ -76,15 +76,19 @@ def test_a_signal_under_slurm_saves_a_whole_step_and_nothing_else(tmp_path: Path
     assert not list(tmp_path.rglob("hpc_ckpt_*"))
 
 
-def test_no_command_loads_a_checkpoint_that_nobody_named(copied: Path, shard_folder: Path):
+def test_no_command_loads_a_checkpoint_that_nobody_named(
+    copied: Path, shard_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
     shutil.copy(copied / RUNS / "1/checkpoints/last.ckpt", copied / "runs/hpc_ckpt_1.ckpt")
-    result = trainer(*small(shard_folder, "--export.enabled=false"), cwd=copied, env=SLURM)
+    result = trainer_here(*small(shard_folder, "--export.enabled=false"), cwd=copied)
     assert result.returncode == 0, result.stderr
     rows = (copied / RUNS / "2/metrics.csv").read_text().splitlines()
     assert ",0," in rows[1]  # from the first step on
-    expected = score_of(trainer("validate", f"--ckpt={RUNS}/1/artifact.zst", cwd=copied).stdout)
     (copied / "runs/hpc_ckpt_2.ckpt").write_bytes(b"damaged")
-    assert score_of(trainer("validate", f"--ckpt={RUNS}/1/artifact.zst", cwd=copied, env=SLURM).stdout) == expected
+    scored = score_of(trainer_here("validate", f"--ckpt={RUNS}/1/artifact.zst", cwd=copied).stdout)
+    assert scored["val_bpb"] == pytest.approx(json.loads((copied / RUNS / "1/summary.json").read_text())["val_bpb"])
 
 
 # --- State that outlives its meaning
@@ -94,18 +98,15 @@ def test_an_extended_run_averages_its_own_end_alone(finished: Path, copied: Path
     before = load_checkpoint(copied / RUNS / "1/checkpoints/last.ckpt")
     assert before["callbacks"]["WeightAveraging"]["count"] >= 2
     longer = ["--trainer.max_steps=24", f"--ckpt={RUNS}/1/checkpoints/last.ckpt", "--export.enabled=false"]
-    result = trainer(*small(shard_folder, *longer), cwd=copied)
+    result = trainer_here(*small(shard_folder, *longer), cwd=copied)
     assert result.returncode == 0, result.stderr
     average = load_checkpoint(copied / RUNS / "2/checkpoints/last.ckpt")["callbacks"]["WeightAveraging"]
     assert average["count"] == 2  # of steps 22 and 24: the multiplier is below 0.6 after step 20.4
-    fresh = trainer(*small(shard_folder, *longer[::2]), cwd=copied)
-    assert fresh.returncode == 0, fresh.stderr
-    assert load_checkpoint(copied / RUNS / "3/checkpoints/last.ckpt")["callbacks"]["WeightAveraging"]["count"] == 2
 
 
 @pytest.mark.parametrize("weights", ["average", "live", "better"])
 def test_the_weights_that_are_exported_can_be_chosen(weights: str, tmp_path: Path, shard_folder: Path):
-    args = [f"--export.weights={weights}", "--data.held_out_tokens=500"]
+    args = [f"--export.weights={weights}", "--data.held_out_tokens=500", "--report.enabled=false"]
     result = trainer_here(*small(shard_folder, *args), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     summary = json.loads((tmp_path / RUNS / "1/summary.json").read_text())
@@ -270,7 +271,7 @@ def test_the_message_says_what_is_wrong(args: list[str], message: str, finished:
 
 
 def test_a_run_outlives_the_reader_of_its_output(tmp_path: Path, shard_folder: Path):
-    command = [sys.executable, "-m", "trainer", *small(shard_folder)]
+    command = [sys.executable, "-m", "trainer", *small(shard_folder, "--report.enabled=false")]
     with subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
@@ -282,7 +283,7 @@ def test_a_run_outlives_the_reader_of_its_output(tmp_path: Path, shard_folder: P
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_run_outlives_a_full_disk_under_its_output(tmp_path: Path, shard_folder: Path):
-    command = [sys.executable, "-m", "trainer", *small(shard_folder)]
+    command = [sys.executable, "-m", "trainer", *small(shard_folder, "--report.enabled=false")]
     with Path("/dev/full").open("w") as full:
         ended = subprocess.run(
             command, cwd=tmp_path, env=environment(), stdout=full, stderr=full, timeout=120, check=False
@@ -370,6 +371,7 @@ def test_export_refuses_a_tokenizer_that_was_cut(copied: Path):
 
 
 def test_a_last_row_that_was_cut_is_left_out(copied: Path):
+    (copied / RUNS / "1/artifact.zst").unlink()  # its pages take long
     metrics = copied / RUNS / "1/metrics.csv"
     lines = metrics.read_text().splitlines()
     metrics.write_text("\n".join([*lines, lines[-1][:5]]))
@@ -543,7 +545,7 @@ def test_another_source_never_inherits_the_folder(spelling: str, tmp_path: Path)
 
 
 def test_export_stores_the_weights_that_the_run_would_and_never_over_a_run(tmp_path: Path, shard_folder: Path):
-    args = ["--export.weights=live", "--averaging.start_frac=1.0", "--averaging.every=1"]
+    args = ["--export.weights=live", "--averaging.start_frac=1.0", "--averaging.every=1", "--report.enabled=false"]
     assert trainer_here(*small(shard_folder, *args), cwd=tmp_path).returncode == 0
     folder = tmp_path / RUNS / "1"
     before = (folder / "artifact.zst").read_bytes()
@@ -622,7 +624,11 @@ def test_validation_text_without_a_byte_is_refused_before_training(tmp_path: Pat
 
 @pytest.mark.parametrize("command", ["fit", "validate"])
 def test_closed_output_is_no_traceback(command: str, copied: Path, shard_folder: Path):
-    args = small(shard_folder) if command == "fit" else ["validate", f"--ckpt={RUNS}/1/artifact.zst"]
+    args = (
+        small(shard_folder, "--export.enabled=false")
+        if command == "fit"
+        else ["validate", f"--ckpt={RUNS}/1/artifact.zst"]
+    )
     line = " ".join([sys.executable, "-m", "trainer", *args, ">&-"])
     ended = subprocess.run(
         ["/bin/sh", "-c", line], cwd=copied, env=environment(), stderr=subprocess.PIPE, text=True, check=False
@@ -695,13 +701,6 @@ def test_torchrun_on_cpus_makes_one_run(tmp_path: Path, shard_folder: Path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Run finished") == 1
     assert [path.name for path in (tmp_path / RUNS).iterdir()] == ["1"]
-    result = subprocess.run(
-        [*command, *args, "--trainer.devices=1"], cwd=tmp_path, env=environment(), capture_output=True, text=True,
-        timeout=200, check=False,
-    )  # fmt: skip
-    assert result.returncode != 0
-    assert "torchrun has started 2 processes on each of 1 nodes, but trainer.devices 1" in result.stderr
-    assert [path.name for path in (tmp_path / RUNS).iterdir()] == ["1"]
 
 
 def test_the_script_that_ships_compiles_and_starts_several_processes(
@@ -721,7 +720,9 @@ def test_the_script_that_ships_compiles_and_starts_several_processes(
 
 def test_the_code_that_ships_is_that_of_the_start(tmp_path: Path, shard_folder: Path):
     """The sources change while the run trains."""
-    result = run_faulty("at_step", {"step": 5, "fault": "change_sources"}, *small(shard_folder), cwd=tmp_path)
+    result = run_faulty(
+        "at_step", {"step": 5, "fault": "change_sources"}, *small(shard_folder, "--report.enabled=false"), cwd=tmp_path
+    )
     assert result.returncode == 0, result.stderr
     folder = tmp_path / RUNS / "1"
     metadata = load_checkpoint(folder / "checkpoints/last.ckpt")[METADATA_KEY]

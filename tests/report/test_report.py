@@ -84,7 +84,8 @@ def test_a_report_needs_no_other_file_and_shows_the_summary(tmp_path: Path, caps
 
 
 def test_several_runs_are_laid_over_each_other_with_their_differences(tmp_path: Path):
-    stages = {"live_plain": {"bpb": 1.3}, "artifact_sliding": {"bpb": 1.25}}
+    other = {"loss": 2.0, "tokens": 1000, "bytes": 2400}
+    stages = {"live_plain": {"bpb": 1.3, **other}, "artifact_sliding": {"bpb": 1.25, **other}}
     runs = [make_run(tmp_path / "recipe/1"), make_run(tmp_path / "recipe/2", stages=stages, order="shuffled")]
     assert main(["report", *map(str, runs), "--out", str(tmp_path / "both.html")]) == 0
     text = (tmp_path / "both.html").read_text()

@@ -74,7 +74,8 @@ class PostTrainExport(pl.Callback):
             raise UserError(
                 "export.weights better needs data.held_out_tokens, which it decides on; set it, say to 1000000"
             )
-        self.code = source_bundle()
+        if trainer.is_global_zero:  # the others neither save nor export
+            self.code = source_bundle()
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:

@@ -18,7 +18,7 @@ from trainer.data.manifest import NAME, TOKENIZER, Manifest
 from trainer.data.normalization import DocumentKeys
 from trainer.data.preparation import prepare_folder
 from trainer.data.shard_writer import SHARD_TOKENS, Document, split_of, tokenize
-from trainer.data.tokenizer import load_tokenizer, train_tokenizer
+from trainer.data.tokenizer import check_trainable_size, load_tokenizer, train_tokenizer
 from trainer.errors import UserError
 from trainer.files import copy_file, sha256_of
 from trainer.logging import logger
@@ -157,6 +157,8 @@ class LocalText(Source):
             raise UserError(f"data.source.val_every must be at least 2, not {self.val_every}")
         if self.given_tokenizer:
             load_tokenizer(self.given_tokenizer)
+        else:
+            check_trainable_size(self.vocab_size)
         try:
             train, val = find_files(self.train_files), find_files(self.val_files or [])
         except UserError as error:
@@ -247,6 +249,7 @@ class PythonDocumentation(Source):
         """Collect docstrings, train the tokenizer and tokenize, unless the manifest says that this was done."""
         if self.val_every < 2:
             raise UserError(f"data.source.val_every must be at least 2, not {self.val_every}")
+        check_trainable_size(self.vocab_size)
         record: dict[str, object] = {
             "class": "PythonDocumentation",
             "vocab_size": self.vocab_size,

@@ -62,6 +62,16 @@ def _added_spaces(tokenizer: sentencepiece.SentencePieceProcessor) -> tuple[bool
     return example.startswith(SPACE), example.endswith(SPACE)
 
 
+def check_trainable_size(vocab_size: int) -> None:
+    """Refuse a vocabulary that no tokenizer can be trained for.
+
+    Raises:
+        UserError: If it is too small for its fixed tokens, or too large for 16 bits.
+    """
+    if not MIN_VOCAB <= vocab_size <= MAX_VOCAB:
+        raise UserError(f"data.source.vocab_size must be between {MIN_VOCAB} and {MAX_VOCAB:,}, not {vocab_size:,}")
+
+
 def train_tokenizer(sentences: Iterator[str], vocab_size: int, path: str | Path, num_threads: int) -> None:
     """Train a model of the challenge's kind: BPE, byte fallback, split digits, NFKC, no dummy prefix.
 
@@ -74,8 +84,6 @@ def train_tokenizer(sentences: Iterator[str], vocab_size: int, path: str | Path,
     Raises:
         UserError: If the text is too small for the vocabulary, or reading it fails.
     """
-    if not MIN_VOCAB <= vocab_size <= MAX_VOCAB:
-        raise UserError(f"data.source.vocab_size must be between {MIN_VOCAB} and {MAX_VOCAB:,}, not {vocab_size:,}")
     failures: list[UserError] = []
 
     def read() -> Iterator[str]:
