@@ -6,7 +6,6 @@ import re
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +27,7 @@ from trainer.checkpoint import METADATA_KEY
 from trainer.cli.env_aliases import alias_options
 from trainer.cli.parser import ShortErrors, split_options
 from trainer.cli.trainer_options import agree_with_launcher, check_trainer_options
+from trainer.cli.trusted_settings import settings_beside
 from trainer.datamodule import TokenData
 from trainer.distributed import is_lost_process
 from trainer.errors import UserError
@@ -48,13 +48,6 @@ DESCRIPTIONS = {
     "validate": "Score a checkpoint or an artifact with the settings of its run. "
     "Example: trainer validate --ckpt runs/quickstart/1/artifact.zst --eval.stride null",
 }
-# What is taken from a config.yaml that lies beside a file to score, and the classes that it may name there.
-TRUSTED_SETTINGS = ("data", "eval", "precision")
-TRUSTED_SOURCES = [
-    f"trainer.data.{name}"
-    for name in ("sources.Shards", "sources.LocalText", "sources.PythonDocumentation", "published.PublishedFineWeb")
-]
-DATA_OPTIONS = ("batch_tokens", "sequence_length", "order", "seed", "held_out_tokens", "vocab_size")
 # What a run's own config may not change in a score: it would leave out a part of the split.
 WHOLE_SPLIT = {"limit_val_batches": 1.0, "overfit_batches": 0.0, "fast_dev_run": False}
 
@@ -272,7 +265,7 @@ def run(command: str, args: Sequence[str]) -> None:
         data = load_recipe(path).get("data")
         has_source |= isinstance(data, dict) and "source" in data
     if stored is not None and not configs and ckpt is not None:
-        recipes = _settings_beside(ckpt, rest, has_source)
+        recipes = settings_beside(ckpt, rest, has_source)
     weights = split_options(rest, "--weights")[0]["weights"][-1:] or ["live"]
     try:
         cli = TrainerCLI(command, recipe, [*recipes, *aliases, *rest], stored)
@@ -296,55 +289,6 @@ def _to_score(ckpt: str | None, rest: list[str]) -> tuple[str, Artifact]:
         raise UserError("validate needs --ckpt with a checkpoint or an artifact")
     is_averaged = split_options(rest, "--weights")[0]["weights"][-1:] == ["averaged"]
     return ckpt, stored_weights(Path(ckpt), "averaged" if is_averaged else "live")
-
-
-def _settings_beside(ckpt: str, rest: list[str], has_source: bool) -> list[str]:
-    """Settings from the config.yaml beside a file to score: how to score it, and on which text.
-
-    Somebody else may have made both files: only a config that is named with --config may run classes of its own.
-    """
-    config = RunFolder.containing(Path(ckpt)).config
-    if not config.is_file():
-        if has_source or any(arg.startswith("--data.") for arg in rest):
-            return []
-        raise UserError(f"--ckpt {ckpt}: its run folder has no config.yaml; name its recipe with --config")
-    settings = {key: value for key, value in load_recipe(config).items() if key in TRUSTED_SETTINGS}
-    source = settings["data"].pop("source", None) if isinstance(settings.get("data"), dict) else None
-    for problem in _untrusted(settings, None if has_source else source):
-        raise UserError(
-            f"{config}: {problem}, which nobody named on the command line; give --data.source, or --config {config} "
-            "if you trust that file"
-        )
-    if source is not None and not has_source:
-        settings["data"]["source"] = source
-    return [f"--config={yaml.safe_dump(settings, sort_keys=False)}"] if settings else []
-
-
-def _untrusted(settings: dict[str, Any], source: Any) -> Iterator[str]:
-    """What in settings from somebody else is more than plain values for options that every run has."""
-    known = {"data": DATA_OPTIONS, "eval": [field.name for field in fields(EvaluationConfig)]}
-    for room, values in settings.items():
-        if room not in known:
-            if not isinstance(values, str):
-                yield f"sets {room} to something else than a name"
-        elif not isinstance(values, dict):
-            yield f"sets {room} to something else than options"
-        else:
-            for key, value in values.items():
-                if key not in known[room]:
-                    yield f"sets {room}.{key}"
-                elif not isinstance(value, int | float | None) and not (key == "order" and isinstance(value, str)):
-                    yield f"sets {room}.{key} to something else than a number"
-    if source is not None:
-        name = (
-            source.get("class_path")
-            if isinstance(source, dict) and set(source) <= {"class_path", "init_args"}
-            else None
-        )
-        if name not in TRUSTED_SOURCES:
-            yield f"names the source {name or source}"
-        elif not isinstance(source.get("init_args") or {}, dict):
-            yield "names the settings of its source in another file"
 
 
 def _recipe(path: Path, has_source: bool) -> str:
