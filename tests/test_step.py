@@ -31,6 +31,13 @@ def test_accumulated_micro_batches_give_the_loss_and_gradient_of_the_whole(micro
         assert last == [False] * (len(last) - 1) + [True]
         results.append((loss, [parameter.grad.clone() for parameter in model.parameters()]))
     (loss, gradients), (other_loss, accumulated) = results
+    model.zero_grad()
+    expected = torch.nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1).float(), tokens[:, 1:].flatten().long())
+    expected.backward()
+    assert abs(loss - expected) < 1e-6
+    assert not loss.requires_grad
+    for a, parameter in zip(gradients, model.parameters(), strict=True):
+        assert (a - parameter.grad).norm() <= 1e-4 * a.norm() + 1e-7
     assert abs(loss - other_loss) < 1e-6
     for a, b in zip(gradients, accumulated, strict=True):
         assert (a - b).norm() <= 1e-5 * a.norm() + 1e-7

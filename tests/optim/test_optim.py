@@ -171,13 +171,28 @@ def test_bad_optimizer_settings_are_refused(options: dict[str, float], message: 
     ("options", "message"),
     [
         ({"warmdown_steps": -1}, r"schedule\.warmdown_steps and .* must be at least 0, not -1 and 1500"),
+        ({"momentum_warmup_steps": -1}, r"momentum_warmup_steps must be at least 0, not 3000 and -1"),
+        ({"momentum_warmup_steps": -7}, r"momentum_warmup_steps must be at least 0, not 3000 and -7"),
         ({"warmdown_frac": 1.5}, r"schedule\.warmdown_frac must be between 0 and 1, not 1\.5"),
+        ({"warmdown_frac": -0.5}, r"schedule\.warmdown_frac must be between 0 and 1, not -0\.5"),
+        ({"momentum_warmup_start": -0.5}, r"schedule\.momentum_warmup_start must be in \[0, 1\), not -0\.5"),
+        ({"momentum_warmup_start": 1.5}, r"schedule\.momentum_warmup_start must be in \[0, 1\), not 1\.5"),
         ({"momentum_warmup_start": 1.0}, r"schedule\.momentum_warmup_start must be in \[0, 1\), not 1\.0"),
     ],
 )
 def test_bad_schedule_settings_are_refused(options: dict, message: str):
     with pytest.raises(ValueError, match=message):
         ScheduleConfig(**options)
+
+
+def test_the_ends_of_the_ranges_are_settings():
+    without_warmdown = ScheduleConfig(warmdown_steps=0, momentum_warmup_start=0.0, momentum_warmup_steps=0)
+    assert lr_multiplier(without_warmdown, 9, 10, 0.0, None) == 1.0
+    assert muon_momentum(without_warmdown, 0, 0.99) == 0.99
+    assert lr_multiplier(ScheduleConfig(warmdown_frac=0.0), 9, 10, 0.0, None) == 1.0
+    falling = ScheduleConfig(warmdown_frac=1.0, momentum_warmup_start=0.0, momentum_warmup_steps=10)
+    assert [lr_multiplier(falling, step, 4, 0.0, None) for step in range(5)] == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert muon_momentum(falling, 5, 0.8) == pytest.approx(0.4)
 
 
 def test_warmdown_over_the_last_steps():
@@ -199,6 +214,8 @@ def test_the_smaller_of_step_and_clock_multiplier_counts():
     assert lr_multiplier(schedule, 60, 70, clock.elapsed, clock.budget) == pytest.approx(0.1)
     assert lr_multiplier(schedule, 60, 1000, clock.elapsed, clock.budget) == pytest.approx(0.4)
     assert lr_multiplier(schedule, 0, None, 0.0, 100.0) == 1.0
+    # The first step took 2.5 s: 100 of them are a warmdown of 250 s, of which 97.5 s are left.
+    assert lr_multiplier(schedule, 1, None, 2.5, 100.0) == pytest.approx(0.39)
     assert lr_multiplier(schedule, 90, None, 101.0, 100.0) == 0.0
 
 
