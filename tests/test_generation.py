@@ -35,12 +35,12 @@ def model(request: pytest.FixtureRequest) -> Transformer:
 @given(cuts=st.lists(st.integers(1, 7), min_size=1, max_size=6), seed=st.integers(0, 5))
 def test_cached_logits_equal_those_of_the_whole_text(model: Transformer, cuts: list[int], seed: int):
     ids = np.random.default_rng(seed).integers(0, 300, sum(cuts)).tolist()
-    decoder = Decoder(model, 64)
+    decoder, twin = Decoder(model, 64), plain_twin(model)
     end = 0
     for cut in cuts:
         logits = decoder.feed(ids[end : end + cut])
         end += cut
-        plain = plain_twin(model)(torch.tensor([ids[:end]]))[0, -1]
+        plain = twin(torch.tensor([ids[:end]]))[0, -1]
         assert torch.allclose(logits, plain, atol=1e-10)
 
 

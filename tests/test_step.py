@@ -32,7 +32,9 @@ def test_accumulated_micro_batches_give_the_loss_and_gradient_of_the_whole(micro
         results.append((loss, [parameter.grad.clone() for parameter in model.parameters()]))
     (loss, gradients), (other_loss, accumulated) = results
     model.zero_grad()
-    expected = torch.nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1).float(), tokens[:, 1:].flatten().long())
+    expected = torch.nn.functional.cross_entropy(
+        model(tokens[:, :-1]).flatten(0, 1).float(), tokens[:, 1:].flatten().long()
+    )
     expected.backward()
     assert abs(loss - expected) < 1e-6
     assert not loss.requires_grad

@@ -32,6 +32,8 @@ LIBRARY_WARNINGS = (
     r"Trying to infer the `batch_size`",
     # Lightning sets up DDP on a stream of its own.
     r"The AccumulateGrad node's stream does not match",
+    # On a login node: how to run under SLURM is in docs/multi-gpu.md.
+    r"The `srun` command is available on your system",
     # flash-attn-4 passes itself an argument that its compiler dislikes.
     r"Argument \w+ \(position \d+\) cannot be converted to a JitArgument",
 )

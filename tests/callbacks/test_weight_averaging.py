@@ -130,7 +130,7 @@ def test_snapshots_are_forgotten_when_the_rate_is_high_again_or_the_budget_is_an
         return averaging.count
 
     assert [count(1, 0.39), count(2, 0.2), count(3, 0.3), count(4, 0.399)] == [1, 2, 3, 4]  # small rises do not matter
-    assert [count(5, 0.4), count(6, 0.39)] == [0, 1]
+    assert [count(5, 0.4), count(6, 0.39), count(6, 0.9), count(6, 0.39)] == [0, 1, 0, 1]
     assert [count(7, 0.3), count(8, 0.3, max_steps=100), count(9, 0.3, max_steps=100)] == [2, 1, 2]
     module.clock.budget = 60.0
     assert count(10, 0.3, max_steps=100) == 1
@@ -157,6 +157,8 @@ def test_without_a_method_nothing_is_averaged(module: LanguageModel):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"start_frac": -0.5}, r"averaging\.start_frac -0\.5 must be in \(0, 1\]"),
+        ({"horizon": -0.5}, r"averaging\.horizon must be in \(0, 1\], not -0\.5"),
         ({"start_frac": 0.0}, r"averaging\.start_frac 0\.0 must be in \(0, 1\]"),
         ({"start_frac": 1.5}, r"averaging\.start_frac 1\.5 must be in \(0, 1\]"),
         ({"every": 0}, r"averaging\.every 0 be at least 1"),
@@ -165,5 +167,6 @@ def test_without_a_method_nothing_is_averaged(module: LanguageModel):
     ],
 )
 def test_bad_settings_are_refused(options: dict, message: str):
+    assert WeightAveraging("ema", start_frac=1.0, every=1, horizon=1.0).horizon == 1.0
     with pytest.raises(ValueError, match=message):
         WeightAveraging(**options)

@@ -67,13 +67,14 @@ def test_reading_wraps_around_the_concatenation(three_shards, start: int, count:
     assert np.array_equal(files.read(start, count), row[(start + np.arange(count)) % 1000])
 
 
-@given(world=st.sampled_from([1, 2, 4]), step=st.integers(0, 50))
-def test_the_processes_of_a_step_read_the_next_tokens_of_the_stream(three_shards, world: int, step: int):
+@given(world=st.sampled_from([1, 2, 4]), step=st.integers(0, 50), length=st.sampled_from([7, 8]))
+def test_the_processes_of_a_step_read_the_next_tokens_of_the_stream(three_shards, world: int, step: int, length: int):
     files, row = three_shards
-    parts = torch.cat([TrainStream(files, 64, 8, 100, rank, world)[step] for rank in range(world)]).numpy()
-    first = 64 * step + 8 * np.arange(8)[:, None]
+    batch = 12 * length
+    parts = torch.cat([TrainStream(files, batch, length, 100, rank, world)[step] for rank in range(world)]).numpy()
+    first = batch * step + length * np.arange(12)[:, None]
     # a row's last target is the next row's first token
-    assert np.array_equal(parts, row[(first + np.arange(9)) % 1000])
+    assert np.array_equal(parts, row[(first + np.arange(length + 1)) % 1000])
 
 
 @settings(deadline=None)
@@ -115,8 +116,25 @@ def test_a_batch_that_does_not_fit_is_refused(three_shards):
     files, _ = three_shards
     with pytest.raises(UserError, match="not a multiple"):
         TrainStream(files, 100, 8, 10)
-    with pytest.raises(UserError, match="more than the training tokens give"):
-        TrainStream(files, 8000, 8, 10)
+    with pytest.raises(UserError, match=r"batch_tokens 24 .* data.sequence_length 8 times 2 processes \(16\)"):
+        TrainStream(files, 24, 8, 10, world_size=2)
+    for tokens in (8000, 1000):  # the last token is a target only
+        with pytest.raises(UserError, match=r"more than the training tokens give \(1,000\)"):
+            TrainStream(files, tokens, 8, 10)
+    assert len(TrainStream(files, 999, 9, 10)) == 10
+    for options in ({"batch_tokens": 0}, {"sequence_length": 0}, {"seed": -1}):
+        with pytest.raises(UserError, match=rf"data\.{next(iter(options))} must be at least"):
+            TrainStream(files, **{"batch_tokens": 8, "sequence_length": 8, "num_steps": 10, **options})
+
+
+def test_the_smallest_batch_the_defaults_and_every_whole_sequence(three_shards):
+    files, row = three_shards
+    assert TrainStream(files, 1, 1, 10)[3].tolist() == [row[3:5].tolist()]
+    shuffled = TrainStream(files, 9, 9, 200, order="shuffled")
+    assert torch.equal(shuffled[5], TrainStream(files, 9, 9, 200, 0, 1, "shuffled", 0)[5])
+    epoch = {shuffled[step].numpy().astype(np.uint16).tobytes() for step in range(111)}
+    assert epoch == {row[9 * index : 9 * index + 10].tobytes() for index in range(111)}  # 999 targets
+    assert TrainStream(files, 7, 7, 200, order="shuffled")[0].shape == (1, 8)
 
 
 # GOLF_TOKENIZERS names a folder with further .model files, such as the challenge's own.

@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from tests.conftest import TINY
 from trainer.data.tokenizer import ByteTable, load_tokenizer
+from trainer.errors import UserError
 from trainer.evaluation.metric import BitsPerByte
-from trainer.evaluation.sliding import score
+from trainer.evaluation.sliding import WindowScorer, score
 from trainer.evaluation.windows import EvaluationConfig, batch_plan, plan_windows
 from trainer.model.transformer import Transformer
 
@@ -93,8 +94,20 @@ def test_sliding_score_equals_a_plain_loop_and_is_the_same_for_two_processes(sha
     parts = [score(model.nll, tokens, table, config, rank, 2) for rank in range(2)]
     assert sum(part.tokens for part in parts) == 133
     assert sum(part.bytes for part in parts) == bytes_total
-    limited = score(model.nll, tokens, table, replace(config, max_tokens=50))
-    assert limited.tokens == 50
+    for limit in (50, 51):
+        assert score(model.nll, tokens, table, replace(config, max_tokens=limit)).tokens == limit
+    assert len(WindowScorer(tokens[:21], table, 32).offsets) == 20  # fewer targets than the window
+    assert len(WindowScorer(tokens, table, 32).offsets) == 32
+
+
+def test_progress_tells_of_every_batch(shard_folder: Path):
+    table = ByteTable.from_tokenizer(load_tokenizer(shard_folder / "tokenizer.model"))
+    tokens = torch.randint(4, 300, (134,), dtype=torch.int32)
+    calls: list[tuple[int, int]] = []
+    config = EvaluationConfig(window=32, stride=8, batch_windows=4)
+    nll = Transformer(TINY).nll
+    score(nll, tokens, table, config, progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(1, 5), (2, 5), (3, 5), (4, 5), (5, 5)]  # the first window alone, then 13 in batches of 4
 
 
 @pytest.mark.parametrize(
@@ -106,6 +119,7 @@ def test_sliding_score_equals_a_plain_loop_and_is_the_same_for_two_processes(sha
         ({"fit_tokens": 0}, r"eval\.fit_tokens must be at least 1, or null, not 0"),
         ({"max_tokens": 0}, r"eval\.max_tokens must be at least 1, or null, not 0"),
         ({"attention_window": 0}, r"eval\.attention_window must be at least 1, or null, not 0"),
+        ({"adapt_rate": -0.1}, r"eval\.adapt_rate must be above 0, or null for no training, not -0\.1"),
         ({"adapt_rate": 0.0}, r"eval\.adapt_rate must be above 0, or null for no training, not 0\.0"),
         ({"attention_window": 2000, "stride": 64}, "together must not exceed"),
         ({"attention_window": 2000, "stride": None}, "together must not exceed"),
@@ -114,6 +128,14 @@ def test_sliding_score_equals_a_plain_loop_and_is_the_same_for_two_processes(sha
 def test_bad_settings_are_refused(options: dict, message: str):
     with pytest.raises(ValueError, match=message):
         EvaluationConfig(**options)
+
+
+def test_the_smallest_settings_are_settings():
+    config = EvaluationConfig(window=2, stride=1, batch_windows=1, fit_tokens=1, max_tokens=1, attention_window=1)
+    assert (config.plain.window, config.plain.stride) == (1, None)
+    assert not EvaluationConfig(window=8, stride=2, attention_window=4).is_plain
+    with pytest.raises(UserError, match="no validation target to score"):
+        plan_windows(0, 8, None)
 
 
 def test_null_means_off_or_all():

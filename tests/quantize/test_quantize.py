@@ -37,7 +37,7 @@ from trainer.quantize.container import (
 )
 from trainer.quantize.export import export, store
 from trainer.quantize.loss_aware import LossAwareRounding
-from trainer.quantize.policy import QuantizationConfig, storage_dtype
+from trainer.quantize.policy import QuantizationConfig, smaller_configs, storage_dtype
 from trainer.quantize.rounding import prune_smallest, quantize_rows
 
 FLOATS = st.floats(-(2.0**12), 2.0**12, width=32)
@@ -83,6 +83,32 @@ def test_the_reference_policy():
     assert {dtypes[f"blocks.{block}.mlp.{part}.weight"] for block in range(10) for part in ("up", "down")} == {"int5"}
     assert {dtypes[f"blocks.{block}.attention.q.weight"] for block in range(10)} == {"int6"}
     assert dtypes["skip_weights"] == dtypes["blocks.3.mix"] == dtypes["smear.gate"] == "float16"
+
+
+def test_each_kind_of_tensor_has_its_storage_type():
+    config = TransformerConfig(num_layers=4)
+    quantization = QuantizationConfig(fp16_key_blocks=[1, -1], small_tensor=100, other_bits=7)
+
+    def dtype(name: str, *shape: int) -> str:
+        return storage_dtype(name, torch.zeros(shape), config, quantization)
+
+    keys = [dtype(f"blocks.{block}.attention.k.weight", 11, 10) for block in range(4)]
+    assert keys == ["int6", "float16", "int6", "float16"]
+    assert [dtype("blocks.0.mlp.up.weight", *shape) for shape in ((10, 10), (1, 101))] == ["float16", "int5"]
+    assert dtype("value_embedding.weight", 11, 10) == dtype("head.weight", 11, 10) == "int7"
+    for name in ("blocks.0.mix", "blocks.0.mlp_scale", "skip_weights", "smear.gate", "blocks.0.attention.q_gain"):
+        assert dtype(name, 11, 10) == "float32"
+
+
+def test_the_steps_of_shrinking_take_bits_from_the_mlp_first():
+    def bits(config: QuantizationConfig) -> list[tuple[int, int, int]]:
+        return [(each.mlp_bits, each.attention_bits, each.bigram_bits) for each in smaller_configs(config)]
+
+    assert bits(QuantizationConfig()) == [(5, 6, 6), (4, 6, 6), (4, 5, 5), (3, 5, 5), (3, 4, 4)]
+    least = QuantizationConfig(mlp_bits=2, attention_bits=2, bigram_bits=2)
+    assert bits(least) == [(2, 2, 2)] * 5
+    assert {each.prune_frac for each in smaller_configs(least)} == {0.08}
+    assert {each.prune_frac for each in smaller_configs(replace(least, prune_frac=0.2))} == {0.2}
 
 
 @pytest.fixture
@@ -173,6 +199,69 @@ def bombs() -> dict[str, bytes]:
     }
 
 
+def test_the_bounds_are_those_of_the_specification(tmp_path: Path):
+    """One byte more than they allow is refused for that reason."""
+    path = tmp_path / "a"
+
+    def message(content: bytes) -> str:
+        frame = zstandard.ZstdCompressor(level=3, write_checksum=True).compress(content)
+        path.write_bytes(container_of(frame))
+        with pytest.raises(UserError) as refused:
+            read_container(path)
+        return str(refused.value)
+
+    def header_of(size: int) -> bytes:
+        start, end = b'{"codec": "zstd-22", "tensors": [], "padding": "', b'"}'
+        return struct.pack("<I", size) + start + b"x" * (size - len(start + end)) + end + b"more"
+
+    assert "do not fill its content" in message(header_of(2**20))
+    assert "its header of 1,048,577 bytes is longer than 1,048,576" in message(header_of(2**20 + 1))
+    small = len(container_of(zstandard.ZstdCompressor(level=3, write_checksum=True).compress(bytes(2**20))))
+    limit = 2**20 + 256 * small
+    assert "not between" not in message(bytes(limit - 4096))
+    assert "not between" in message(bytes(limit + 8192))  # its frame is a few bytes longer
+    assert "not between" in message(b"")
+    with path.open("wb") as file:
+        file.truncate(2**28 + 1)
+    with pytest.raises(UserError, match=r"has 268,435,457 bytes; a model artifact has at most 268,435,456"):
+        read_container(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_container(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("codec", ["zstd-22", "ans"])
+@pytest.mark.parametrize("bits", [2, 5, 8])
+def test_the_whole_range_of_symbols_is_stored_and_none_beyond_it(bits: int, codec: str, tmp_path: Path):
+    limit = 2 ** (bits - 1)
+    values = np.resize(np.arange(max(-limit, -127), limit, dtype=np.int8), (2, 3, 4))
+    scale, columns = np.arange(1, 7).astype(np.float16), np.array([0, 8, -8, 3], dtype=np.int8)
+    tensor = StoredTensor(f"int{bits}", values, scale, columns)
+    write_container(tmp_path / "a", {"z": 1, "a": 2}, {"w": tensor}, codec)
+    _, tensors = read_container(tmp_path / "a")
+    assert np.array_equal(tensors["w"].values, values)
+    expected = values * scale.astype(np.float32).reshape(2, 3, 1) * 2.0 ** (columns / 8)
+    assert np.allclose(tensors["w"].floats(), expected)
+    write_container(tmp_path / "b", {"a": 2, "z": 1}, {"w": tensor}, codec)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    for beyond in (limit, -limit - 1):
+        if -127 <= beyond <= 127:
+            wrong = values.copy()
+            wrong[1, 1, 1] = beyond
+            write_container(tmp_path / "c", {}, {"w": replace(tensor, values=wrong)}, codec)
+            with pytest.raises(UserError, match=f"tensor w holds a symbol that int{bits} does not have"):
+                read_container(tmp_path / "c")
+
+
+@pytest.mark.parametrize("key", ["tables", "words"])
+@pytest.mark.parametrize("value", [-1, 2**31, True, 1.0, "1", None])
+def test_counts_of_an_entropy_coded_file_are_checked(key: str, value: object, tmp_path: Path):
+    tensor = StoredTensor("int5", np.ones((2, 2), dtype=np.int8), np.ones(2, dtype=np.float16))
+    write_container(tmp_path / "a", {}, {"w": tensor}, "ans")
+    (tmp_path / "a").write_bytes(forged((tmp_path / "a").read_bytes(), set_in(key, value)))
+    with pytest.raises(UserError, match="its numbers of tables and words are out of range"):
+        read_container(tmp_path / "a")
+
+
 @pytest.mark.parametrize("name", ["zeros", "floats", "coded", "header", "tables"])
 def test_a_small_file_never_takes_much_memory(name: str, tmp_path: Path):
     content = bombs()[name]
@@ -249,6 +338,9 @@ FORGERIES = [
     (set_in("tensors", 0, "shape", [2**31, 2**31]), "has the shape"),
     (set_in("tensors", 0, "shape", [2**30, 2**30, 2**30]), "fewer bytes than its tensors need"),
     (set_in("tensors", 0, "shape", [-1]), "has the shape"),
+    (set_in("tensors", 0, "shape", [0]), "has the shape"),
+    (set_in("tensors", 0, "kind", "int1"), "unknown kind"),
+    (set_in("tensors", 0, "kind", "int9"), "unknown kind"),
     (set_in("tensors", 0, "shape", [True]), "has the shape"),
     (set_in("tensors", 0, "shape", 7), "not a valid artifact"),
     (set_in("tensors", 0, "kind", "object"), "unknown kind"),
@@ -462,6 +554,10 @@ def test_an_export_over_the_cap_is_not_scored(model: Transformer, tmp_path: Path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"other_bits": 9}, "bits must be between 2 and 8, not 9"),
+        ({"prune_frac": -0.5}, r"prune_frac must be in \[0, 1\), not -0\.5"),
+        ({"prune_frac": 1.5}, r"prune_frac must be in \[0, 1\), not 1\.5"),
+        ({"quant_step": -1.0}, r"quant_step must be positive, not -1\.0"),
         ({"mlp_bits": 1}, "bits must be between 2 and 8, not 1"),
         ({"prune_frac": 1.0}, r"prune_frac must be in \[0, 1\), not 1\.0"),
         ({"quant_step": 0.0}, r"quant_step must be positive, not 0\.0"),
@@ -471,5 +567,6 @@ def test_an_export_over_the_cap_is_not_scored(model: Transformer, tmp_path: Path
     ],
 )
 def test_bad_settings_are_refused(options: dict, message: str):
+    QuantizationConfig(2, 8, 2, 8, prune_frac=0.0, small_tensor=0, prune_above=0, calibration_sequences=1)
     with pytest.raises(ValueError, match=message):
         QuantizationConfig(**options)
