@@ -154,6 +154,11 @@ def test_without_a_method_nothing_is_averaged(module: LanguageModel):
     assert not averaging.weights
 
 
+def test_the_ends_of_the_ranges_are_settings():
+    averaging = WeightAveraging("ema", start_frac=1.0, every=1, horizon=1.0)
+    assert (averaging.start_frac, averaging.every, averaging.horizon) == (1.0, 1, 1.0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -167,6 +172,5 @@ def test_without_a_method_nothing_is_averaged(module: LanguageModel):
     ],
 )
 def test_bad_settings_are_refused(options: dict, message: str):
-    assert WeightAveraging("ema", start_frac=1.0, every=1, horizon=1.0).horizon == 1.0
     with pytest.raises(ValueError, match=message):
         WeightAveraging(**options)

@@ -551,6 +551,11 @@ def test_an_export_over_the_cap_is_not_scored(model: Transformer, tmp_path: Path
     assert (tmp_path / "artifact.zst").exists()  # for inspection
 
 
+def test_the_ends_of_the_ranges_are_settings():
+    config = QuantizationConfig(2, 8, 2, 8, prune_frac=0.0, small_tensor=0, prune_above=0, calibration_sequences=1)
+    assert (config.mlp_bits, config.attention_bits, config.calibration_sequences) == (2, 8, 1)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -567,6 +572,5 @@ def test_an_export_over_the_cap_is_not_scored(model: Transformer, tmp_path: Path
     ],
 )
 def test_bad_settings_are_refused(options: dict, message: str):
-    QuantizationConfig(2, 8, 2, 8, prune_frac=0.0, small_tensor=0, prune_above=0, calibration_sequences=1)
     with pytest.raises(ValueError, match=message):
         QuantizationConfig(**options)
