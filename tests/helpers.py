@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from contextlib import redirect_stderr, redirect_stdout
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from tests.conftest import ROOT, TINY_OPTIONS
+from tests.forkserver import ForkServer
 from trainer.__main__ import main
 from trainer.checkpoint import load_checkpoint
 from trainer.cli.env_aliases import PLAIN, SPECIAL
@@ -26,12 +29,21 @@ def environment(**more: str) -> dict[str, str]:
     return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | more
 
 
-def trainer(*args: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+@cache
+def fork_server() -> ForkServer:
+    """The server of this test worker."""
+    return ForkServer(environment())
+
+
+def python_module(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -m ARGS` in a process of its own that does not import the libraries anew."""
+    with tempfile.TemporaryDirectory() as folder:
+        return fork_server().run(list(args), cwd, environment(**env), Path(folder))
+
+
+def trainer(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """Run `python -m trainer`."""
-    command = [sys.executable, "-m", "trainer", *args]
-    return subprocess.run(
-        command, cwd=cwd, env=environment(**(env or {})), capture_output=True, text=True, timeout=300, check=False
-    )
+    return python_module("trainer", *args, cwd=cwd, **env)
 
 
 def trainer_here(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -52,13 +64,13 @@ def trainer_here(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def faulty_command(fault: str, parameters: dict[str, object], *args: str) -> list[str]:
-    """Arguments of Python that run the trainer with a fault of `tests.faults` planted into it."""
-    return ["-m", "tests.faults", fault, json.dumps(parameters), *args]
+    """Module and arguments that run the trainer with a fault of `tests.faults` planted into it."""
+    return ["tests.faults", fault, json.dumps(parameters), *args]
 
 
 def start_faulty(fault: str, parameters: dict[str, object], *args: str, cwd: Path) -> subprocess.Popen[str]:
     """Start the trainer with a planted fault."""
-    command = [sys.executable, *faulty_command(fault, parameters, *args)]
+    command = [sys.executable, "-m", *faulty_command(fault, parameters, *args)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=cwd, env=environment(), **pipes)
 
@@ -67,8 +79,7 @@ def run_faulty(
     fault: str, parameters: dict[str, object], *args: str, cwd: Path, launcher: tuple[str, ...] = ()
 ) -> subprocess.CompletedProcess[str]:
     """Run the trainer with a planted fault to its end, by way of a launcher such as torchrun if one is given."""
-    command = [sys.executable, *launcher, *faulty_command(fault, parameters, *args)]
-    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+    return python_module(*launcher, *faulty_command(fault, parameters, *args), cwd=cwd)
 
 
 def small(shards: Path, *more: str) -> list[str]:

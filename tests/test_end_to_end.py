@@ -358,7 +358,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path):
 def test_environment_aliases_rank_between_recipe_and_command_line(tmp_path: Path, shard_folder: Path):
     variables = {"ITERATIONS": "3", "SEED": "7", "MAX_WALLCLOCK_SECONDS": "0", "DATA_PATH": str(shard_folder)}
     args = [word for word in small(shard_folder) if "max_steps" not in word and "folder" not in word]
-    result = trainer(*args, "--seed_everything=9", cwd=tmp_path, env=variables)
+    result = trainer(*args, "--seed_everything=9", cwd=tmp_path, **variables)
     assert result.returncode == 0, result.stderr
     assert "ITERATIONS=3: --trainer.max_steps=3" in result.stdout
     config = yaml.safe_load((tmp_path / RUNS / "1/config.yaml").read_text())

@@ -293,8 +293,11 @@ def test_a_run_outlives_a_full_disk_under_its_output(tmp_path: Path, shard_folde
 
 
 def test_output_that_is_not_utf8_shows_escapes(finished: Path):
-    args = ["generate", f"--artifact={RUNS}/1/artifact.zst", "--prompt=the 猫", "--tokens=1"]
-    result = trainer(*args, cwd=finished, env={"PYTHONIOENCODING": "latin-1"})
+    args = ["-m", "trainer", "generate", f"--artifact={RUNS}/1/artifact.zst", "--prompt=the 猫", "--tokens=1"]
+    variables = environment(PYTHONIOENCODING="latin-1")
+    result = subprocess.run(
+        [sys.executable, *args], cwd=finished, env=variables, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("the \\u732b")
 

@@ -64,7 +64,7 @@ def test_a_signal_to_all_outside_of_steps_ends_them_at_once(where: str, tmp_path
 def test_the_other_processes_report_a_lost_one_in_one_line(rank: int, tmp_path: Path, shard_folder: Path):
     started = time.monotonic()
     fault = {"how": "SIGKILL", "step": 5, "rank": rank}
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m")
     result = run_faulty("end_a_process", fault, *small(shard_folder, *TWO), cwd=tmp_path, launcher=launcher)
     assert result.returncode != 0
     assert time.monotonic() - started < 60
