@@ -15,7 +15,7 @@ from trainer.model.attention import AttentionConfig
 from trainer.model.embedding import BigramConfig, SmearConfig
 from trainer.model.transformer import LoopConfig, TransformerConfig
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the processes that run side by side share the cores
 # On a busy machine the first example of a test may take seconds.
 settings.register_profile("golf", suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("golf")

@@ -1,7 +1,8 @@
 """Start programs from a process that has imported the libraries already: importing them takes most of a small run.
 
-`python -m tests.forkserver` imports what every command needs, then reads one request a line. For each it forks; the child
-runs the module as `python -m` does and ends as any interpreter ends. Nothing of `trainer` is imported before the fork.
+`python -m tests.forkserver` imports what every command needs, then reads one request a line. For each it forks; the
+child runs a module as `python -m` does, or a script, and ends as any interpreter ends. Nothing of `trainer` is imported
+before the fork.
 """
 
 import atexit
@@ -29,7 +30,7 @@ class ForkServer:
         atexit.register(self._process.kill)
 
     def run(self, args: list[str], cwd: Path, env: dict[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
-        """Run `python -m ARGS` to its end, with its output in files of a folder."""
+        """Run a module or a script, the first of the arguments, to its end, with its output in files of a folder."""
         files = [folder / "stdout", folder / "stderr"]
         request = {"args": args, "cwd": str(cwd), "env": env, "files": [str(file) for file in files]}
         stdin, stdout = self._process.stdin, self._process.stdout
@@ -47,6 +48,7 @@ def serve() -> list[str]:
         pid = os.fork()
         if pid == 0:
             signal.alarm(SECONDS)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a server in the background ignores it
             os.chdir(request["cwd"])
             os.environ.clear()
             os.environ.update(request["env"])
@@ -61,6 +63,9 @@ def serve() -> list[str]:
 if __name__ == "__main__":
     for library in LIBRARIES:
         import_module(library)
-    module, *sys.argv[1:] = serve()
-    sys.path[0] = os.getcwd()
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    program, *sys.argv[1:] = serve()
+    sys.path[:1] = [os.getcwd(), *os.environ["PYTHONPATH"].split(os.pathsep)]
+    if program.endswith(".py"):
+        runpy.run_path(program, run_name="__main__")
+    else:
+        runpy.run_module(program, run_name="__main__", alter_sys=True)

@@ -35,15 +35,15 @@ def fork_server() -> ForkServer:
     return ForkServer(environment())
 
 
-def python_module(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run `python -m ARGS` in a process of its own that does not import the libraries anew."""
+def python(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a module or a script in a process of its own that does not import the libraries anew."""
     with tempfile.TemporaryDirectory() as folder:
         return fork_server().run(list(args), cwd, environment(**env), Path(folder))
 
 
 def trainer(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """Run `python -m trainer`."""
-    return python_module("trainer", *args, cwd=cwd, **env)
+    return python("trainer", *args, cwd=cwd, **env)
 
 
 def trainer_here(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -79,7 +79,7 @@ def run_faulty(
     fault: str, parameters: dict[str, object], *args: str, cwd: Path, launcher: tuple[str, ...] = ()
 ) -> subprocess.CompletedProcess[str]:
     """Run the trainer with a planted fault to its end, by way of a launcher such as torchrun if one is given."""
-    return python_module(*launcher, *faulty_command(fault, parameters, *args), cwd=cwd)
+    return python(*launcher, *faulty_command(fault, parameters, *args), cwd=cwd)
 
 
 def small(shards: Path, *more: str) -> list[str]:

@@ -4,13 +4,12 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT, TEXT
-from tests.helpers import environment
+from tests.helpers import python
 from trainer.quantize.container import read_container
 
 DOCUMENT = (ROOT / "docs/extending.md").read_text()
@@ -32,13 +31,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(command: str, cwd: Path, *more: str, code: Path = ROOT) -> str:
-    args = shlex.split(command)
-    assert args[0] == "python"
-    variables = environment(PYTHONPATH=str(code))
-    result = subprocess.run(
-        [sys.executable, *args[1:], *more], cwd=cwd, env=variables, capture_output=True, text=True, check=False
-    )
+def run(command: str, cwd: Path, *more: str, **env: str) -> str:
+    words = shlex.split(command)
+    assert words[0] == "python"
+    result = python(*words[1 + (words[1] == "-m") :], *more, cwd=cwd, **env)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -67,7 +63,7 @@ def test_the_option_of_the_model_is_a_patch_that_applies_trains_and_is_stored(wo
         shutil.copytree(ROOT / part, clone / part)
     (patch,) = re.findall(r"```diff\n(.*?)```", DOCUMENT, re.DOTALL)
     subprocess.run(["git", "apply", "-"], cwd=clone, input=patch, text=True, check=True)
-    output = run(COMMANDS[-1], workplace, *SMALL, *PYTHON_TEXT, "--run_name=leaky", code=clone)
+    output = run(COMMANDS[-1], workplace, *SMALL, *PYTHON_TEXT, "--run_name=leaky", PYTHONPATH=str(clone))
     assert "trained     12 steps" in output
     header, _ = read_container(workplace / "runs/quickstart/leaky/artifact.zst")
     assert header["model"]["mlp"]["negative_slope"] == 0.5

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import yaml
 
 from tests.conftest import TINY_OPTIONS
-from tests.helpers import environment
+from tests.helpers import python
 
 # The graphs are captured as for a GPU and then run by Python: no C++ compiler, and the same arithmetic bit by bit.
 SCRIPT = """
@@ -53,16 +52,9 @@ def run(tmp_path: Path, shard_folder: Path):
 
 
 def start(folder: Path, shards: Path, *args: str, fit: int = 1000) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "compiled.py", "fit", "--config=int5mlp_10l_parity", f"--data.source.folder={shards}"]
-    return subprocess.run(
-        [*command, *TINY_OPTIONS, "--trainer.max_steps=5", "--trainer.val_check_interval=2", *args],
-        cwd=folder,
-        env=environment(SEQUENCES_THAT_FIT=str(fit)),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    command = ["compiled.py", "fit", "--config=int5mlp_10l_parity", f"--data.source.folder={shards}", *TINY_OPTIONS]
+    steps = ["--trainer.max_steps=5", "--trainer.val_check_interval=2"]
+    return python(*command, *steps, *args, cwd=folder, SEQUENCES_THAT_FIT=str(fit))
 
 
 def seen(result: subprocess.CompletedProcess[str], folder: Path, rank: int = 0) -> dict:
