@@ -62,6 +62,13 @@ def verify_checksum(path: str | Path) -> str | None:
     return None if is_right else "its checksum does not match"
 
 
+def stored_checksum(path: str | Path) -> str:
+    """The checksum that a whole checkpoint ends with: two files with the same one are equal."""
+    with Path(path).open("rb") as file:
+        file.seek(-64, os.SEEK_END)
+        return file.read().decode()
+
+
 def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
     """Write a checkpoint with its checksum; the file appears only when it is whole.
 

@@ -1,6 +1,7 @@
 """The data module: prepares a source once, serves the training stream and the evaluation windows."""
 
 import os
+import socket
 from collections.abc import Iterator
 
 import lightning.pytorch as pl
@@ -12,13 +13,14 @@ from typing_extensions import override
 
 from trainer.data import published  # noqa: F401 - a choice for --data.source
 from trainer.data.calibration import calibration_sequences
-from trainer.data.identity import Identity, identify
+from trainer.data.identity import Identity, difference, identify
 from trainer.data.manifest import NAME, Manifest, check_vocabulary
 from trainer.data.prefetch import Prefetcher
 from trainer.data.shards import TokenFiles, check_vocab_size, open_shard
 from trainer.data.sources import PreparedText, Source
 from trainer.data.stream import Order, TrainStream
 from trainer.data.tokenizer import ByteTable, load_tokenizer
+from trainer.distributed import all_ranks_agree
 from trainer.errors import UserError
 from trainer.evaluation.sliding import WindowScorer
 from trainer.evaluation.windows import EvaluationConfig, WindowBatch, batch_plan, plan_windows
@@ -122,13 +124,30 @@ class TokenData(pl.LightningDataModule):
             if self.evaluation.adapt_rate is not None:
                 raise UserError("eval.adapt_rate belongs to trainer validate; leave it out of fit")
             self._check_training_tokens(vocab_size)
-            self.shards = identify(self.text) if self.trainer is None or self.trainer.is_global_zero else {}
+            self.shards = identify(self.text) if self.trainer is None or self.trainer.local_rank == 0 else {}
             if self.trainer is not None:
-                self.shards = self.trainer.strategy.broadcast(self.shards)
+                self._agree_on_shards(self.trainer)
         if self.table.total(tokens) == 0:
             raise UserError(f"{self.text.val[0].parent}: the validation text has no bytes; give another one")
         self.val_tokens = torch.from_numpy(tokens.astype(np.int32))
         self._evaluations()  # an unusable split fails now
+
+    def _agree_on_shards(self, trainer: pl.Trainer) -> None:
+        """Take the shards of rank 0 as the run's, and refuse a node that has others in a folder of its own.
+
+        Raises:
+            UserError: On the first process of such a node.
+            SystemExit: On the others.
+        """
+        own, self.shards = self.shards, trainer.strategy.broadcast(self.shards)
+        change = difference(self.shards, own) if own else None
+        if not all_ranks_agree(change is None, trainer.strategy.root_device):
+            if change is None:
+                raise SystemExit(1)
+            raise UserError(
+                f"{self.text.train[0].parent} on {socket.gethostname()}: is not the text of process 0 ({change}); "
+                "share the folder between the nodes, or copy it to all of them"
+            )
 
     def _check_tokenizer_of_shards(self) -> None:
         """Refuse shards whose manifest names another tokenizer: their tokens would mean other text."""

@@ -81,6 +81,25 @@ def on_first_rank(action: Callable[[], Result], device: torch.device) -> Result 
     return result
 
 
+def bytes_of_first_rank(read: Callable[[], bytes], device: torch.device) -> bytes:
+    """What rank 0 reads, on all processes: the others may not see its files.
+
+    Args:
+        read: Called on rank 0 only.
+        device: Device of this process.
+    """
+    content = on_first_rank(read, device)
+    if not dist.is_initialized():
+        assert content is not None
+        return content
+    length = torch.tensor(len(content or b""), device=device)
+    dist.broadcast(length, 0)
+    tensor = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(int(length)).byte()
+    shared = tensor.to(device)
+    dist.broadcast(shared, 0)
+    return shared.cpu().numpy().tobytes()
+
+
 def is_lost_process(error: RuntimeError) -> bool:
     """Whether a collective failed because one of its processes is gone."""
     return isinstance(error, dist.DistBackendError) or any(text in str(error) for text in PEER_LOST)

@@ -23,17 +23,19 @@ OWNER = "owner.json"
 
 
 @contextmanager
-def exclusive(path: Path, purpose: str) -> Iterator[None]:
-    """Hold a lock while the block runs; wait for another process that holds it.
+def exclusive(path: Path, purpose: str, waits: bool = True) -> Iterator[None]:
+    """Hold a lock while the block runs.
 
     Args:
         path: The lock's directory; its parent must exist.
-        purpose: What the lock is for, for the message of a process that waits.
+        purpose: What the lock is for, for the message of a process that meets another one's.
+        waits: Whether to wait until another owner has finished. One that gives no sign of life is waited for in any
+            case, until it counts as dead.
 
     Raises:
-        UserError: If the lock cannot be made.
+        UserError: If the lock cannot be made, or if its owner is alive and `waits` is false.
     """
-    _acquire(path, purpose)
+    _acquire(path, purpose, waits)
     ended = threading.Event()
     heart = threading.Thread(target=_beat, args=(path / OWNER, ended), daemon=True)
     heart.start()
@@ -45,7 +47,7 @@ def exclusive(path: Path, purpose: str) -> Iterator[None]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _acquire(path: Path, purpose: str) -> None:
+def _acquire(path: Path, purpose: str, waits: bool) -> None:
     seen: tuple[str, int] = ("", 0)
     since = time.monotonic()
     is_waiting = False
@@ -59,6 +61,8 @@ def _acquire(path: Path, purpose: str) -> None:
         except OSError as error:
             raise UserError(f"{path}: cannot be made ({error.strerror}); choose another folder") from error
         if (state := _state(path)) != seen:
+            if not waits and seen[0] == state[0] != "":  # a sign of life
+                raise UserError(f"{purpose}: another process does that now ({state[0]})")
             seen, since = state, time.monotonic()
         if _is_dead(seen[0]) or time.monotonic() - since > STALE:
             dead = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
@@ -68,7 +72,7 @@ def _acquire(path: Path, purpose: str) -> None:
             continue
         if not is_waiting:
             is_waiting = True
-            logger.info(f"{purpose}: waiting for another process that does it ({seen[0] or 'unknown'})")
+            logger.info(f"{purpose}: waiting for another process that {'does' if waits else 'did'} it ({seen[0]})")
         time.sleep(POLL)
 
 

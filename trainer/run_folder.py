@@ -41,6 +41,7 @@ class RunFolder:
         self.summary = self.path / "summary.json"
         self.log = self.path / "train.log"
         self.report = self.path / "report.html"
+        self.lock = self.path / ".training"  # while a process trains in the folder
 
     def __str__(self) -> str:
         return str(self.path)
@@ -59,12 +60,13 @@ class RunFolder:
         return config.resolve().parent.parent.name if config.name == "config.yaml" else config.stem
 
     @classmethod
-    def claim(cls, parent: Path, name: str | None) -> "RunFolder":
+    def claim(cls, parent: Path, name: str | None, reopens: bool = False) -> "RunFolder":
         """Make a folder for a new run. Rank 0 makes it; Lightning tells the other processes its name.
 
         Args:
             parent: Folder of all runs of a recipe.
             name: Name of the run; default: the next number.
+            reopens: Whether a run of this name may exist already, and is continued.
 
         Raises:
             UserError: If the name is taken or the folder cannot be made.
@@ -85,8 +87,12 @@ class RunFolder:
                     run.path.mkdir()
                     return run
                 except FileExistsError as error:  # without a name: another run was faster
+                    if reopens:
+                        return run
                     if name:
-                        raise UserError(f"{run}: this run exists already; choose another --run_name") from error
+                        raise UserError(
+                            f"{run}: this run exists already; --ckpt last resumes it, or choose another --run_name"
+                        ) from error
         except OSError as error:
             raise UserError(f"{parent}: no run folder can be made there ({error.strerror})") from error
 
@@ -175,20 +181,24 @@ def why_incomparable(first: RunData, other: RunData) -> str | None:
     return None if one["val_bytes"] == two["val_bytes"] else "another part of the text"
 
 
-def newest_checkpoint(parent: Path) -> Path:
-    """The newest whole checkpoint of all runs of a recipe; each newer one that is damaged is named.
+def newest_checkpoint(parent: Path, name: str | None = None) -> Path | None:
+    """The newest whole checkpoint of all runs of a recipe, or of one of them; each newer one that is damaged is named.
 
     The newest of a run is the one with the most steps. Of several runs, the newest is the one that saved last. Both are
     read from the files: copying a run changes the times of its files.
 
     Args:
         parent: Folder of the recipe's runs.
+        name: The only run to look at.
+
+    Returns:
+        The file; None if the named run has saved nothing yet.
 
     Raises:
-        UserError: If there is none.
+        UserError: If there is none, or none that is whole.
     """
     runs: list[tuple[float, list[tuple[int, Path]]]] = []
-    for run in map(RunFolder, sorted(parent.glob("*"))):
+    for run in map(RunFolder, [parent / name] if name else sorted(parent.glob("*"))):
         files = [path for path in (run.last_checkpoint, *run.step_checkpoints()) if path.is_file()]
         progress = {path: read_progress(path) for path in files}
         steps = sorted(((progress[path].step, path) for path in files), key=lambda pair: pair[0], reverse=True)
@@ -205,7 +215,11 @@ def newest_checkpoint(parent: Path) -> Path:
                     )
                 return path
             logger.warning(f"{path}: is damaged ({problem}); looking for an older one")
-    raise UserError(f"--ckpt last: {parent} holds no {'whole ' if runs else ''}checkpoint; start without --ckpt")
+    if name and not runs:
+        return None
+    raise UserError(
+        f"--ckpt last: {parent / (name or '')} holds no {'whole ' if runs else ''}checkpoint; start without --ckpt"
+    )
 
 
 def _rows(path: Path) -> list[dict[str, float]]:

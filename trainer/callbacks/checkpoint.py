@@ -6,6 +6,7 @@ Lightning's ModelCheckpoint is not used: on an error or Ctrl-C it would save in 
 import os
 import shutil
 import signal
+import socket
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from trainer.checkpoint import METADATA_KEY, load_checkpoint, save_checkpoint
-from trainer.distributed import HostChannel
+from trainer.distributed import HostChannel, all_ranks_agree
 from trainer.errors import UserError
 from trainer.lightning_module import LanguageModel
 from trainer.logging import logger
@@ -77,11 +78,35 @@ class Checkpoints(Checkpoint):
         self._signal = 0  # the signal that asks this process to end
         self._trained = False
         self._channel: HostChannel | None = None
+        self.resumed: str | None = None  # checksum of the checkpoint that the run resumes from
+        self.problem: UserError | None = None  # why this process cannot resume
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: LanguageModel, stage: str) -> None:
         self.run = RunFolder(str(trainer.log_dir))
         self._channel = self._channel or HostChannel(trainer.world_size)
+        if trainer.world_size > 1:
+            self._agree_on_checkpoint(trainer)
+
+    def _agree_on_checkpoint(self, trainer: pl.Trainer) -> None:
+        """Refuse to resume unless all processes have the same file; nodes may have folders of their own.
+
+        Raises:
+            UserError: On each process whose file is missing or another one than that of rank 0.
+            SystemExit: On the others.
+        """
+        first, problem = trainer.strategy.broadcast((self.resumed, self.problem is not None))
+        if self.problem is None and not problem and self.resumed != first:
+            names = [f"checkpoint {each[:12]}..." if each else "no checkpoint" for each in (self.resumed, first)]
+            self.problem = UserError(
+                f"process {trainer.global_rank} on {socket.gethostname()} has {names[0]} to resume from, but process 0 "
+                f"has {names[1]}; share the folder of the runs between the nodes, or copy the file to all of them"
+            )
+        is_right = all_ranks_agree(self.problem is None, trainer.strategy.root_device)
+        if self.problem is not None:
+            raise self.problem
+        if not is_right:
+            raise SystemExit(1)
 
     @override
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: LanguageModel, checkpoint: dict[str, Any]) -> None:

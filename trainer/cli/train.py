@@ -5,7 +5,7 @@ import os
 import re
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,15 +15,16 @@ import yaml
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from trainer.callbacks import CALLBACKS
-from trainer.callbacks.checkpoint import AtomicCheckpointIO
-from trainer.checkpoint import METADATA_KEY
+from trainer.callbacks.checkpoint import AtomicCheckpointIO, Checkpoints
+from trainer.callbacks.metrics_file import MetricsFile
+from trainer.checkpoint import METADATA_KEY, stored_checksum
 from trainer.cli.env_aliases import alias_options
 from trainer.cli.parser import ShortErrors, split_options
 from trainer.cli.trainer_options import agree_with_launcher, check_trainer_options
@@ -34,6 +35,7 @@ from trainer.errors import UserError
 from trainer.evaluation.windows import EvaluationConfig
 from trainer.lightning_module import LanguageModel
 from trainer.loading import load_run, stored_weights
+from trainer.lock import exclusive
 from trainer.logging import logger, logging_to, quiet_libraries
 from trainer.quantize.artifact import Artifact
 from trainer.recipes import find_recipe, load_recipe
@@ -59,7 +61,9 @@ class TrainParser(ShortErrors, LightningArgumentParser):
 class TrainerCLI(LightningCLI):
     """The options of both commands, and the objects that they configure."""
 
-    def __init__(self, command: str, recipe: str, args: list[str], stored: Artifact | None = None) -> None:
+    def __init__(
+        self, command: str, recipe: str, args: list[str], stored: Artifact | None = None, reopens: bool = False
+    ) -> None:
         """Parse and build everything.
 
         Args:
@@ -67,10 +71,12 @@ class TrainerCLI(LightningCLI):
             recipe: Name of the recipe, for the run folder.
             args: Arguments after the command.
             stored: The weights to score, whose model config replaces that of the arguments.
+            reopens: Whether a run of the given name may exist already, and is continued.
         """
         self.command = command
         self.recipe = recipe
         self.stored = stored
+        self.reopens = reopens
         super().__init__(
             LanguageModel,
             TokenData,
@@ -79,6 +85,7 @@ class TrainerCLI(LightningCLI):
             seed_everything_default=42,
             auto_configure_optimizers=False,
             save_config_callback=SaveConfigCallback if command == "fit" else None,
+            save_config_kwargs={"overwrite": True},  # in a run folder that is this run's own
             parser_class=TrainParser,
             parser_kwargs={
                 "prog": f"trainer {command}",
@@ -129,7 +136,8 @@ class TrainerCLI(LightningCLI):
         parser.add_argument("--tensorboard", type=bool, default=False, help=text)
         parser.add_argument("--run_name", type=str | None, help="Name of the run's folder; default: the next number.")
         if self.command == "fit":
-            text = "Checkpoint to resume from; last: the newest one of this recipe."
+            text = "Checkpoint to resume from; last: the newest one of this recipe. With --run_name, last continues "
+            text += "the run of that name in its folder, or starts it if it has saved nothing yet."
         else:
             text = "Checkpoint or artifact to score."
         parser.add_argument("--ckpt", type=str | None, help=text)
@@ -160,7 +168,8 @@ class TrainerCLI(LightningCLI):
             kwargs["plugins"].append(SLURMEnvironment(auto_requeue=False))
         run: RunFolder | None = None
         if self.command == "fit":
-            run = RunFolder.claim(Path(options.default_root_dir) / self.recipe, self.config.run_name)
+            name = self.config.run_name
+            run = RunFolder.claim(self.folder_of_runs, name, self.reopens and name is not None)
             kwargs["logger"] = self._loggers(run)
         else:
             kwargs |= {"logger": False, "enable_checkpointing": False, **WHOLE_SPLIT}
@@ -175,6 +184,11 @@ class TrainerCLI(LightningCLI):
         trainer._checkpoint_connector.__class__ = CheckpointConnector  # nor for this
         return trainer
 
+    @property
+    def folder_of_runs(self) -> Path:
+        """The folder of all runs of the recipe."""
+        return Path(self.config.trainer.default_root_dir) / self.recipe
+
     def _plugins(self) -> list[Any]:
         """The plugins of `--trainer.plugins`."""
         requested = self._get(self.config_init, "trainer", default={}).get("plugins")
@@ -183,7 +197,7 @@ class TrainerCLI(LightningCLI):
     def _loggers(self, run: RunFolder) -> list[Logger]:
         """The run's own loggers, and those of `--trainer.logger`."""
         root = self.config.trainer.default_root_dir
-        loggers: list[Logger] = [CSVLogger(root, self.recipe, run.path.name, flush_logs_every_n_steps=50)]
+        loggers: list[Logger] = [MetricsFile(root, self.recipe, run.path.name)]
         if self.config.tensorboard:
             try:
                 loggers.append(TensorBoardLogger(root, self.recipe, run.path.name, default_hp_metric=False))
@@ -268,7 +282,7 @@ def run(command: str, args: Sequence[str]) -> None:
         recipes = settings_beside(ckpt, rest, has_source)
     weights = split_options(rest, "--weights")[0]["weights"][-1:] or ["live"]
     try:
-        cli = TrainerCLI(command, recipe, [*recipes, *aliases, *rest], stored)
+        cli = TrainerCLI(command, recipe, [*recipes, *aliases, *rest], stored, reopens=ckpt == "last")
     except ValueError as error:  # a setting out of range, refused by the part it belongs to
         raise UserError(str(error)) from error
     if stored is not None:
@@ -279,7 +293,10 @@ def run(command: str, args: Sequence[str]) -> None:
         validate(cli, stored)
         return
     run_folder = RunFolder(str(cli.trainer.log_dir))
-    with _removed_if_refused(run_folder) if cli.trainer.is_global_zero else nullcontext():
+    with ExitStack() as stack:
+        if cli.trainer.is_global_zero:
+            stack.enter_context(_removed_if_refused(run_folder))
+            stack.enter_context(exclusive(run_folder.lock, f"training {run_folder}", waits=False))
         fit(cli, ckpt or (None if ckpts else cli.config.ckpt), run_folder.log)
 
 
@@ -325,24 +342,24 @@ def fit(cli: TrainerCLI, ckpt: str | None, log: Path) -> None:
 
     Args:
         cli: The configured objects.
-        ckpt: Checkpoint to resume from; last: the newest one of the recipe.
+        ckpt: Checkpoint to resume from; last: the newest one of the recipe, or of the run that has a name.
         log: File that messages are copied to.
 
     Raises:
         UserError: If the user has to correct something.
     """
     if ckpt == "last":
-        ckpt = str(newest_checkpoint(Path(cli.config.trainer.default_root_dir) / cli.recipe))
-    if ckpt is not None:
-        # Refuse a damaged file, or one of another model, before any data is prepared.
-        cli.model.check_resumable(load_run(ckpt)[METADATA_KEY], cli.datamodule)
-        cli.datamodule.resumes = True
-        logger.info(f"resuming from {ckpt}")
+        ckpt = _last_checkpoint(cli)
+    else:
         cli.config.ckpt = ckpt  # config.yaml then repeats a resumed run, too
+    if ckpt is not None:
+        _resume(cli, ckpt)
     for each in cli.trainer.loggers[1:]:  # the first one is the run's own, beside config.yaml
         each.log_hyperparams(dict(flatten(yaml.safe_load(cli.parser.dump(cli.config)))))
     try:
         with logging_to(log) if cli.trainer.is_global_zero else nullcontext():
+            if ckpt is not None:
+                logger.info(f"resuming from {ckpt}")
             cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt, weights_only=True)
     except SIGTERMException as error:
         raise SystemExit(128 + getattr(error, "number", signal.SIGTERM)) from error
@@ -368,6 +385,41 @@ def fit(cli: TrainerCLI, ckpt: str | None, log: Path) -> None:
         if cli.trainer.interrupted:
             raise KeyboardInterrupt from error
         raise
+
+
+def _last_checkpoint(cli: TrainerCLI) -> str | None:
+    """The checkpoint that `--ckpt last` means; None if the run of the given name has saved nothing yet."""
+    name = cli.config.run_name
+    newest = newest_checkpoint(cli.folder_of_runs, name)
+    if newest is None:
+        logger.info(f"--ckpt last: the run {name} has no checkpoint yet, and starts")
+        return None
+    if name is None:
+        cli.config.ckpt = str(newest)
+    return str(newest)
+
+
+def _resume(cli: TrainerCLI, ckpt: str) -> None:
+    """Check a checkpoint before any data is prepared.
+
+    Raises:
+        UserError: If it is damaged, or of another model or another run's text. Where other programs have started the
+            processes, `Checkpoints` raises it on all of them: the others may see another file, and would wait.
+    """
+    environment = getattr(cli.trainer.strategy, "cluster_environment", None)
+    checkpoints = next(each for each in cli.trainer.callbacks if isinstance(each, Checkpoints))  # type: ignore[attr-defined]
+    try:
+        checkpoint = load_run(ckpt)
+        cli.model.check_resumable(checkpoint[METADATA_KEY], cli.datamodule)
+        checkpoints.resumed = stored_checksum(ckpt)
+        for each in cli.trainer.loggers:
+            if isinstance(each, MetricsFile):
+                each.resumed_step = checkpoint["global_step"]
+    except UserError as error:
+        if cli.trainer.world_size == 1 or environment is None or not environment.creates_processes_externally:
+            raise
+        checkpoints.problem = error
+    cli.datamodule.resumes = True
 
 
 @contextmanager

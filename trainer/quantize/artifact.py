@@ -74,13 +74,17 @@ def write_artifact(
     return write_container(path, {"model": model.to_dict(), "tokenizer_sha256": tokenizer_sha256}, stored, codec)
 
 
-def read_artifact(path: str | Path) -> Artifact:
+def read_artifact(path: str | Path, content: bytes | None = None) -> Artifact:
     """Read and check a file of `write_artifact`.
+
+    Args:
+        path: The file.
+        content: Its bytes, if they were read already.
 
     Raises:
         UserError: If it is damaged, of an unknown version, or contradicts its header.
     """
-    header, stored = read_container(path)
+    header, stored = read_container(path, content)
     try:
         model, fingerprint = TransformerConfig.from_dict(header["model"]), header["tokenizer_sha256"]
         if not isinstance(fingerprint, str):

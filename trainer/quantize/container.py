@@ -132,8 +132,12 @@ def compressed_size(tensors: list[StoredTensor], codec: Codec) -> int:
     return len(compress(b"".join(others))) + words.nbytes
 
 
-def read_container(path: str | Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+def read_container(path: str | Path, content: bytes | None = None) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     """Read and check a file of `write_container`.
+
+    Args:
+        path: The file.
+        content: Its bytes, if they were read already.
 
     Returns:
         Its header and its tensors by name.
@@ -142,9 +146,9 @@ def read_container(path: str | Path) -> tuple[dict[str, Any], dict[str, StoredTe
         UserError: If it is damaged, of an unknown version, or contradicts its header.
     """
     try:
-        if (size := Path(path).stat().st_size) > MAX_FILE:
+        if (size := Path(path).stat().st_size if content is None else len(content)) > MAX_FILE:
             raise UserError(f"{path}: has {size:,} bytes; a model artifact has at most {MAX_FILE:,}")
-        raw = Path(path).read_bytes()
+        raw = Path(path).read_bytes() if content is None else content
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     if not raw.startswith(MAGIC):
@@ -158,15 +162,15 @@ def read_container(path: str | Path) -> tuple[dict[str, Any], dict[str, StoredTe
         raise UserError(f"{path}: is damaged (its checksum does not match); copy or export it again")
     try:
         limit = MIN_CONTENT + MAX_RATIO * len(raw)
-        content = memoryview(_decompress(frame, limit))
+        body = memoryview(_decompress(frame, limit))
         del frame, raw
-        length = struct.unpack_from("<I", content)[0]
+        length = struct.unpack_from("<I", body)[0]
         if length > MAX_HEADER:
             raise ValueError(f"its header of {length:,} bytes is longer than {MAX_HEADER:,}")
-        header = json.loads(bytes(content[4 : 4 + length]))
+        header = json.loads(bytes(body[4 : 4 + length]))
         if header["codec"] not in CODECS:
             raise ValueError(f"unknown codec {header['codec']!r}")
-        return header, _tensors(header, content[4 + length :], limit)
+        return header, _tensors(header, body[4 + length :], limit)
     except (ValueError, KeyError, TypeError, struct.error, zstandard.ZstdError, RecursionError) as error:
         raise UserError(f"{path}: is not a valid artifact ({error})") from error
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from trainer.distributed import on_first_rank
+from trainer.distributed import bytes_of_first_rank, on_first_rank
 from trainer.errors import UserError
 from trainer.files import atomic_write
 from trainer.logging import logger
@@ -110,7 +110,9 @@ def export(
 
     like = model.skip_weights
     exported = on_first_rank(write, like.device)
-    stored = read_artifact(RunFolder(folder).artifact).build().to(device=like.device, dtype=like.dtype)
+    path = RunFolder(folder).artifact
+    content = bytes_of_first_rank(path.read_bytes, like.device)  # on another node, the folder may be another one
+    stored = read_artifact(path, content).build().to(device=like.device, dtype=like.dtype)
     if score is not None:
         score(stored)
     return exported
