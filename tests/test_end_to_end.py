@@ -148,10 +148,17 @@ def test_loss_aware_rounding_shrinks_to_the_cap_and_can_be_exported_again(tmp_pa
     assert (run / "export/artifact.zst").read_bytes() == (run / "artifact.zst").read_bytes()
 
 
-def test_a_resumed_run_ends_with_the_same_weights_bit_by_bit(finished, tmp_path: Path, shard_folder: Path):
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed"])
+def test_a_resumed_run_ends_with_the_same_weights_bit_by_bit(
+    precision: str, finished, tmp_path: Path, shard_folder: Path
+):
     """Five of eight steps, an error in the sixth, and the rest; SWA's snapshot of step 6 comes after the resume."""
+    args = small(shard_folder, f"--precision={precision}")
     whole, _ = finished
-    args = small(shard_folder)
+    if precision != "32-true":
+        whole = tmp_path / "whole"
+        whole.mkdir()
+        assert trainer(*args, "--export.enabled=false", cwd=whole).returncode == 0
     broken = run_faulty("end_a_process", {"how": "error", "step": 5}, *args, cwd=tmp_path)
     assert "planted" in broken.stderr
     resumed = trainer(*args, "--ckpt=last", cwd=tmp_path)

@@ -240,6 +240,8 @@ class LanguageModel(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model, before Lightning lists every tensor that differs, or of other data."""
         self.check_resumable(checkpoint[METADATA_KEY], self.trainer.datamodule)  # type: ignore[attr-defined]
+        # Lightning restores the weights before it converts the model, which would round those of 64-true.
+        self.trainer.precision_plugin.convert_module(self)
 
     def check_resumable(self, metadata: dict[str, Any], data: Any) -> None:
         """Check that this run can resume a checkpoint.

@@ -30,6 +30,8 @@ LIBRARY_WARNINGS = (
     r"Experiment logs directory",
     # Validation scores the whole split, so there is no batch size to infer.
     r"Trying to infer the `batch_size`",
+    # The metric has summed over all processes before it is logged.
+    r"It is recommended to use `self.log\(.*sync_dist=True",
     # Lightning sets up DDP on a stream of its own.
     r"The AccumulateGrad node's stream does not match",
     # On a login node: how to run under SLURM is in docs/multi-gpu.md.
