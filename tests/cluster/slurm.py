@@ -2,7 +2,6 @@
 
 import os
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
@@ -11,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "scontrol", "squeue")
 NODES = ("n1", "n2")
 # Short times: a requeued job waits for its credential to expire, and a dead node is noticed after SlurmdTimeout.
 CONF = """ClusterName=two
@@ -42,14 +40,6 @@ NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 Gres=g
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 Gres=gpu:1 State=UNKNOWN
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP OverSubscribe=YES
 """
-
-
-def why_not() -> str | None:
-    """Why no cluster can be started here."""
-    missing = [name for name in PROGRAMS if shutil.which(name) is None]
-    if missing:
-        return f"{', '.join(missing)} not installed (Debian: slurm-wlm)"
-    return None if os.geteuid() == 0 else "the daemons of SLURM need root"
 
 
 def free_ports(count: int) -> list[int]:
