@@ -148,7 +148,7 @@ def test_loss_aware_rounding_shrinks_to_the_cap_and_can_be_exported_again(tmp_pa
     assert (run / "export/artifact.zst").read_bytes() == (run / "artifact.zst").read_bytes()
 
 
-@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["32-true", "64-true"])
 def test_a_resumed_run_ends_with_the_same_weights_bit_by_bit(
     precision: str, finished, tmp_path: Path, shard_folder: Path
 ):
@@ -337,7 +337,7 @@ def test_a_second_run_in_the_same_folder_is_refused(finished, shard_folder: Path
     before = (folder / RUNS / "1/summary.json").read_bytes()
     result = trainer(*small(shard_folder, "--run_name=1"), cwd=folder)
     assert result.returncode == 1
-    assert "this run exists already; choose another --run_name" in result.stderr
+    assert "this run exists already; --ckpt last resumes it, or choose another --run_name" in result.stderr
     assert (folder / RUNS / "1/summary.json").read_bytes() == before
 
 
