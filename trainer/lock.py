@@ -72,7 +72,8 @@ def _acquire(path: Path, purpose: str, waits: bool) -> None:
             continue
         if not is_waiting:
             is_waiting = True
-            logger.info(f"{purpose}: waiting for another process that {'does' if waits else 'did'} it ({seen[0]})")
+            owner = f"{'does' if waits else 'did'} it ({seen[0] or 'unknown'})"
+            logger.info(f"{purpose}: waiting for another process that {owner}")
         time.sleep(POLL)
 
 

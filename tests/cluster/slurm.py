@@ -80,25 +80,20 @@ class Cluster:
         key = self.folder / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o600)
-        paths = {name: self.folder / f"munge.{name}" for name in ("socket", "pid", "log", "seed")}
-        options = [f"--{option}={paths[name]}" for option, name in
-                   (("socket", "socket"), ("pid-file", "pid"), ("log-file", "log"), ("seed-file", "seed"))]  # fmt: skip
+        munge_socket = self.folder / "munge.socket"
+        options = [f"--{name}-file={self.folder}/munge.{name}" for name in ("pid", "log", "seed")]
         log = (self.folder / "munged.out").open("wb")
-        command = ["munged", "--foreground", "--force", f"--key-file={key}", *options]
+        command = ["munged", "--foreground", "--force", f"--key-file={key}", f"--socket={munge_socket}", *options]
         self._munged = subprocess.Popen(command, stdout=log, stderr=log)
-        wait_for(paths["socket"].exists, 20, "munged")
+        wait_for(munge_socket.exists, 20, "munged")
         self.run("slurmctld", "-c")
         for node in NODES:
-            self.start_node(node)
+            self.run("slurmd", "-N", node)
         wait_for(lambda: self.run("sinfo", "-h", "-o", "%T %D").split() == ["idle", "2"], 60, "two idle nodes")
-
-    def start_node(self, node: str) -> None:
-        """Start the daemon of a node."""
-        self.run("slurmd", "-N", node)
 
     def stop(self) -> None:
         """End all daemons and what they have started."""
-        for pid, _ in list(self.processes(f"SLURM_CONF={self.env['SLURM_CONF']}")):
+        for pid in list(self.processes(f"SLURM_CONF={self.env['SLURM_CONF']}")):
             if pid != os.getpid():
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -106,21 +101,21 @@ class Cluster:
             self._munged.kill()
             self._munged.wait()
 
-    def processes(self, variable: str) -> Iterator[tuple[int, str]]:
-        """Process ids and names of this cluster's daemons and tasks that have a variable in their environment."""
+    def processes(self, variable: str) -> Iterator[int]:
+        """Process ids of this cluster's daemons and tasks that have a variable in their environment."""
         ours = f"SLURM_CONF={self.env['SLURM_CONF']}".encode()
         for entry in Path("/proc").glob("[0-9]*"):
             try:
                 variables = (entry / "environ").read_bytes().split(b"\0")
                 if ours in variables and variable.encode() in variables:
-                    yield int(entry.name), (entry / "comm").read_text().strip()
+                    yield int(entry.name)
             except OSError:
                 continue
 
     def kill_node(self, node: str) -> None:
         """The node loses its power: its daemon, its steps' daemons and their tasks are killed."""
         os.kill(int((self.folder / f"slurmd-{node}.pid").read_text()), signal.SIGKILL)
-        tasks = [pid for pid, _ in self.processes(f"SLURMD_NODENAME={node}")]
+        tasks = list(self.processes(f"SLURMD_NODENAME={node}"))
         for pid in tasks:
             with suppress(OSError, ProcessLookupError):
                 parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
@@ -148,10 +143,6 @@ class Cluster:
     def restarts(self, job: str) -> int:
         """How often the job was requeued."""
         return int(self._field(job, "Restarts"))
-
-    def exit_code(self, job: str) -> int:
-        """Exit code of the job script."""
-        return int(self._field(job, "ExitCode").split(":")[0])
 
     def _field(self, job: str, name: str) -> str:
         shown = self.run("scontrol", "show", "job", job)
