@@ -13,7 +13,7 @@ import torch
 from trainer.callbacks.checkpoint import Checkpoints
 from trainer.callbacks.export import PostTrainExport, Report
 from trainer.callbacks.progress import Progress
-from trainer.cli.train import TrainerCLI
+from trainer.cli.lightning_cli import TrainerCLI
 from trainer.logging import quiet_libraries
 from trainer.recipes import find_recipe
 

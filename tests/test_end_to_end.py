@@ -19,7 +19,7 @@ from tests.conftest import ROOT, TINY
 from tests.helpers import RECIPE, RUNS, digest, environment, run_faulty, score_of, small, trainer, trainer_here
 from trainer.checkpoint import append_checksum, load_checkpoint
 from trainer.cli.env_aliases import PLAIN, SPECIAL, ZERO_IS_NULL, alias_options
-from trainer.cli.train import resolve_precision
+from trainer.cli.lightning_cli import resolve_precision
 from trainer.data.shards import open_shard
 from trainer.errors import UserError
 from trainer.evaluation.windows import plan_windows

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from trainer.cli.train import make_parser
+from trainer.cli.lightning_cli import make_parser
 from trainer.recipes import find_recipe, load_recipe, recipe_folder
 from trainer.run_folder import flatten
 

@@ -3,3 +3,7 @@
 
 class UserError(Exception):
     """Bad input. The message says what is wrong, where, the value, and how to mend it."""
+
+
+class OptionError(UserError):
+    """An option that cannot be parsed; the message begins with the command."""

@@ -1,19 +1,14 @@
 """`trainer generate`: text from an artifact or a checkpoint."""
 
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from trainer.cli.parser import CommandParser
-from trainer.data.tokenizer import BOS
 from trainer.errors import UserError
-from trainer.generation import Decoder, sample, stream_text
-from trainer.generation import generate as generate_tokens
+from trainer.generation import SamplingConfig, check_prompt, continue_text
 from trainer.loading import load_artifact
-
-MAX_CONTEXT = 2**20  # tokens; RoPE tables for all of them are made at once
 
 
 def generate(
@@ -47,22 +42,12 @@ def generate(
     Raises:
         UserError: If a file cannot be used or a number is out of range.
     """
-    if not (temperature == 0 or 1e-6 <= temperature < float("inf")):
-        raise UserError(f"--temperature must be 0 or at least 1e-6, not {temperature}")
-    if not 0 < top_p <= 1 or tokens < 0 or (top_k is not None and top_k < 1):
-        raise UserError(
-            f"--top_p must be in (0, 1], --tokens be at least 0 and --top_k at least 1, not {top_p}, {tokens} and "
-            f"{top_k}"
-        )
-    if not 2 <= context <= MAX_CONTEXT:
-        raise UserError(f"--context must be between 2 and {MAX_CONTEXT:,}, not {context}")
-    if not 0 <= seed < 2**63:
-        raise UserError(f"--seed must be between 0 and 2^63 - 1, not {seed}")
-    for text in prompt:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError("--prompt: is not UTF-8 text") from error
+    try:
+        config = SamplingConfig(tokens, temperature, top_k, top_p, seed, context)
+        for text in prompt:
+            check_prompt(text)
+    except UserError as error:
+        raise UserError(f"--{error}") from error
     texts = prompt + (_lines(Path(prompts)) if prompts else [])
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -72,18 +57,9 @@ def generate(
         model, processor = load_artifact(artifact, tokenizer, torch.device(device))
     except (RuntimeError, AssertionError) as error:  # torch's message for a device that does not exist
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
-    decoder = Decoder(model, context)
     for number, text in enumerate(texts or [""]):
-        draw = partial(
-            sample,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            generator=torch.Generator().manual_seed(seed),
-        )
-        ids = [BOS, *processor.encode(text)]
         sys.stdout.write(("\n\n" if number else "") + text)
-        for addition in stream_text(processor, ids, generate_tokens(decoder, ids, tokens, draw)):
+        for addition in continue_text(model, processor, text, config):
             sys.stdout.write(addition)
             sys.stdout.flush()
     sys.stdout.write("\n")

@@ -3,7 +3,6 @@
 import argparse
 import math
 import re
-import sys
 from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any, NoReturn
@@ -11,7 +10,7 @@ from typing import Any, NoReturn
 import docstring_parser
 from jsonargparse import ArgumentParser
 
-from trainer.errors import UserError
+from trainer.errors import OptionError, UserError
 
 UNKNOWN = "unrecognized arguments: "
 MAY_BE_EMPTY = ("prompt", "blurb")  # texts; every other empty value is an unset shell variable, or a slip
@@ -40,7 +39,11 @@ class ShortErrors:
         return config
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the problem, the option that was probably meant and where all options are listed; exit with code 2."""
+        """Name the problem, the option that was probably meant and where all options are listed.
+
+        Raises:
+            OptionError: Always.
+        """
         hint = ""
         if message.startswith(UNKNOWN):
             names = [arg.partition("=")[0] for arg in message.removeprefix(UNKNOWN).split() if arg.startswith("-")]
@@ -50,8 +53,7 @@ class ShortErrors:
         if choice := NOT_A_CHOICE.match(line):
             key, choices, value = choice.groups()
             line = f"--{key}: must be one of {choices}{' or null' if 'NoneType' in line else ''}, not {value}"
-        print(f"{self.prog}: {line}{hint} ({self.prog} --help lists the options)", file=sys.stderr)
-        raise SystemExit(2)
+        raise OptionError(f"{self.prog}: {line}{hint} ({self.prog} --help lists the options)") from ex
 
 
 class CommandParser(ShortErrors, ArgumentParser):

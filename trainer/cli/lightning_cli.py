@@ -1,0 +1,249 @@
+"""Lightning's CLI with our options: evaluation, callbacks, precision, run folders. It builds the objects of a run."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
+from typing_extensions import override
+
+from trainer.callbacks import CALLBACKS
+from trainer.callbacks.checkpoint import AtomicCheckpointIO
+from trainer.callbacks.metrics_file import MetricsFile
+from trainer.cli.parser import ShortErrors
+from trainer.cli.trainer_options import agree_with_launcher, check_trainer_options
+from trainer.datamodule import TokenData
+from trainer.errors import UserError
+from trainer.evaluation.windows import EvaluationConfig
+from trainer.lightning_module import LanguageModel
+from trainer.quantize.artifact import Artifact
+from trainer.run_folder import RunFolder
+
+Precision = Literal["auto", "bf16-mixed", "16-mixed", "32-true", "64-true"]
+
+DESCRIPTIONS = {
+    "fit": "Train, export, read back and score a recipe. Example: trainer fit --config frontier --model.num_layers 9",
+    "validate": "Score a checkpoint or an artifact with the settings of its run. "
+    "Example: trainer validate --ckpt runs/quickstart/1/artifact.zst --eval.stride null",
+}
+# What a run's own config may not change in a score: it would leave out a part of the split.
+WHOLE_SPLIT = {"limit_val_batches": 1.0, "overfit_batches": 0.0, "fast_dev_run": False}
+
+
+class TrainParser(ShortErrors, LightningArgumentParser):
+    """Lightning's parser, with errors in one line."""
+
+
+class TrainerCLI(LightningCLI):
+    """The options of both commands, and the objects that they configure."""
+
+    def __init__(
+        self, command: str, recipe: str, args: list[str], stored: Artifact | None = None, reopens: bool = False
+    ) -> None:
+        """Parse and build everything.
+
+        Args:
+            command: fit or validate.
+            recipe: Name of the recipe, for the run folder.
+            args: Arguments after the command.
+            stored: The weights to score, whose model config replaces that of the arguments.
+            reopens: Whether a run of the given name may exist already, and is continued.
+        """
+        self.command = command
+        self.recipe = recipe
+        self.stored = stored
+        self.reopens = reopens
+        super().__init__(
+            LanguageModel,
+            TokenData,
+            run=False,
+            args=args,
+            seed_everything_default=42,
+            auto_configure_optimizers=False,
+            save_config_callback=SaveConfigCallback if command == "fit" else None,
+            save_config_kwargs={"overwrite": True},  # in a run folder that is this run's own
+            parser_class=TrainParser,
+            parser_kwargs={
+                "prog": f"trainer {command}",
+                "usage": f"trainer {command} [--config RECIPE] [options]",
+                "description": DESCRIPTIONS[command],
+                "allow_abbrev": False,
+            },
+            trainer_defaults={
+                "default_root_dir": "runs",
+                "max_epochs": -1,
+                "max_steps": -1,
+                "val_check_interval": 1000,
+                "log_every_n_steps": 50,
+                "check_val_every_n_epoch": None,
+                "num_sanity_val_steps": 0,
+                "use_distributed_sampler": False,  # its padding would score windows twice
+                "inference_mode": False,  # it would be another mode to compile for
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+            },
+        )
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the given arguments; Lightning would warn about `sys.argv`."""
+        self.config = parser.parse_args(args)
+        seed = self.config.seed_everything
+        if not isinstance(seed, bool) and seed is not None and not 0 <= seed < 2**32:
+            raise UserError(f"seed_everything must be between 0 and {2**32 - 1}, not {seed}")
+        if self.stored is not None:
+            self.config = parser.parse_object({"model": self.stored.model.to_dict()}, namespace=self.config)
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add evaluation, callbacks, and what Lightning has no option for."""
+        parser.add_class_arguments(EvaluationConfig, "eval")
+        parser.link_arguments("eval", "data.evaluation", apply_on="instantiate")
+        parser.link_arguments("model.vocab_size", "data.vocab_size")
+        for name, callback in CALLBACKS:
+            parser.add_lightning_class_args(callback, name)
+        parser.add_argument(
+            "--precision",
+            type=Precision,
+            default="auto",
+            help="Numerical precision. auto is bf16-mixed where the GPU has it, else 16-mixed, and 32-true on a CPU.",
+        )
+        text = "Log to TensorBoard too while training; needs the package tensorboard."
+        parser.add_argument("--tensorboard", type=bool, default=False, help=text)
+        parser.add_argument("--run_name", type=str | None, help="Name of the run's folder; default: the next number.")
+        if self.command == "fit":
+            text = "Checkpoint to resume from; last: the newest one of this recipe. With --run_name, last continues "
+            text += "the run of that name in its folder, or starts it if it has saved nothing yet."
+        else:
+            text = "Checkpoint or artifact to score."
+        parser.add_argument("--ckpt", type=str | None, help=text)
+        if self.command == "validate":
+            parser.add_argument(
+                "--weights",
+                type=Literal["live", "averaged"],
+                default="live",
+                help="Which weights of a checkpoint to score.",
+            )
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Resolve device and precision, and claim the run's folder."""
+        options = self.config.trainer
+        check_trainer_options(options)
+        kwargs["devices"], kwargs["num_nodes"] = agree_with_launcher(options.devices, options.num_nodes)
+        if options.accelerator == "auto":  # Apple's GPUs have no float64 for exact sums: only when requested
+            kwargs["accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
+            if kwargs["accelerator"] == "cpu" and kwargs["devices"] == "auto":
+                kwargs["devices"] = 1
+        if options.precision is None:
+            on_gpu = kwargs.get("accelerator", options.accelerator) in ("cuda", "gpu")
+            has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+            kwargs["precision"] = resolve_precision(self.config.precision, on_gpu, has_bf16)
+        kwargs["plugins"] = [*self._plugins(), AtomicCheckpointIO()]
+        if SLURMEnvironment.detect():  # Lightning would save, in the middle of an update, what it later loads unasked
+            kwargs["plugins"].append(SLURMEnvironment(auto_requeue=False))
+        run: RunFolder | None = None
+        if self.command == "fit":
+            name = self.config.run_name
+            run = RunFolder.claim(self.folder_of_runs, name, self.reopens and name is not None)
+            kwargs["logger"] = self._loggers(run)
+        else:
+            kwargs |= {"logger": False, "enable_checkpointing": False, **WHOLE_SPLIT}
+            self.parser.callback_keys = ["progress"]
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError, RuntimeError) as error:
+            if run is not None:
+                run.remove_if_unused()
+            raise UserError(first_line(error)) from error
+        trainer.fit_loop.__class__ = FitLoop  # Lightning has no argument for its loops
+        trainer.fit_loop.epoch_loop.__class__ = EpochLoop
+        trainer._checkpoint_connector.__class__ = CheckpointConnector  # nor for this
+        return trainer
+
+    @property
+    def folder_of_runs(self) -> Path:
+        """The folder of all runs of the recipe."""
+        return Path(self.config.trainer.default_root_dir) / self.recipe
+
+    def _plugins(self) -> list[Any]:
+        """The plugins of `--trainer.plugins`."""
+        requested = self._get(self.config_init, "trainer", default={}).get("plugins")
+        return requested if isinstance(requested, list) else [requested] if requested else []
+
+    def _loggers(self, run: RunFolder) -> list[Logger]:
+        """The run's own loggers, and those of `--trainer.logger`."""
+        root = self.config.trainer.default_root_dir
+        loggers: list[Logger] = [MetricsFile(root, self.recipe, run.path.name)]
+        if self.config.tensorboard:
+            try:
+                loggers.append(TensorBoardLogger(root, self.recipe, run.path.name, default_hp_metric=False))
+            except ModuleNotFoundError as error:
+                raise UserError("--tensorboard needs the package tensorboard; pip install tensorboard") from error
+        requested = self._get(self.config_init, "trainer", default={}).get("logger")
+        requested = requested if isinstance(requested, list) else [requested]
+        return loggers + [each for each in requested if isinstance(each, Logger)]
+
+
+class FitLoop(_FitLoop):
+    """Ends a resumed run properly that has nothing left to train: it exports, as it could not before."""
+
+    @property
+    def skip(self) -> bool:
+        """Whether `on_train_start` and `on_train_end` are skipped too."""
+        return super().skip and not self.restarting
+
+
+class EpochLoop(_TrainingEpochLoop):
+    """Validates by training time, too; Lightning's own interval in seconds is each process's own and counts pauses."""
+
+    def _should_check_val_fx(self, data_fetcher: Any) -> bool:
+        is_due = self._should_check_val_epoch() and self.trainer.lightning_module.is_validation_due
+        return is_due or super()._should_check_val_fx(data_fetcher)
+
+
+class CheckpointConnector(_CheckpointConnector):
+    """Loads no file that was not asked for: under SLURM, Lightning would take a `hpc_ckpt_*.ckpt` that lies around."""
+
+    @property
+    def _hpc_resume_path(self) -> None:
+        return None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return str(error).strip().split("\n")[0]
+
+
+def resolve_precision(requested: str, on_gpu: bool, has_bf16: bool) -> str:
+    """The precision that `auto` means here."""
+    if requested != "auto":
+        return requested
+    if not on_gpu:
+        return "32-true"
+    return "bf16-mixed" if has_bf16 else "16-mixed"
+
+
+def make_parser(command: str) -> LightningArgumentParser:
+    """The options of fit or validate, without parsing any."""
+
+    class Parsed(Exception):
+        pass
+
+    class OnlyParser(TrainerCLI):
+        @override
+        def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+            raise Parsed(parser)
+
+    try:
+        OnlyParser(command, "", [])
+    except Parsed as parsed:
+        return parsed.args[0]
+    raise RuntimeError("Lightning no longer parses while it is constructed")
