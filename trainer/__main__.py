@@ -10,7 +10,8 @@ from importlib import import_module
 from typing import Any
 
 from trainer import __version__
-from trainer.errors import UserError
+from trainer.cpu import share_cpu
+from trainer.errors import OptionError, UserError
 from trainer.logging import running_without_output
 
 # What a machine can lack, wherever a library meets it.
@@ -43,6 +44,7 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    share_cpu()
     command, args = (argv[0], argv[1:]) if argv else ("--help", [])
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - closed by whoever started this process
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
@@ -63,6 +65,9 @@ def main(argv: list[str] | None = None) -> int:
             hint = f"did you mean {near[0]}?" if near else f"use {', '.join(COMMANDS)}"
             print(f"trainer: there is no command {command!r}; {hint}", file=sys.stderr)
             return 2
+    except OptionError as error:
+        print(error, file=sys.stderr)
+        return 2
     except UserError as error:
         print(f"trainer: {error}", file=sys.stderr)
         return 1
@@ -102,7 +107,7 @@ def _print_completion(argv: list[str]) -> None:
     parser = ArgumentParser(prog="trainer")
     commands = parser.add_subcommands()
     for name in COMMANDS:
-        module: Any = import_module("trainer.cli.train" if name in ("fit", "validate") else f"trainer.cli.{name}")
+        module: Any = import_module(f"trainer.cli.{'lightning_cli' if name in ('fit', 'validate') else name}")
         commands.add_subcommand(name, module.make_parser(name) if name in ("fit", "validate") else module.make_parser())
     parser.parse_args(argv)
 

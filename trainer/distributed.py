@@ -1,6 +1,5 @@
 """Everything that the processes of a distributed run tell each other."""
 
-import os
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -8,16 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer.rank import rank
+
 Result = TypeVar("Result")
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # set by torchrun, by Lightning's launcher, by srun
 PEER_LOST = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")  # gloo's wording
-
-
-def rank() -> int:
-    """Number of this process, also before the processes are connected."""
-    if dist.is_initialized():
-        return dist.get_rank()
-    return next((int(os.environ[name]) for name in RANK_VARIABLES if os.environ.get(name, "").isdigit()), 0)
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from trainer.distributed import rank
+from trainer.rank import rank
 
 # Advertisements, device tables and advice that does not apply here; the progress display shows what runs where.
 LIBRARY_MESSAGES = re.compile(

@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 
 from trainer.checkpoint import read_progress, verify_checksum
-from trainer.distributed import rank
 from trainer.errors import UserError
 from trainer.files import atomic_write, remove_partials
 from trainer.logging import logger
+from trainer.rank import rank
 
 Series = tuple[list[float], list[float]]  # steps and values
 # Of a summary:
