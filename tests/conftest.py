@@ -75,3 +75,12 @@ def shard_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokens = [token for ids in tokenizer.encode(documents) for token in (BOS, *ids)]
         write_shard(folder / f"words_{name}.bin", np.array(tokens, dtype=np.uint16))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_overrides(shard_folder: Path) -> dict[str, object]:
+    """A run of eight steps of a small model, for `trainer.fit`."""
+    values = {name.removeprefix("--"): int(value) for name, value in (each.split("=") for each in TINY_OPTIONS)}
+    schedule = {"trainer.max_steps": 8, "model.schedule.warmdown_steps": 6, "trainer.log_every_n_steps": 1}
+    averaging = {"averaging.every": 2, "averaging.start_frac": 0.6}
+    return {"data.source.folder": shard_folder, **values, **schedule, **averaging, "trainer.val_check_interval": 4}

@@ -57,6 +57,11 @@ def test_steps_and_weights_are_read(path: Path):
     assert averaged_state({**ema, "count": 1}) is None
 
 
+def test_a_checksum_of_nothing_is_right_too(tmp_path: Path):
+    (tmp_path / "empty").write_bytes(b"sha256:" + hashlib.sha256(b"").hexdigest().encode())
+    assert verify_checksum(tmp_path / "empty") is None
+
+
 def test_any_damage_is_found(path: Path):
     raw = path.read_bytes()
     assert len(raw) > 2**20  # more than one block of the checksum

@@ -1,6 +1,8 @@
 """Text generation, token by token, with a key-value cache."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import sentencepiece
 import torch
@@ -8,12 +10,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from trainer.data.tokenizer import BOS
+from trainer.errors import UserError
 from trainer.kernels.attention_backends import AttentionBackend, SdpaBackend
 from trainer.kernels.windowed_attention import with_window
 from trainer.model.transformer import Block, Transformer
 
 EMBEDDING_CONTEXT = 2  # tokens before its own that a position's embedding depends on
 DECODING_CONTEXT = 16  # tokens that the text of a new one depends on, with room to spare
+MAX_CONTEXT = 2**20  # tokens; RoPE tables for all of them are made at once
 
 
 class CachedAttention(AttentionBackend):
@@ -77,7 +81,7 @@ class Decoder:
         """Forget the text."""
         self.ids = torch.zeros((1, 0), dtype=torch.int32, device=self.device)
         config = self.model.config
-        order = config.block_order()
+        order = config.block_order(self.model.is_looped)
         for index, block in enumerate(self.model.blocks):
             assert isinstance(block, Block)
             block.attention.backend = CachedAttention(
@@ -122,7 +126,7 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float, 
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])
 
 
-def generate(
+def generate_tokens(
     decoder: Decoder, prompt: list[int], count: int, choose: Callable[[Tensor], int], end: int | None = BOS
 ) -> Iterator[int]:
     """Yield up to `count` tokens that follow a prompt.
@@ -160,3 +164,77 @@ def stream_text(
             shown = tokenizer.decode(ids)
     if rest := tokenizer.decode(ids)[len(shown) :]:
         yield rest
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How text is generated.
+
+    Attributes:
+        tokens: Most tokens to generate (at least 0); a text may end before.
+        temperature: Divides the logits (0, or at least 1e-6); 0 always takes the most probable token.
+        top_k: Draw from this many of the most probable tokens (at least 1); None: from all.
+        top_p: Draw from the most probable tokens whose probabilities add up to this (above 0, at most 1).
+        seed: Seed of the draws (0 to 2^63 - 1).
+        context: Most tokens of context (2 to 1,048,576).
+
+    Raises:
+        UserError: If a number is out of range.
+    """
+
+    tokens: int = 200
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float = 0.95
+    seed: int = 0
+    context: int = 2048
+
+    def __post_init__(self) -> None:
+        if not (self.temperature == 0 or 1e-6 <= self.temperature < float("inf")):
+            raise UserError(f"temperature must be 0 or at least 1e-6, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if self.tokens < 0:
+            raise UserError(f"tokens must be at least 0, not {self.tokens}")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k must be at least 1, not {self.top_k}")
+        if not 2 <= self.context <= MAX_CONTEXT:
+            raise UserError(f"context must be between 2 and {MAX_CONTEXT:,}, not {self.context}")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed must be between 0 and 2^63 - 1, not {self.seed}")
+
+
+def check_prompt(prompt: str) -> None:
+    """Refuse a prompt that is no text, such as a file name with bytes that are not UTF-8.
+
+    Raises:
+        UserError: If it cannot be written as UTF-8.
+    """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError("prompt: is not UTF-8 text") from error
+
+
+def continue_text(
+    model: Transformer,
+    tokenizer: sentencepiece.SentencePieceProcessor,
+    prompt: str = "",
+    config: SamplingConfig = SamplingConfig(),
+) -> Iterator[str]:
+    """Yield the text that follows a prompt, as it is generated.
+
+    Args:
+        model: A model in evaluation mode; its attention belongs to the generation afterwards.
+        tokenizer: Its tokenizer.
+        prompt: Text to continue, as the start of a document.
+        config: How tokens are drawn.
+
+    Raises:
+        UserError: If the prompt cannot be written as UTF-8.
+    """
+    check_prompt(prompt)
+    ids = [BOS, *tokenizer.encode(prompt)]
+    generator = torch.Generator().manual_seed(config.seed)
+    draw = partial(sample, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, generator=generator)
+    return stream_text(tokenizer, ids, generate_tokens(Decoder(model, config.context), ids, config.tokens, draw))

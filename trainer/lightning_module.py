@@ -127,6 +127,7 @@ class LanguageModel(pl.LightningModule):
         gc.collect()
         gc.freeze()
         self.fence = StepFence(self.device)
+        self.validated_at = self.clock.reading
 
     def micro_batches(self, sequences: int) -> int:
         """Number of micro-batches of a step with so many sequences on this device."""
@@ -168,6 +169,12 @@ class LanguageModel(pl.LightningModule):
             shares.append(self.steps_done / self.trainer.max_steps)
         return max(shares)
 
+    @property
+    def is_validation_due(self) -> bool:
+        """Whether enough seconds of training have passed since the last validation; the same on all processes."""
+        every: float | None = self.trainer.datamodule.evaluation.every_seconds  # type: ignore[attr-defined]
+        return every is not None and self.clock.reading - self.validated_at >= every
+
     def _no_sync(self) -> Any:
         strategy = self.trainer.strategy
         assert hasattr(strategy, "block_backward_sync") or self.trainer.world_size == 1
@@ -198,6 +205,7 @@ class LanguageModel(pl.LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Reset the sums; the tokens are on the device already."""
         self.validation_started = time.monotonic()
+        self.validated_at = self.clock.reading
         self.scorers = self.trainer.datamodule.scorers(self.device)  # type: ignore[attr-defined]
         self.metrics = torch.nn.ModuleList(BitsPerByte().to(self.device) for _ in self.scorers)
         self.adapter = self._adapter() if self.trainer.state.fn == "validate" else None

@@ -62,8 +62,8 @@ def make_summary(
     }
 
 
-def log_summary(summary: dict[str, Any], run: RunFolder) -> None:
-    """Log the end of a run in a few lines; the last one is for scripts."""
+def log_summary(summary: dict[str, Any], run: RunFolder, has_report: bool) -> None:
+    """Log the end of a run in a few lines, with what to do next; the last one is for scripts."""
     stages = summary["stages"]
     speed = summary["train_tokens"] / max(summary["train_seconds"], 1e-9)
     logger.info(f"\nRun finished: {run}")
@@ -80,6 +80,13 @@ def log_summary(summary: dict[str, Any], run: RunFolder) -> None:
             f"  size        {summary['bytes_model']:,} model + {summary['bytes_code']:,} code = "
             f"{summary['bytes_total']:,} of {summary['bytes_cap']:,} bytes"
         )
-        others = (run.tokenizer, run.code, run.summary, run.metrics, run.config)
-        logger.info(f"  files       {run.artifact}, {', '.join(path.name for path in others)}")
+    nexts = [f"open {run.report}"] if has_report else []
+    if "bytes_total" in summary:
+        nexts += [
+            f'trainer generate --artifact {run.artifact} --prompt "The"',
+            f"trainer validate --ckpt {run.artifact}",
+            f"trainer submit {run} --help",
+        ]
+    for index, line in enumerate(nexts):
+        logger.info(f"  {'' if index else 'next':<11} {line}")
     logger.info(Score(*(summary[f"val_{name}"] for name in Score._fields)).line())

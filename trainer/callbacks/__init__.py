@@ -5,6 +5,7 @@ import lightning.pytorch as pl
 from trainer.callbacks.checkpoint import Checkpoints
 from trainer.callbacks.export import PostTrainExport, Report
 from trainer.callbacks.progress import Progress
+from trainer.callbacks.samples import Samples
 from trainer.callbacks.stability import StabilityMonitor
 from trainer.callbacks.throughput import Throughput
 from trainer.callbacks.wallclock import WallclockCutoff
@@ -19,6 +20,7 @@ CALLBACKS: tuple[tuple[str, type[pl.Callback]], ...] = (
     ("averaging", WeightAveraging),  # before the checkpoint that holds the average
     ("throughput", Throughput),  # after the clock
     ("progress", Progress),  # opens the display that the export uses
+    ("samples", Samples),  # after the score of the same validation
     ("export", PostTrainExport),  # after the last snapshot
     ("report", Report),  # reads the summary that the export writes
     ("checkpoints", Checkpoints),  # last, when everything that belongs to a step is done (Lightning moves it there)

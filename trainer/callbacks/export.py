@@ -1,6 +1,7 @@
 """The end of a run: score the weights, export them, score the artifact, write the summary and draw the report."""
 
 import hashlib
+import json
 import math
 import time
 from dataclasses import asdict
@@ -241,7 +242,6 @@ class _Stages:
                 metrics = {"artifact/bpb": summary["val_bpb"], "artifact/bytes": stored["bytes_total"]}
                 metrics_logger.log_metrics(metrics, max(steps - 1, 0))  # steps count from 0
             metrics_logger.save()
-        log_summary(summary, self.run)
 
 
 def _callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
@@ -249,7 +249,7 @@ def _callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
 
 
 class Report(pl.Callback):
-    """Draws `report.html` into the run folder."""
+    """Draws `report.html` into the run folder, and logs how the run ended."""
 
     def __init__(self, enabled: bool = True) -> None:
         """Draw the report when training has ended.
@@ -263,9 +263,14 @@ class Report(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         """Comes after the export, which writes the summary."""
         run = RunFolder(str(trainer.log_dir))  # a collective: all processes must ask
-        if self.enabled and trainer.is_global_zero and trainer.logger is not None:
+        if not trainer.is_global_zero:
+            return
+        is_drawn = False
+        if self.enabled and trainer.logger is not None:
             trainer.logger.save()
             try:
                 build_report([run], run.report)
+                is_drawn = True
             except UserError as error:  # the run itself is finished and safe
                 logger.warning(f"no report was made: {error}")
+        log_summary(json.loads(run.summary.read_text()), run, is_drawn)

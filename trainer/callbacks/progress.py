@@ -9,9 +9,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
+from trainer.cpu import busy_message
 from trainer.lightning_module import LanguageModel
 from trainer.logging import logger
 from trainer.progress_display import Mode, TrainingStatus, open_display
+
+LOAD_SECONDS = 60.0  # of training, after which the load of a minute is that of the training and of others
 
 
 class Progress(pl.Callback):
@@ -50,6 +53,7 @@ class Progress(pl.Callback):
         tokens = data.val_tokens.cpu().numpy().astype("uint16")
         self._bpb_per_nat = (len(tokens) - 1) / max(data.table.total(tokens), 1) / math.log(2)
         self._last, self._step, self._seconds = time.monotonic(), trainer.global_step, pl_module.clock.elapsed
+        self._started, self._looked_at_load = self._last, False
         self._first_step, self._first_seconds = self._step, self._seconds
 
     @override
@@ -57,6 +61,8 @@ class Progress(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LanguageModel, *_: Any) -> None:
         """Show the status when it is time."""
         now = time.monotonic()
+        if pl_module.device.type == "cpu" and trainer.world_size == 1:
+            self._look_at_load(now)
         if now - self._last < pl_module.display.every_seconds or not pl_module.completed_metrics:
             return
         step, seconds, budget = trainer.global_step, pl_module.clock.elapsed, pl_module.clock.budget
@@ -83,6 +89,13 @@ class Progress(pl.Callback):
             )
         )
         self._last, self._step, self._seconds = now, step, seconds
+
+    def _look_at_load(self, now: float) -> None:
+        """Say once if other processes keep the CPU busy, too."""
+        if not self._looked_at_load and now - self._started > LOAD_SECONDS:
+            self._looked_at_load = True
+            if message := busy_message():
+                logger.info(message)
 
     @override
     @rank_zero_only

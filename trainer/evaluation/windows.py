@@ -20,6 +20,8 @@ class EvaluationConfig:
         batch_windows: Windows per batch (at least 1).
         fit_tokens: Validation tokens that each validation during training scores, in plain evaluation (at least 1);
             null: all.
+        every_seconds: Seconds of training after which it is also validated, however few steps that are (above 0). null:
+            only by trainer.val_check_interval.
         max_tokens: Validation tokens that `validate` and the end of a run score (at least 1); null: all.
         attention_window: Tokens that each position attends to, itself included (at least 1); null: its whole window. It
             allows windows longer than the training sequences, so that the text is read about once (streaming
@@ -33,6 +35,7 @@ class EvaluationConfig:
     stride: int | None = 64
     batch_windows: int = 64
     fit_tokens: int | None = 1_048_576
+    every_seconds: float | None = None
     max_tokens: int | None = None
     attention_window: int | None = None
     adapt_rate: float | None = None
@@ -47,6 +50,8 @@ class EvaluationConfig:
             raise ValueError(
                 f"eval.stride must be at most eval.window {self.window}, or null (plain evaluation), not {self.stride}"
             )
+        if self.every_seconds is not None and not self.every_seconds > 0:
+            raise ValueError(f"eval.every_seconds must be above 0, or null, not {self.every_seconds}")
         if self.adapt_rate is not None and not self.adapt_rate > 0:
             raise ValueError(f"eval.adapt_rate must be above 0, or null for no training, not {self.adapt_rate}")
         if self.attention_window is not None and (

@@ -1,16 +1,11 @@
 """The report of run folders, from the files in them alone."""
 
-import itertools
-from functools import partial
 from pathlib import Path
 
-import torch
-
 from trainer.checkpoint import live_state, load_checkpoint, stored_average
-from trainer.data.tokenizer import BOS
 from trainer.errors import UserError
 from trainer.files import atomic_write
-from trainer.generation import Decoder, generate, sample, stream_text
+from trainer.generation import SamplingConfig, continue_text
 from trainer.loading import load_artifact
 from trainer.logging import logger
 from trainer.quantize.container import Array, read_container
@@ -63,11 +58,5 @@ def _weights(path: Path, is_averaged: bool) -> dict[str, Array] | None:
 
 def _samples(artifact: Path) -> list[str]:
     model, tokenizer = load_artifact(artifact)
-    decoder = Decoder(model)
-    draw = partial(sample, temperature=0.8, top_k=None, top_p=0.95, generator=torch.Generator().manual_seed(0))
-    texts = []
-    for prompt in PROMPTS:
-        ids = [BOS, *tokenizer.encode(prompt)]
-        tokens = generate(decoder, ids, SAMPLE_TOKENS, draw)
-        texts.append("".join(itertools.chain([prompt], stream_text(tokenizer, ids, tokens))))
-    return texts
+    config = SamplingConfig(SAMPLE_TOKENS)
+    return [prompt + "".join(continue_text(model, tokenizer, prompt, config)) for prompt in PROMPTS]

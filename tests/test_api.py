@@ -1,0 +1,84 @@
+"""The project from Python: the same results as the commands, as plain objects."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+import trainer
+from tests.conftest import make_documents
+from tests.helpers import trainer_here
+from trainer.evaluation.windows import EvaluationConfig
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_overrides) -> trainer.TrainedRun:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("api"))
+        result = trainer.fit("int5mlp_10l_parity", tiny_overrides)
+        return result._replace(run_folder=result.run_folder.absolute())
+
+
+def test_fit_returns_what_the_run_folder_holds(run: trainer.TrainedRun):
+    assert run.run_folder.parts[-3:] == ("runs", "int5mlp_10l_parity", "1")
+    assert set(run.scores) == {"live_plain", "averaged_plain", "artifact_plain", "artifact_sliding"}
+    assert run.val_bpb == run.scores["artifact_sliding"].bpb == run.summary["val_bpb"]
+    files = (run.run_folder / name for name in ("artifact.zst", "train_gpt.py"))
+    assert run.bytes_total == sum(file.stat().st_size for file in files)
+    assert "max_steps: 8" in (run.run_folder / "config.yaml").read_text()
+
+
+def test_validate_scores_the_same_again_and_takes_overrides(run: trainer.TrainedRun, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(run.run_folder.parents[2])
+    again = trainer.validate(run.run_folder / "artifact.zst")
+    assert again.scores == {"plain": run.scores["artifact_plain"], "sliding": run.scores["artifact_sliding"]}
+    assert again.val_bpb == run.val_bpb
+    plain = trainer.validate(run.run_folder / "artifact.zst", {"eval.stride": None})
+    assert (plain.val_bpb, list(plain.scores)) == (run.scores["artifact_plain"].bpb, ["plain"])
+    checkpoint = run.run_folder / "checkpoints/last.ckpt"
+    averaged = trainer.validate(checkpoint, {"weights": "averaged", "eval.stride": None})
+    assert averaged.scores["plain"].bpb == pytest.approx(run.scores["averaged_plain"].bpb, rel=1e-6)
+
+
+def test_texts_are_scored_as_validation_scores_a_split(run: trainer.TrainedRun):
+    model, tokenizer = trainer.load_artifact(run.run_folder / "artifact.zst")
+    documents = make_documents(40, 1)  # what the validation shard was made of
+    evaluation = EvaluationConfig(window=32, stride=8, batch_windows=16, max_tokens=300)
+    assert trainer.score(model, tokenizer, documents, evaluation) == pytest.approx(
+        run.scores["artifact_sliding"], rel=1e-6
+    )
+    one = trainer.score(model, tokenizer, documents[0])
+    assert one.bytes == len(documents[0].encode())
+    assert one.tokens == len(tokenizer.encode(documents[0]))
+    assert one.bpb == pytest.approx(one.loss * one.tokens / math.log(2) / one.bytes)
+    with pytest.raises(trainer.UserError, match="nothing to score|no validation target"):
+        trainer.score(model, tokenizer, [])
+
+
+def test_generate_writes_what_the_command_writes(run: trainer.TrainedRun, tmp_path: Path):
+    artifact = run.run_folder / "artifact.zst"
+    model, tokenizer = trainer.load_artifact(artifact)
+    text = trainer.generate(model, tokenizer, "the model", tokens=20, seed=3)
+    args = ["--artifact", str(artifact), "--prompt", "the model", "--tokens", "20", "--seed", "3"]
+    assert trainer_here("generate", *args, cwd=tmp_path).stdout == f"the model{text}\n"
+    with pytest.raises(trainer.UserError, match="top_p must be above 0"):
+        trainer.generate(model, tokenizer, top_p=0)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "message"),
+    [
+        ("quickstartt", {}, "is neither a file nor one of the recipes"),
+        ("quickstart", {"data.source.folder": ""}, "its value is empty"),
+        ("quickstart", {"wallclock.seconds": -1}, "wallclock.seconds must be positive"),
+    ],
+)
+def test_what_cannot_be_done_is_an_error_of_one_line(recipe: str, overrides: dict[str, object], message: str, tmp_path):
+    with pytest.raises(trainer.UserError, match=message) as error:
+        trainer.fit(recipe, {"trainer.default_root_dir": tmp_path / "runs", **overrides})
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_option_is_an_error_too(tmp_path: Path):
+    with pytest.raises(trainer.UserError, match="max_stepz.*did you mean --trainer.max_steps"):
+        trainer.fit("quickstart", {"trainer.max_stepz": 3, "trainer.default_root_dir": tmp_path})

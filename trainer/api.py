@@ -1,0 +1,137 @@
+"""The project from Python: what the commands do, with plain values in and out."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import sentencepiece
+import torch
+
+from trainer.cli import train
+from trainer.data.tokenizer import BOS, ByteTable
+from trainer.evaluation import sliding
+from trainer.evaluation.metric import Score
+from trainer.evaluation.windows import EvaluationConfig
+from trainer.generation import SamplingConfig, continue_text
+from trainer.loading import load_artifact
+from trainer.model.transformer import Transformer
+from trainer.run_folder import RunFolder
+
+__all__ = ["TrainedRun", "Validation", "fit", "generate", "load_artifact", "score", "validate"]
+
+
+class TrainedRun(NamedTuple):
+    """A finished run.
+
+    Attributes:
+        run_folder: Its folder, with the artifact, `metrics.csv` and `report.html`.
+        val_bpb: Score of the artifact as it is on disk, in bits per byte; of the weights if none was stored.
+        bytes_total: Bytes of code and model together, or None if no artifact was stored.
+        scores: The score of every stage: `live_plain`, `averaged_plain`, `artifact_plain`, `artifact_sliding`.
+        summary: All of `summary.json`.
+    """
+
+    run_folder: Path
+    val_bpb: float
+    bytes_total: int | None
+    scores: dict[str, Score]
+    summary: dict[str, Any]
+
+
+class Validation(NamedTuple):
+    """Scores of stored weights.
+
+    Attributes:
+        val_bpb: Bits per byte: the sliding-window score, or the plain one where no stride is set.
+        scores: `plain` and, with a stride, `sliding`.
+    """
+
+    val_bpb: float
+    scores: dict[str, Score]
+
+
+def fit(recipe: str = "quickstart", overrides: Mapping[str, Any] | None = None) -> TrainedRun:
+    """Train a recipe, export it and score the artifact, as `trainer fit` does.
+
+    Args:
+        recipe: Name of a packaged recipe, or path of a YAML file.
+        overrides: Values of options by their dotted names, such as `{"trainer.max_steps": 12}`; `ckpt` resumes a run.
+
+    Raises:
+        UserError: If an option or the text cannot be used.
+    """
+    folder = train.run("fit", [f"--config={recipe}", *_arguments(overrides)])
+    assert isinstance(folder, RunFolder)
+    summary = folder.read().summary
+    scores = {name: Score(**values) for name, values in summary["stages"].items()}
+    return TrainedRun(folder.path, summary["val_bpb"], summary.get("bytes_total"), scores, summary)
+
+
+def validate(ckpt: str | Path, overrides: Mapping[str, Any] | None = None) -> Validation:
+    """Score an artifact or a checkpoint on the text of its run, as `trainer validate` does.
+
+    Args:
+        ckpt: The file.
+        overrides: Values of options by their dotted names, such as `{"eval.stride": None, "weights": "averaged"}`.
+
+    Raises:
+        UserError: If the file or its text cannot be used.
+    """
+    scores = train.run("validate", [f"--ckpt={ckpt}", *_arguments(overrides)])
+    assert isinstance(scores, dict)
+    return Validation(list(scores.values())[-1].bpb, scores)
+
+
+def score(
+    model: Transformer,
+    tokenizer: sentencepiece.SentencePieceProcessor,
+    texts: str | Iterable[str],
+    evaluation: EvaluationConfig = EvaluationConfig(),
+) -> Score:
+    """Score texts with a model, as validation scores a split: one after the other, each after a BOS token.
+
+    Args:
+        model: A model in evaluation mode, on the device that scores.
+        tokenizer: Its tokenizer.
+        texts: The documents.
+        evaluation: Window, stride and batch size.
+
+    Returns:
+        The score; its bytes are those of the texts after the tokenizer's normalization.
+
+    Raises:
+        UserError: If there is no text.
+    """
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    ids = [token for encoded in tokenizer.encode(texts) for token in (BOS, *encoded)]
+    device = model.token_embedding.weight.device
+    tokens = torch.tensor(ids, dtype=torch.int32, device=device)
+    with torch.no_grad():
+        return sliding.score(model.nll, tokens, ByteTable.from_tokenizer(tokenizer), evaluation)
+
+
+def generate(
+    model: Transformer, tokenizer: sentencepiece.SentencePieceProcessor, prompt: str = "", **sampling: Any
+) -> str:
+    """Generate the text that follows a prompt.
+
+    Args:
+        model: A model in evaluation mode; its attention belongs to the generation afterwards.
+        tokenizer: Its tokenizer.
+        prompt: Text to continue, as the start of a document: BOS comes before it.
+        sampling: Values of SamplingConfig: `tokens`, `temperature`, `top_k`, `top_p`, `seed`, `context`.
+
+    Raises:
+        UserError: If a value is out of range.
+    """
+    return "".join(continue_text(model, tokenizer, prompt, SamplingConfig(**sampling)))
+
+
+def _arguments(overrides: Mapping[str, Any] | None) -> list[str]:
+    """Options of a command; a value is written in YAML, as the command line reads it."""
+    arguments = []
+    for name, value in (overrides or {}).items():
+        value = str(value) if isinstance(value, Path) else value
+        arguments.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
+    return arguments
