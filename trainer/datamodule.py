@@ -74,6 +74,7 @@ class TokenData(pl.LightningDataModule):
         """
         super().__init__()
         self.source = source
+        source.model_vocab_size = vocab_size
         self.batch_tokens = batch_tokens
         self.sequence_length = sequence_length
         self.order = order

@@ -116,6 +116,8 @@ class Lines(ProgressDisplay):
         if now - self._shown >= self.every_seconds:
             self._shown = now
             self._show_task(name, done, total)
+        if done >= total:  # the next one of this name has a time of its own
+            self._task = ""
 
     def _show_task(self, name: str, done: float, total: float) -> None:
         logger.info(f"{name} {100 * done / total:.0f} %")

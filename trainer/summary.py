@@ -80,13 +80,10 @@ def log_summary(summary: dict[str, Any], run: RunFolder, has_report: bool) -> No
             f"  size        {summary['bytes_model']:,} model + {summary['bytes_code']:,} code = "
             f"{summary['bytes_total']:,} of {summary['bytes_cap']:,} bytes"
         )
-    nexts = [f"open {run.report}"] if has_report else []
+    if has_report:
+        logger.info(f"  report      {run.report}")
     if "bytes_total" in summary:
-        nexts += [
-            f'trainer generate --artifact {run.artifact} --prompt "The"',
-            f"trainer validate --ckpt {run.artifact}",
-            f"trainer submit {run} --help",
-        ]
-    for index, line in enumerate(nexts):
-        logger.info(f"  {'' if index else 'next':<11} {line}")
+        logger.info(f'  next        trainer generate --artifact {run.artifact} --prompt "The"')
+        logger.info(f"              trainer validate --ckpt {run.artifact}")
+        logger.info(f"              trainer submit {run} --help")
     logger.info(Score(*(summary[f"val_{name}"] for name in Score._fields)).line())

@@ -1,8 +1,11 @@
 """What the parsers of all commands share: errors in one line, near-miss hints, options from a function's docstring."""
 
 import argparse
+import inspect
 import math
-import re
+import pkgutil
+import types
+import typing
 from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any, NoReturn
@@ -10,11 +13,11 @@ from typing import Any, NoReturn
 import docstring_parser
 from jsonargparse import ArgumentParser
 
+from trainer.cli.parse_errors import reword
 from trainer.errors import OptionError, UserError
 
 UNKNOWN = "unrecognized arguments: "
 MAY_BE_EMPTY = ("prompt", "blurb")  # texts; every other empty value is an unset shell variable, or a slip
-NOT_A_CHOICE = re.compile(r'Parser key "([^"]+)":.*?Literal\[([^]]+)\].*?(?:Given value|Got value): (\S+)')
 
 
 class ShortErrors:
@@ -36,7 +39,20 @@ class ShortErrors:
             is_ours = not key.startswith("trainer.") or key == "trainer.default_root_dir"
             if is_ours and key not in MAY_BE_EMPTY and "" in (value if isinstance(value, list) else [value]):
                 refuse_empty(f"--{key.replace('.init_args', '')}")
+            if value is None and ".init_args." in key:
+                self._check_null(key, config)
         return config
+
+    def _check_null(self, key: str, config: Any) -> None:
+        """Refuse null for a parameter of a class that takes none; jsonargparse lets it through.
+
+        Raises:
+            UserError: If it is such a parameter.
+        """
+        option, _, name = key.rpartition(".init_args.")
+        parameters = inspect.signature(pkgutil.resolve_name(config[f"{option}.class_path"])).parameters
+        if name in parameters and not _takes_null(parameters[name].annotation):
+            raise UserError(f"--{option.replace('.init_args', '')}.{name}: must not be null")
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Name the problem, the option that was probably meant and where all options are listed.
@@ -45,15 +61,13 @@ class ShortErrors:
             OptionError: Always.
         """
         hint = ""
+        if not self.prog.startswith("trainer "):  # of a class inside an option: its own parser collects the reasons
+            raise argparse.ArgumentError(None, message)
         if message.startswith(UNKNOWN):
             names = [arg.partition("=")[0] for arg in message.removeprefix(UNKNOWN).split() if arg.startswith("-")]
             near = [match for name in names for match in get_close_matches(name, self._option_string_actions, n=1)]
             hint = f"; did you mean {' and '.join(near)}?" if near else ""
-        line = " ".join(message.split())
-        if choice := NOT_A_CHOICE.match(line):
-            key, choices, value = choice.groups()
-            line = f"--{key}: must be one of {choices}{' or null' if 'NoneType' in line else ''}, not {value}"
-        raise OptionError(f"{self.prog}: {line}{hint} ({self.prog} --help lists the options)") from ex
+        raise OptionError(f"{self.prog}: {reword(message)}{hint} ({self.prog} --help lists the options)") from ex
 
 
 class CommandParser(ShortErrors, ArgumentParser):
@@ -80,6 +94,11 @@ class CommandParser(ShortErrors, ArgumentParser):
             flags = settings.pop("flags", [name if "nargs" in settings else f"--{name}"])
             self.add_argument(*flags, help=help_of[name], **settings)
         self.add_function_arguments(command, as_group=False, skip=set(by_hand))
+
+
+def _takes_null(annotation: Any) -> bool:
+    is_open = annotation in (inspect.Parameter.empty, Any, None) or isinstance(annotation, str)
+    return is_open or types.NoneType in typing.get_args(annotation)
 
 
 def refuse_empty(option: str) -> NoReturn:

@@ -1,5 +1,6 @@
 """`trainer prepare`: make the token shards of a recipe's source, or check them."""
 
+import logging
 import time
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from trainer.cli.parser import ShortErrors, split_options
 from trainer.data import manifest, published  # noqa: F401 - a choice for --data.source
 from trainer.data.sources import Source
 from trainer.errors import UserError
+from trainer.logging import logger
 from trainer.recipes import find_recipe, load_recipe
 
 
@@ -29,6 +31,7 @@ def make_parser() -> PrepareParser:
     parser.add_argument(
         "--verify", action="store_true", help="Make nothing: read every shard again and compare it with the manifest."
     )
+    parser.add_argument("--verbose", action="store_true", help="Say what the tokenizer's normalization changes.")
     parser.add_subclass_arguments(Source, "data.source", required=True)
     return parser
 
@@ -41,17 +44,23 @@ def run(args: list[str]) -> None:
     """
     parser = make_parser()
     given, _ = split_options(args, "--config", "--data.source,--data.source.class_path")
+    recipe = load_recipe(find_recipe((given["config"] or ["quickstart"])[-1]))
     if not given["data.source"]:  # another source must not inherit the recipe's settings
-        recipe = load_recipe(find_recipe((given["config"] or ["quickstart"])[-1]))
         parser.set_defaults({"data.source": (recipe.get("data") or {}).get("source")})
     config = parser.parse_args(args)
     try:
         source: Source = parser.instantiate(config).data.source
     except ValueError as error:
         raise UserError(str(error)) from error
+    if getattr(source, "vocab_size", 0) is None:  # errors then name the option of this command
+        source.vocab_size = (recipe.get("model") or {}).get("vocab_size", source.model_vocab_size)  # type: ignore[attr-defined]
     started = time.monotonic()
     if not config.verify:  # a check must not repair what it is to find
-        source.prepare()
+        logger.setLevel(logging.DEBUG if config.verbose else logging.INFO)
+        try:
+            source.prepare()
+        finally:
+            logger.setLevel(logging.INFO)
     folder = source.prepared().train[0].parent
     if config.verify:
         shards = manifest.verify(folder).shards

@@ -1,6 +1,7 @@
 """Tokenizes text into shards: on all cores, in bounded memory; a shard has its name only when it is whole."""
 
 import hashlib
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -137,7 +138,7 @@ def tokenize(
     check_vocab_size(tokenizer, processor.get_piece_size())
     table = ByteTable.from_tokenizer(processor)
     writers = {split: ShardWriter(folder, split, table, shard_tokens) for split in SPLITS}
-    sample = NormalizationSample(processor)
+    sample = NormalizationSample(processor) if logger.isEnabledFor(logging.DEBUG) else None
     threads = os.cpu_count() or 1
     started = time.monotonic()
     display = open_display("auto", PROGRESS_SECONDS)
@@ -167,7 +168,8 @@ def tokenize(
                 next_chunk = encoder.submit(encode)
                 for document, ids in zip(*result, strict=True):
                     assert document.split is not None
-                    sample.add(document.text)
+                    if sample is not None:
+                        sample.add(document.text)
                     num_bytes = normalized_bytes(processor, document.text)
                     writers[document.split].add(ids.astype(np.uint16), document.text, num_bytes, document.origin)
                 if fraction is not None:
@@ -185,7 +187,8 @@ def tokenize(
     logger.info(f"tokenized {total / 1e6:,.1f} MB in {seconds:.1f} s ({total / 1e6 / seconds:.1f} MB/s)")
     if dropped:
         logger.info(f"left out {dropped:,} training documents that the validation split has")
-    logger.info(sample.describe())
+    if sample is not None:
+        logger.debug(sample.describe())
     records = [record for split in SPLITS for record in writers[split].records]
     versions = {name: version(name) for name in ("sentencepiece", "numpy")}
     text = {split: writers[split].text.hexdigest() for split in SPLITS}

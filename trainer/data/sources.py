@@ -8,6 +8,7 @@ import sysconfig
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -17,11 +18,12 @@ from trainer.data.documents import FIELD, TextFiles, find_files
 from trainer.data.manifest import NAME, TOKENIZER, Manifest
 from trainer.data.normalization import DocumentKeys
 from trainer.data.preparation import prepare_folder
-from trainer.data.shard_writer import SHARD_TOKENS, Document, split_of, tokenize
+from trainer.data.shard_writer import PROGRESS_SECONDS, SHARD_TOKENS, Document, split_of, tokenize
 from trainer.data.tokenizer import check_trainable_size, load_tokenizer, train_tokenizer
 from trainer.errors import UserError
 from trainer.files import copy_file, sha256_of
 from trainer.logging import logger
+from trainer.progress_display import open_display
 
 TRAIN_PATTERN = "*_train_*.bin"
 VAL_PATTERN = "*_val_*.bin"
@@ -39,7 +41,14 @@ class PreparedText:
 
 
 class Source(ABC):
-    """Text that can be prepared; the subclasses are the choices for `--data.source`."""
+    """Text that can be prepared; the subclasses are the choices for `--data.source`.
+
+    Attributes:
+        model_vocab_size: Vocabulary size of the model, which the data module sets; a tokenizer that is trained has it
+            unless the source was given another.
+    """
+
+    model_vocab_size = 1024
 
     @abstractmethod
     def prepare(self, only_if_missing: bool = False) -> None:
@@ -117,12 +126,12 @@ class LocalText(Source):
 
     def __init__(
         self,
-        train_files: list[str],
-        folder: str,
-        val_files: list[str] | None = None,
+        train_files: list[str] | str,
+        folder: str | None = None,
+        val_files: list[str] | str | None = None,
         val_every: int = 100,
         tokenizer: str | None = None,
-        vocab_size: int = 1024,
+        vocab_size: int | None = None,
         shard_tokens: int = SHARD_TOKENS,
         field: str = FIELD,
     ) -> None:
@@ -130,23 +139,24 @@ class LocalText(Source):
 
         Args:
             train_files: Files, folders and glob patterns with training text, in reading order.
-            folder: Folder for the shards; it is made again when the files or these settings change.
+            folder: Folder for the shards; it is made again when the files or these settings change. null: a folder in
+                `data`, named after the first of the files.
             val_files: Files, folders and glob patterns with validation text. Training documents that are among them,
                 also with other case or spacing, are left out. null: a part of the training documents becomes the
                 validation split.
             val_every: Without val_files, about one document in this many goes to the validation split, chosen by the
-                sha256 of its text (at least 2).
+                sha256 of its text (at least 2). Of fewer than twice as many documents, the last tenth of the text does.
             tokenizer: SentencePiece model. null: one is trained on the first 50 MB of the training split, an equal part
                 of each file.
-            vocab_size: Vocabulary size of a tokenizer that is trained here.
+            vocab_size: Vocabulary size of a tokenizer that is trained here (261 to 65,536). null: the model's.
             shard_tokens: Most tokens of a shard.
             field: Field of a .jsonl line, or column of a .parquet file, that holds the text.
         """
         self.field = field
-        self.train_files = train_files
-        self.val_files = val_files
+        self.train_files = [train_files] if isinstance(train_files, str) else train_files
+        self.val_files = [val_files] if isinstance(val_files, str) else val_files
         self.val_every = val_every
-        self.folder = Path(folder)
+        self.folder = Path(folder or _folder_of(self.train_files[0] if self.train_files else "text"))
         self.given_tokenizer = Path(tokenizer) if tokenizer else None
         self.vocab_size = vocab_size
         self.shard_tokens = shard_tokens
@@ -158,7 +168,7 @@ class LocalText(Source):
         if self.given_tokenizer:
             load_tokenizer(self.given_tokenizer)
         else:
-            check_trainable_size(self.vocab_size)
+            check_trainable_size(self.vocab_size or self.model_vocab_size)
         try:
             train, val = find_files(self.train_files), find_files(self.val_files or [])
         except UserError as error:
@@ -176,7 +186,9 @@ class LocalText(Source):
             "val_files": [_file_state(path) for path in val],
             "val_every": self.val_every,
             "field": self.field,
-            "tokenizer": sha256_of(self.given_tokenizer) if self.given_tokenizer else self.vocab_size,
+            "tokenizer": sha256_of(self.given_tokenizer)
+            if self.given_tokenizer
+            else self.vocab_size or self.model_vocab_size,
             "shard_tokens": self.shard_tokens,
         }
         prepare_folder(self.folder, record, lambda folder: self._make(folder, record, train, val), only_if_missing)
@@ -185,6 +197,11 @@ class LocalText(Source):
         """Write shards and manifest into a folder."""
         model = folder / TOKENIZER
         keys = DocumentKeys(load_tokenizer(self.given_tokenizer) if self.given_tokenizer else None)
+        texts = TextFiles(train, self.field)
+        few = [] if val else [(text, str(train[texts.index])) for text in itertools.islice(texts, 2 * self.val_every)]
+        if 0 < len(few) < 2 * self.val_every:
+            self._make_of_few(folder, record, few, keys)
+            return
         validation = {keys.of(text) for text in TextFiles(val, self.field)}
 
         def split(text: str, is_val_file: bool = False) -> str | None:
@@ -196,19 +213,42 @@ class LocalText(Source):
                 return None if key in validation else "train"
             return split_of(key, self.val_every)
 
-        if self.given_tokenizer:
-            copy_file(self.given_tokenizer, model)
-        else:
-            logger.info(f"training a tokenizer with a vocabulary of {self.vocab_size:,}")
-            size = SAMPLE_BYTES // len(train)
-            texts = itertools.chain.from_iterable(_beginning(path, self.field, size, split) for path in train)
-            train_tokenizer(_sentences(texts), self.vocab_size, model, os.cpu_count() or 1)
+        size = SAMPLE_BYTES // len(train)
+        beginnings = (_beginning(path, self.field, size, split) for path in train)
+        self._make_tokenizer(model, itertools.chain.from_iterable(beginnings))
         files = TextFiles([*val, *train], self.field)
         logger.info(f"tokenizing {len(files.paths):,} files ({sum(files.sizes) / 1e6:,.1f} MB) into {self.folder}")
         documents = (
             Document(split(text, files.index < len(val)), text, str(files.paths[files.index])) for text in files
         )
         tokenize(documents, model, folder, record, lambda: files.fraction, self.shard_tokens)
+
+    def _make_of_few(
+        self, folder: Path, record: dict[str, object], texts: list[tuple[str, str]], keys: DocumentKeys
+    ) -> None:
+        """Write shards of a few documents, given with their files: the last tenth of their text is for validation."""
+        train, val = split_last_tenth([text for text, _ in texts])
+        origins = [origin for _, origin in texts]
+        logger.info(
+            f"{len(texts)} documents are too few to choose one in {self.val_every}: the last tenth of the text is the "
+            "validation split"
+        )
+        validation = {keys.of(text) for text in val}
+        documents = [
+            Document(None if keys.of(text) in validation else "train", text, origin)
+            for text, origin in zip(train, origins, strict=False)
+        ]
+        documents += [Document("val", text, origin) for text, origin in zip(val, origins[-len(val) :], strict=True)]
+        model = folder / TOKENIZER
+        self._make_tokenizer(model, (document.text for document in documents if document.split == "train"))
+        tokenize(documents, model, folder, record, shard_tokens=self.shard_tokens)
+
+    def _make_tokenizer(self, model: Path, texts: Iterable[str]) -> None:
+        """Copy the tokenizer that was given, or train one on training text."""
+        if self.given_tokenizer:
+            copy_file(self.given_tokenizer, model)
+        else:
+            _train(model, texts, self.vocab_size, self.model_vocab_size)
 
     def prepared(self) -> PreparedText:
         """The shards of the folder."""
@@ -224,7 +264,7 @@ class PythonDocumentation(Source):
     def __init__(
         self,
         folder: str = "data/python-documentation",
-        vocab_size: int = 1024,
+        vocab_size: int | None = None,
         max_bytes: int = 10_000_000,
         val_every: int = 40,
         roots: list[str] | None = None,
@@ -233,7 +273,7 @@ class PythonDocumentation(Source):
 
         Args:
             folder: Folder for the shards; it is made again when these settings change.
-            vocab_size: Vocabulary size of the tokenizer that is trained on the text.
+            vocab_size: Vocabulary size of the tokenizer that is trained on the text (261 to 65,536). null: the model's.
             max_bytes: Stop collecting at this many bytes of text.
             val_every: About one document in this many goes to the validation split, chosen by its sha256 (at least 2).
             roots: Folders with Python files. null: the standard library, then the installed packages.
@@ -249,10 +289,10 @@ class PythonDocumentation(Source):
         """Collect docstrings, train the tokenizer and tokenize, unless the manifest says that this was done."""
         if self.val_every < 2:
             raise UserError(f"data.source.val_every must be at least 2, not {self.val_every}")
-        check_trainable_size(self.vocab_size)
+        check_trainable_size(self.vocab_size or self.model_vocab_size)
         record: dict[str, object] = {
             "class": "PythonDocumentation",
-            "vocab_size": self.vocab_size,
+            "vocab_size": self.vocab_size or self.model_vocab_size,
             "max_bytes": self.max_bytes,
             "val_every": self.val_every,
             "roots": [str(root) for root in self.roots],
@@ -271,7 +311,8 @@ class PythonDocumentation(Source):
         if not train or len(train) == len(splits):
             roots = ", ".join(map(str, self.roots))
             raise UserError(f"{roots}: too few docstrings for two splits; use another data.source")
-        train_tokenizer(_sentences(train), self.vocab_size, folder / TOKENIZER, os.cpu_count() or 1)
+        _train(folder / TOKENIZER, train, self.vocab_size, self.model_vocab_size)
+        logger.info(f"tokenizing {len(splits):,} documents")
         tokenize(splits, folder / TOKENIZER, folder, record)
 
     def prepared(self) -> PreparedText:
@@ -286,9 +327,11 @@ class PythonDocumentation(Source):
             files += sorted(inside, key=partial(_path_hash, root=root))
         seen: set[str] = set()
         total = 0
+        display = open_display("auto", PROGRESS_SECONDS)
         workers = min(os.cpu_count() or 1, MAX_READERS)
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        with closing(display), ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             for batch in _batches(files, 128 * workers):
+                display.update_task("collecting", min(total, self.max_bytes), self.max_bytes)
                 for docstrings in pool.map(docstrings_of, batch, chunksize=32):
                     fresh = [text for text in docstrings if text not in seen]
                     seen.update(fresh)
@@ -298,6 +341,40 @@ class PythonDocumentation(Source):
                     if total >= self.max_bytes:
                         pool.shutdown(cancel_futures=True)
                         return
+
+
+def _folder_of(name: str) -> str:
+    """Where the shards of a text go: `texts`, `texts/` and `texts/*.jsonl` are prepared in `data/texts`."""
+    path = Path(name)
+    while any(letter in path.name for letter in "*?["):
+        path = path.parent
+    stem = path.name if path.is_dir() else path.name.partition(".")[0]
+    return f"data/{stem or 'text'}"
+
+
+def split_last_tenth(texts: list[str]) -> tuple[list[str], list[str]]:
+    """Split a text, given as its documents, where nine tenths of its characters end.
+
+    The document in which that is gets cut after a line if it has one there, else after a word, else anywhere.
+    """
+    train: list[str] = []
+    left = sum(map(len, texts)) * 9 // 10
+    for index, text in enumerate(texts):
+        if len(text) > left:
+            cut = max(text.rfind("\n", 0, left + 1), 0) or max(text.rfind(" ", 0, left + 1), 0) or left
+            head, tail = text[:cut], text[cut:]
+            return [*train, *([head] if head.strip() else [])], [tail, *texts[index + 1 :]]
+        train.append(text)
+        left -= len(text)
+    return train[:-1], train[-1:]
+
+
+def _train(model: Path, texts: Iterable[str], vocab_size: int | None, model_vocab_size: int) -> None:
+    """Train a tokenizer; an error names the option that sets its size."""
+    size = vocab_size or model_vocab_size
+    logger.info(f"training a tokenizer with a vocabulary of {size:,}")
+    option = "--model.vocab_size" if vocab_size is None else "--data.source.vocab_size"
+    train_tokenizer(_sentences(texts), size, model, os.cpu_count() or 1, option)
 
 
 def _join_neighbors(docstrings: list[str], max_length: int = 1000) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """The SentencePiece tokenizer, and how many UTF-8 bytes of text each token stands for."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,13 @@ def check_trainable_size(vocab_size: int) -> None:
         raise UserError(f"data.source.vocab_size must be between {MIN_VOCAB} and {MAX_VOCAB:,}, not {vocab_size:,}")
 
 
-def train_tokenizer(sentences: Iterator[str], vocab_size: int, path: str | Path, num_threads: int) -> None:
+def train_tokenizer(
+    sentences: Iterator[str],
+    vocab_size: int,
+    path: str | Path,
+    num_threads: int,
+    option: str = "--data.source.vocab_size",
+) -> None:
     """Train a model of the challenge's kind: BPE, byte fallback, split digits, NFKC, no dummy prefix.
 
     Args:
@@ -80,6 +87,7 @@ def train_tokenizer(sentences: Iterator[str], vocab_size: int, path: str | Path,
         vocab_size: Vocabulary size, the 256 byte tokens and 4 control tokens included.
         path: The model file to write.
         num_threads: Threads for SentencePiece.
+        option: Option that sets the vocabulary size, for the error.
 
     Raises:
         UserError: If the text is too small for the vocabulary, or reading it fails.
@@ -117,11 +125,14 @@ def train_tokenizer(sentences: Iterator[str], vocab_size: int, path: str | Path,
         Path(path).unlink(missing_ok=True)
         if failures:
             raise failures[0] from error
+        most = re.search(r"<= (\d+)", str(error))
+        if most and int(most[1]) >= MIN_VOCAB:
+            raise UserError(
+                f"this text is enough for a vocabulary of {int(most[1]):,} tokens, not of {vocab_size:,}; give more "
+                f"text, or {option} {most[1]}"
+            ) from error
         reason = str(error).splitlines()[-1].rpartition("] ")[2]  # after the place in SentencePiece's sources
-        raise UserError(
-            f"a tokenizer with a vocabulary of {vocab_size:,} cannot be trained on this text: {reason} Give more text "
-            "or set data.source.vocab_size and model.vocab_size"
-        ) from error
+        raise UserError(f"no tokenizer can be trained on this text: {reason or 'it is empty'}; give more") from error
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,8 @@ class TransformerConfig:
             )
         if self.loop.last >= self.num_layers:
             raise ValueError(
-                f"model.loop.last {self.loop.last} is not one of the {self.num_layers} blocks, counted from 0"
+                f"model.loop.last {self.loop.last} is not one of the {self.num_layers} blocks, counted from 0; set "
+                "model.loop.repeats null for no loop"
             )
         if (self.attention.rope_dims or 0) > self.model_dim // heads:
             raise ValueError(

@@ -1,0 +1,46 @@
+"""What is wrong with an option: one line with the option, what it may be and the value."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import trainer_here
+
+LOCAL = "--data.source=LocalText"
+FILES = "--data.source.train_files=x.txt"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["fit", "--model.num_layers=abc"], "--model.num_layers: must be a whole number, not abc"),
+        (["fit", "--wallclock.seconds=abc"], "--wallclock.seconds: must be a number or null, not abc"),
+        (["fit", "--model.attention.xsa=perhaps"], "--model.attention.xsa: must be true or false, not perhaps"),
+        (["fit", "--averaging.method=x"], "--averaging.method: must be one of 'late_swa', 'ema' or null, not x"),
+        (
+            ["fit", "--export.quantization.fp16_key_blocks=3"],
+            "--export.quantization.fp16_key_blocks: must be a list, such as [1,2], not 3",
+        ),
+        (["fit", LOCAL], "--data.source.train_files: missing, but LocalText needs it"),
+        (["prepare", LOCAL], "--data.source.train_files: missing, but LocalText needs it"),
+        (
+            ["fit", LOCAL, FILES, "--data.source.val_every=abc"],
+            "--data.source.val_every: must be a whole number, not abc",
+        ),
+        (["fit", "--data.source.nothing=3"], "--data.source.nothing: PythonDocumentation has no such option"),
+        (["fit", "--data.source=Nothing"], "--data.source: there is no class Nothing; give its name"),
+        (["fit", "--trainer.callbacks=EarlyStopping"], "--trainer.callbacks.monitor: missing, but EarlyStopping needs"),
+        (["fit", "--config=bad.yaml"], "--model.num_layers: must be a whole number, not many"),
+        (["generate", "--artifact=x", "--tokens=abc"], "--tokens: must be a whole number, not abc"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_it_may_be(args: list[str], message: str, tmp_path: Path):
+    (tmp_path / "bad.yaml").write_text("model:\n  num_layers: many\n")
+    result = trainer_here(*args, cwd=tmp_path)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert result.stderr.startswith(f"trainer {args[0]}: {message}"), result.stderr
+
+
+def test_null_is_refused_where_a_class_needs_a_value(tmp_path: Path):
+    result = trainer_here("fit", "--data.source.folder=null", cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (1, "trainer: --data.source.folder: must not be null\n")

@@ -1,0 +1,54 @@
+"""Messages of jsonargparse in the words of a user: the option first, then what it may be, then the value.
+
+By hand, because the library nests the reason in lists of every type it tried, and prints Python classes.
+"""
+
+import re
+
+KEY = re.compile(r'Parser key "([^"]+)": (.*)', re.DOTALL)
+NOT_A_CHOICE = re.compile(r".*?Literal\[([^]]+)\].*?(?:Given value|Got value): (\S+)")
+IN_CLASS = re.compile(
+    r".*?Problem with given class_path '(?:[^']*\.)?([^'.]+)': (.*?)(?= - Expected| Given value type|$)"
+)
+REQUIRED = re.compile(r"the following arguments are required: (.*)")
+NOT_ACCEPTED = re.compile(r"Option '([^']+)' is not accepted")
+NO_CLASS = re.compile(r".*Expected a dot import path string: (\S+)")
+VALUE = re.compile(r".*(?:Got|Given) value: (.*)")
+TYPE = re.compile(r"Expected a <class '([^']+)'>")
+NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "list": "a list, such as [1,2]"}
+NAMES |= {"NoneType": "null", "str": "text", "dict": "settings", "Iterable": "a list"}
+
+
+def reword(message: str) -> str:
+    """A message of jsonargparse, on one line, in plain words; one that is not known stays as it is."""
+    line = " ".join(message.split())
+    found = KEY.match(line)
+    return _of_key(*found.groups()) if found else line
+
+
+def _of_key(key: str, reason: str) -> str:
+    """The reason why the value of an option is refused."""
+    if choice := NOT_A_CHOICE.match(reason):
+        choices, value = choice.groups()
+        return f"--{key}: must be one of {choices}{' or null' if 'NoneType' in reason else ''}, not {value}"
+    if in_class := IN_CLASS.match(reason):
+        return _of_class(key, *in_class.groups())
+    if no_class := NO_CLASS.match(reason):
+        return f"--{key}: there is no class {no_class[1]}; give its name, or its import path"
+    value, types = VALUE.match(reason), [name.rpartition(".")[2] for name in TYPE.findall(reason)]
+    if value and types:
+        allowed = " or ".join(dict.fromkeys(NAMES.get(name, name) for name in types))
+        return f"--{key}: must be {allowed}, not {value[1]}"
+    return f"--{key}: {reason}"
+
+
+def _of_class(key: str, name: str, reason: str) -> str:
+    """The reason why the settings of a class are refused."""
+    if required := REQUIRED.match(reason):
+        options = " and ".join(f"--{key}.{option.strip()}" for option in required[1].split(","))
+        return f"{options}: missing, but {name} needs it"
+    if unknown := NOT_ACCEPTED.match(reason):
+        return f"--{key}.{unknown[1]}: {name} has no such option; --{key}.help {name} lists them"
+    if inner := KEY.match(reason):
+        return _of_key(f"{key}.{inner[1]}", inner[2])
+    return f"--{key}: {reason}"
