@@ -13,7 +13,7 @@ FLOORS = (
     "kernels data",
     "model evaluation",
     "optim",
-    "quantize summary",
+    "quantize summary comparison",
     "loading",
     "generation",
     "report",

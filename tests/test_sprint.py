@@ -1,98 +1,87 @@
-"""Sprints compare only like with like, and the table groups seeds."""
+"""A sprint trains its seeds, one job a GPU, and compares them with an earlier one."""
 
-import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.sprint import Budget, read_table, table
-from tests.conftest import ROOT, TINY_OPTIONS
+from tests.conftest import TINY_OPTIONS
+from tests.helpers import environment, trainer_here
+from trainer.cli import sprint as module
 from trainer.data.manifest import Manifest, ShardRecord
-from trainer.errors import UserError
 from trainer.files import sha256_of
+from trainer.run_folder import RunFolder
 
 
-def row(config: str, seed: int, bpb: float, **more: object) -> dict:
-    stages = {"live_plain": bpb + 0.03, "artifact_plain": bpb + 0.01, "artifact_sliding": bpb}
-    common = {"steps": 100, "train_tokens": 2_000_000, "train_seconds": 2.0, "bytes_total": 15_900_000 + seed}
-    return {
-        "config": config,
-        "settings": [],
-        "seed": seed,
-        "seconds": 300.0,
-        "text_fingerprint": "a" * 16,
-        "val_bpb": bpb,
-        "stages": stages,
-        **common,
-        **more,
-    }
-
-
-def test_rows_of_another_text_or_another_time_are_refused(tmp_path: Path):
-    path = tmp_path / "sprints.jsonl"
-    assert read_table(path, "a" * 16, Budget(300.0)) == []
-    path.write_text(json.dumps(row("r", 1, 1.3)) + "\n")
-    assert len(read_table(path, "a" * 16, Budget(300.0))) == 1
-    with pytest.raises(UserError, match="row 1 saw the text a"):
-        read_table(path, "b" * 16, Budget(300.0))
-    with pytest.raises(UserError, match="row 1 trained for 300 s"):
-        read_table(path, "a" * 16, Budget(150.0))
-    with pytest.raises(UserError, match="row 1 trained for 300 s, this run would for 750 steps"):
-        read_table(path, "a" * 16, Budget(max_steps=750))
-    with pytest.raises(UserError, match="row 1 has the score of an artifact, this run would have that of weights"):
-        read_table(path, "a" * 16, Budget(300.0), has_artifact=False)
-    path.write_text(path.read_text()[:40])
-    with pytest.raises(UserError, match="is not a table of sprints"):
-        read_table(path, "a" * 16, Budget(300.0))
-
-
-def test_the_table_has_means_deviations_and_changes():
-    rows = [row("r", 1, 1.30), row("r", 2, 1.32), row("r", 1, 1.25, settings=["model.mlp.ratio=4"])]
-    first, second = table(rows).splitlines()[2:]
-    assert first.startswith("| r | 2 | 100 | 1.000 | 1.3400 |  | 1.3200 | **1.3100** ± 0.0141 | +0.0000 | 15,900,002 |")
-    assert second.startswith("| r model.mlp.ratio=4 | 1 |")
-    assert "| -0.0600 |" in second
-
-
-def test_rows_without_an_artifact_have_no_size():
-    weights = {"live_plain": 1.31, "averaged_plain": 1.30}
-    rows = [row("r", seed, 1.30, stages=weights) for seed in (1, 2)]
-    for each in rows:
-        del each["bytes_total"]
-    assert (
-        table(rows).splitlines()[2] == "| r | 2 | 100 | 1.000 | 1.3100 | 1.3000 |  | **1.3000** ± 0.0000 | +0.0000 |  |"
-    )
-
-
-def sprint(data: Path, folder: Path, *settings: str) -> subprocess.CompletedProcess[str]:
-    args = ["--config=int5mlp_10l", "--table=t.jsonl", "--steps=4", f"--data={data}", "--seeds=2"]
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.sprint", *args, "--set", *settings],
-        cwd=folder,
-        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def test_a_sprint_runs_its_seeds_and_adds_their_rows(tmp_path: Path, shard_folder: Path):
-    settings = [option.removeprefix("--") for option in [*TINY_OPTIONS, "--report.enabled=false"]]
-    assert "holds no manifest.json" in sprint(shard_folder, tmp_path, *settings).stderr
-    data = tmp_path / "data"
-    shutil.copytree(shard_folder, data)
-    shards = [ShardRecord(path.name, "train", 1, 1, 1, 7, path.name) for path in sorted(data.glob("*.bin"))]
-    text = {"train": "1", "val": "2"}
-    Manifest({}, sha256_of(data / "tokenizer.model"), shards, text, 0, {}).write(data)
-    result = sprint(data, tmp_path, *settings)
-    assert result.returncode == 0, result.stderr
-    rows = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
-    assert [(row["seed"], row["steps"], row["seconds"], row["max_steps"]) for row in rows] == [
-        (1, 4, None, 4),
-        (2, 4, None, 4),
+@pytest.fixture
+def data(tmp_path: Path, shard_folder: Path) -> Path:
+    folder = tmp_path / "data"
+    shutil.copytree(shard_folder, folder)
+    shards = [
+        ShardRecord(path.name, "val" if "val" in path.name else "train", 1, 1, 1, 7, path.name)
+        for path in sorted(folder.glob("*.bin"))
     ]
-    assert rows[0]["val_bpb"] != rows[1]["val_bpb"]
-    assert f"**{(rows[0]['val_bpb'] + rows[1]['val_bpb']) / 2:.4f}** ±" in result.stdout
+    Manifest({}, sha256_of(folder / "tokenizer.model"), shards, {"train": "1", "val": "2"}, 0, {}).write(folder)
+    return folder
+
+
+def test_a_sprint_runs_its_seeds_and_is_compared_with_another(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    options = ["--report.enabled=false", "--export.enabled=false", *TINY_OPTIONS]
+    settings = [each for option in options for each in ("--set", option.removeprefix("--"))]
+    args = ["sprint", "--config=int5mlp_10l", f"--data={data}", "--seeds=2", "--steps=4", *settings]
+    first = trainer_here(*args, "--name=base", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    more = ["--name=slow", "--against=base", "--set=model.optimizer.matrix_lr=0.001"]
+    second = trainer_here(*args, *more, cwd=tmp_path)
+    assert second.returncode == 0, second.stderr
+    runs = tmp_path / "runs/int5mlp_10l"
+    assert sorted(path.name for path in runs.iterdir()) == ["base-seed1", "base-seed2", "slow-seed1", "slow-seed2"]
+    read = {path.name: RunFolder(path).read() for path in runs.iterdir()}
+    assert [read[f"slow-seed{seed}"].config["seed_everything"] for seed in (1, 2)] == [1, 2]
+    row = second.stdout.splitlines()[-1]
+    assert row.startswith("| model.optimizer.matrix_lr=0.001 | 2 | 4 |")
+    differences = [
+        read[f"slow-seed{seed}"].summary["val_bpb"] - read[f"base-seed{seed}"].summary["val_bpb"] for seed in (1, 2)
+    ]
+    assert f"| {sum(differences) / 2:+.4f} ± " in row
+    assert trainer_here(*args, "--name=base", cwd=tmp_path).stderr.endswith(
+        "base-seed1: this run exists already; choose another --name\n"
+    )
+
+
+def test_jobs_are_spread_over_the_gpus_and_failures_counted(
+    monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path
+):
+    used: list[tuple[str, str]] = []
+
+    def run(command: list[str], env: dict[str, str], check: bool) -> subprocess.CompletedProcess[str]:
+        used.append((command[-2].partition("=")[2], env["CUDA_VISIBLE_DEVICES"]))
+        return subprocess.CompletedProcess(command, int(command[-2].endswith("seed3")))
+
+    monkeypatch.setattr(module.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(module.subprocess, "run", run)
+    result = trainer_here("sprint", "--config=frontier", f"--data={data}", "--seeds=6", cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr == "trainer: 1 of 6 runs failed; trainer compare shows the others\n"
+    assert sorted(name for name, _ in used) == [f"sprint-seed{seed}" for seed in range(1, 7)]
+    assert {device for _, device in used} == {"0", "1"}
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--data=nowhere"], "--data nowhere: holds no manifest.json"),
+        (["--seeds=0"], "--seeds must be at least 1, not 0"),
+        (["--steps=0"], "--steps must be at least 1, not 0"),
+        (["--against=other"], "--against other: there is no finished run"),
+    ],
+)
+def test_a_sprint_that_cannot_be_made_is_refused_at_once(args: list[str], message: str, data: Path, tmp_path: Path):
+    result = trainer_here("sprint", "--config=quickstart", f"--data={data}", *args, cwd=tmp_path)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
+    assert message in result.stderr

@@ -22,6 +22,8 @@ COMMANDS = {
     "export": ("make the artifact again", "export --ckpt runs/quickstart/1/checkpoints/last.ckpt"),
     "generate": ("write text with a model", "generate --artifact runs/quickstart/1/artifact.zst --prompt The"),
     "report": ("draw a run, or compare several", "report runs/quickstart/1 runs/quickstart/2"),
+    "compare": ("test whether a change helps", "compare runs/frontier/base-seed* runs/frontier/wide-seed*"),
+    "sprint": ("train several seeds and compare", "sprint --config frontier --data data/mine --seeds 4"),
     "submit": ("make a submission and prove it", 'submit runs/int5mlp_10l/1 --name "10 layers" ...'),
     "prepare": ("make or check the token shards", "prepare --config quickstart --verify"),
     "inspect": ("show the content of a shard folder", "inspect data/python-documentation"),
@@ -88,6 +90,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(command: str, args: list[str]) -> None:
     """Import a command and run it; the others, and Lightning with its seconds, stay out."""
+    if command in ("fit", "sprint"):  # they may name a class of the user's; last, so that it replaces nothing
+        sys.path.append(os.getcwd())
     if command in ("fit", "validate"):
         with running_without_output() if command == "fit" else nullcontext():
             import_module("trainer.cli.train").run(command, args)

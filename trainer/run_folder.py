@@ -17,7 +17,17 @@ from trainer.rank import rank
 
 Series = tuple[list[float], list[float]]  # steps and values
 # Of a summary:
-NUMBERS = ("val_bpb", "val_loss", "val_tokens", "val_bytes", "steps", "train_tokens", "train_seconds", "parameters")
+NUMBERS = (
+    "val_bpb",
+    "val_loss",
+    "val_tokens",
+    "val_bytes",
+    "steps",
+    "epochs",
+    "train_tokens",
+    "train_seconds",
+    "parameters",
+)
 NAMES = ("weights", "shards_fingerprint", "tokenizer_sha256")
 
 

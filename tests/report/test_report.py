@@ -27,6 +27,7 @@ SUMMARY = {
     "bytes_code": 100_000,
     "bytes_cap": 16_000_000,
     "steps": 500,
+    "epochs": 1.5,
     "train_tokens": 65_536_000,
     "train_seconds": 300.5,
     "parameters": 25_000_000,

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from trainer.cli.parser import CommandParser
 from trainer.errors import UserError
+from trainer.run_folder import RunFolder
+from trainer.submission.checks import check
 from trainer.submission.folder import Entry, make_folder
 from trainer.submission.proof import prove
 
@@ -46,6 +48,9 @@ def submit(
     best = make_folder(Entry(name, author, github_id, track, blurb), folders, folder)
     try:
         print(prove(folder, Path(data), best.summary, fresh_env), flush=True)
+        tokens, num_bytes = best.summary["val_tokens"], best.summary["val_bytes"]
+        for line in check(RunFolder(folder).artifact, Path(data), tokens, num_bytes):
+            print(line, flush=True)
     except UserError:
         shutil.rmtree(folder)  # an unproved submission must not be sent
         raise

@@ -3,6 +3,8 @@
 from html import escape
 from typing import Any
 
+from trainer.comparison import group_runs, table
+from trainer.errors import UserError
 from trainer.report.byte_use import ByteUse
 from trainer.report.charts import line_chart
 from trainer.run_folder import RunData, why_incomparable
@@ -69,7 +71,7 @@ def page(runs: list[RunData], uses: list[ByteUse], samples: list[str], command: 
     title = ", ".join(run.name for run in runs)
     sections = [f"<h1>{escape(title)}</h1>", _subtitle(first), _cards(first)]
     if len(runs) > 1:
-        sections += ["<h2>Differences</h2>", _legend(runs), _differences(runs)]
+        sections += [*_comparison(runs), "<h2>Differences</h2>", _legend(runs), _differences(runs)]
     charts = "".join(
         line_chart(caption, [(run.name, run.curves.get(name, ([], []))) for run in runs], log)
         for name, caption, log in CURVES
@@ -129,6 +131,16 @@ def _size(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
 def _legend(runs: list[RunData]) -> str:
     keys = "&emsp;".join(f'<span class="key c{n % 6}"></span>{escape(run.name)}' for n, run in enumerate(runs))
     return f"<p>{keys}</p>"
+
+
+def _comparison(runs: list[RunData]) -> list[str]:
+    """What `trainer compare` says of the runs, if they compare."""
+    try:
+        head, *rows = table(group_runs(runs))
+    except UserError:  # the report has named the reason
+        return []
+    note = "Bits per byte, lower is better; ± is a standard error. Runs of equal seeds are compared pair by pair."
+    return ["<h2>Comparison</h2>", _table(head, rows), f'<p class="note">{note}</p>']
 
 
 def _differences(runs: list[RunData]) -> str:

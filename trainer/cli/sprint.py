@@ -1,0 +1,120 @@
+"""`trainer sprint`: one recipe trained with several seeds, one job on each GPU, and compared with other runs."""
+
+import os
+import queue
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from trainer.cli.parser import CommandParser
+from trainer.comparison import as_markdown, group_runs, table
+from trainer.data.manifest import NAME, Manifest
+from trainer.errors import UserError
+from trainer.logging import logger
+from trainer.recipes import find_recipe
+from trainer.run_folder import RunFolder
+
+SECONDS = 300.0  # of training, the yardstick of docs/ablations.md
+
+
+def sprint(
+    config: str,
+    data: str,
+    settings: list[str],
+    name: str = "sprint",
+    against: str | None = None,
+    seeds: int = 4,
+    seconds: float | None = None,
+    steps: int | None = None,
+    runs: str = "runs",
+) -> None:
+    """Train a recipe with several seeds, and print a row for each setting.
+
+    Args:
+        config: Recipe, by name or path.
+        data: Folder of prepared shards with its manifest.
+        settings: Options of fit as KEY=VALUE; may be given several times.
+        name: Name of the runs, which become NAME-seed1, NAME-seed2, ...
+        against: Name of an earlier sprint of this recipe, which this one is compared with.
+        seeds: Number of runs, with the seeds 1, 2, ... of weights and order (at least 1).
+        seconds: Training time of each run in seconds (above 0). null: 300, or no limit if steps are given.
+        steps: Steps of each run (at least 1). null: no limit.
+        runs: Folder of all runs.
+
+    Raises:
+        UserError: If an option cannot be used or a run fails.
+    """
+    if seeds < 1:
+        raise UserError(f"--seeds must be at least 1, not {seeds}")
+    if steps is not None and steps < 1:
+        raise UserError(f"--steps must be at least 1, not {steps}")
+    if Manifest.read(Path(data)) is None:
+        raise UserError(f"--data {data}: holds no {NAME}; make it with trainer prepare")
+    folder = Path(runs) / RunFolder.recipe_of(find_recipe(config))
+    base = _finished(folder, against) if against else []
+    seconds = SECONDS if seconds is None and steps is None else seconds
+    args = [
+        f"--config={config}",
+        "--data.source=Shards",
+        f"--data.source.folder={data}",
+        f"--wallclock.seconds={'null' if seconds is None else seconds}",
+        *([] if steps is None else [f"--trainer.max_steps={steps}"]),
+        f"--trainer.default_root_dir={runs}",
+        "--trainer.devices=1",
+        *(f"--{setting}" for setting in settings),
+    ]
+    own = [RunFolder(folder / f"{name}-seed{seed}") for seed in range(1, seeds + 1)]
+    for run in own:
+        if run.path.exists():
+            raise UserError(f"{run}: this run exists already; choose another --name")
+    _run_all([[*args, f"--seed_everything={seed}", f"--run_name={run.path.name}"] for seed, run in enumerate(own, 1)])
+    print(as_markdown(table(group_runs([run.read() for run in [*base, *own]]))))
+
+
+def _finished(folder: Path, name: str) -> list[RunFolder]:
+    """The runs of an earlier sprint."""
+    found = sorted(folder.glob(f"{name}-seed*/summary.json"))
+    if not found:
+        raise UserError(f"--against {name}: there is no finished run {folder / name}-seed1")
+    return [RunFolder(path.parent) for path in found]
+
+
+def _run_all(jobs: list[list[str]]) -> None:
+    """Run `trainer fit` for each job, as many side by side as there are GPUs.
+
+    Raises:
+        UserError: If one fails; its own words are on the screen.
+    """
+    devices: queue.Queue[int | None] = queue.Queue()
+    count = max(torch.cuda.device_count(), 1)
+    for index in range(count):
+        devices.put(index if count > 1 else None)
+    quiet = ["--progress.mode=quiet"] if count > 1 else []
+
+    def run(job: list[str]) -> int:
+        device = devices.get()
+        env = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": str(device)})
+        try:
+            command = [sys.executable, "-m", "trainer", "fit", *job, *quiet]
+            code = subprocess.run(command, env=env, check=False).returncode
+        finally:
+            devices.put(device)
+        logger.info(f"{job[-1].partition('=')[2]} {'failed' if code else 'has ended'}")
+        return code
+
+    with ThreadPoolExecutor(count) as pool:
+        failed = sum(code != 0 for code in pool.map(run, jobs))
+    if failed:
+        raise UserError(f"{failed} of {len(jobs)} runs failed; trainer compare shows the others")
+
+
+def make_parser() -> CommandParser:
+    """The options of the command."""
+    return CommandParser(
+        sprint,
+        "sprint --config frontier --data data/mine8192 --name wide --set model.mlp.ratio=5 --against base",
+        settings={"flags": ["--set"], "dest": "settings", "action": "append", "default": [], "metavar": "KEY=VALUE"},
+    )
