@@ -1,6 +1,7 @@
 """The commands as a user runs them, on small data: train, export, read back, score, resume, two processes."""
 
 import csv
+import importlib.util
 import json
 import os
 import pickle
@@ -312,6 +313,22 @@ def test_tensorboard_gets_the_same_numbers_with_one_flag(tmp_path: Path, shard_f
         assert name.encode() in events
     assert not (tmp_path / RUNS / "1/report.html").exists()
     assert yaml.safe_load((tmp_path / RUNS / "1/hparams.yaml").read_text())["model.num_layers"] == 4
+
+
+def test_wandb_gets_the_same_numbers_with_one_flag_or_says_what_it_needs(tmp_path: Path, shard_folder: Path):
+    args = small(shard_folder, "--wandb=golf", "--report.enabled=false", "--export.enabled=false")
+    result = trainer(*args, cwd=tmp_path, WANDB_MODE="offline", WANDB_SILENT="true")
+    if importlib.util.find_spec("wandb") is None:
+        assert (result.returncode, result.stderr) == (
+            1,
+            "trainer: --wandb needs the package wandb; pip install wandb\n",
+        )
+        assert not list((tmp_path / RUNS).iterdir())
+        return
+    assert result.returncode == 0, result.stderr
+    (log,) = (tmp_path / "runs").glob("wandb/offline-run-*/run-*.wandb")
+    for name in (b"train/loss", b"val/bpb", b"model.num_layers"):
+        assert name in log.read_bytes()
 
 
 def test_a_metric_that_is_not_there_is_one_line(tmp_path: Path, shard_folder: Path):

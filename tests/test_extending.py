@@ -1,5 +1,6 @@
 """The examples of docs/extending.md, exactly as they are printed there."""
 
+import json
 import re
 import shlex
 import shutil
@@ -40,9 +41,14 @@ def run(command: str, cwd: Path, *more: str, **env: str) -> str:
 
 
 def test_the_examples_run(workplace: Path):
-    stop, poems, store, validate, _ = COMMANDS
+    stop, poems, store, validate, _, plain = COMMANDS
     output = run(stop, workplace, *SMALL, *PYTHON_TEXT, "--trainer.callbacks.bpb=100")
     assert "trained     4 steps" in output  # the first validation was good enough
+    muon, other = (
+        json.loads((workplace / f"runs/quickstart/{name}/summary.json").read_text())["val_bpb"]
+        for name in ("1", run(plain, workplace, *SMALL, *PYTHON_TEXT, "--run_name=plain") and "plain")
+    )
+    assert muon != other
     run(store, workplace)
     before, after = (
         {name: tensor.kind for name, tensor in read_container(workplace / path)[1].items()}
@@ -63,7 +69,7 @@ def test_the_option_of_the_model_is_a_patch_that_applies_trains_and_is_stored(wo
         shutil.copytree(ROOT / part, clone / part)
     (patch,) = re.findall(r"```diff\n(.*?)```", DOCUMENT, re.DOTALL)
     subprocess.run(["git", "apply", "-"], cwd=clone, input=patch, text=True, check=True)
-    output = run(COMMANDS[-1], workplace, *SMALL, *PYTHON_TEXT, "--run_name=leaky", PYTHONPATH=str(clone))
+    output = run(COMMANDS[-2], workplace, *SMALL, *PYTHON_TEXT, "--run_name=leaky", PYTHONPATH=str(clone))
     assert "trained     12 steps" in output
     header, _ = read_container(workplace / "runs/quickstart/leaky/artifact.zst")
     assert header["model"]["mlp"]["negative_slope"] == 0.5

@@ -12,7 +12,7 @@ from trainer.run_folder import RunData, why_incomparable
 STAGES = ("live_plain", "averaged_plain", "artifact_plain")
 # Settings that make no other experiment of a run: its seed, its place, what it shows and what it reads its text from.
 NOT_COMPARED = (
-    *("seed_everything", "data.seed", "data.source.", "run_name", "ckpt", "config", "tensorboard"),
+    *("seed_everything", "data.seed", "data.source.", "run_name", "ckpt", "config", "tensorboard", "wandb"),
     *("progress.", "report.", "checkpoints.", "samples.", "trainer.default_root_dir", "trainer.logger"),
 )
 BUDGET = ("wallclock.seconds", "trainer.max_steps")

@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
@@ -117,6 +117,8 @@ class TrainerCLI(LightningCLI):
         )
         text = "Log to TensorBoard too while training; needs the package tensorboard."
         parser.add_argument("--tensorboard", type=bool, default=False, help=text)
+        text = "Project at Weights & Biases to log to, too, while training; needs the package wandb."
+        parser.add_argument("--wandb", type=str | None, help=text)
         parser.add_argument("--run_name", type=str | None, help="Name of the run's folder; default: the next number.")
         if self.command == "fit":
             text = "Checkpoint to resume from; last: the newest one of this recipe. With --run_name, last continues "
@@ -153,7 +155,11 @@ class TrainerCLI(LightningCLI):
         if self.command == "fit":
             name = self.config.run_name
             run = RunFolder.claim(self.folder_of_runs, name, self.reopens and name is not None)
-            kwargs["logger"] = self._loggers(run)
+            try:
+                kwargs["logger"] = self._loggers(run)
+            except UserError:
+                run.remove_if_unused()
+                raise
         else:
             kwargs |= {"logger": False, "enable_checkpointing": False, **WHOLE_SPLIT}
             self.parser.callback_keys = ["progress"]
@@ -187,6 +193,11 @@ class TrainerCLI(LightningCLI):
                 loggers.append(TensorBoardLogger(root, self.recipe, run.path.name, default_hp_metric=False))
             except ModuleNotFoundError as error:
                 raise UserError("--tensorboard needs the package tensorboard; pip install tensorboard") from error
+        if self.config.wandb:
+            try:
+                loggers.append(WandbLogger(run.path.name, root, project=self.config.wandb, group=self.recipe))
+            except ModuleNotFoundError as error:
+                raise UserError("--wandb needs the package wandb; pip install wandb") from error
         requested = self._get(self.config_init, "trainer", default={}).get("logger")
         requested = requested if isinstance(requested, list) else [requested]
         return loggers + [each for each in requested if isinstance(each, Logger)]

@@ -7,17 +7,25 @@ import torch
 from trainer.model.transformer import TransformerConfig
 
 # Dense bfloat16 (float16 where there is none) with float32 sums, FLOP/s, from the vendor's data sheets.
+# Where the words of two names are in a device's name, the first one counts.
 PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
+    "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
     "L4": 121e12,
+    "RTX PRO 6000 Blackwell": 504e12,
+    "RTX 5090": 209e12,
     "RTX 4090": 165e12,
+    "MI300X": 1307e12,
     "V100": 125e12,
     "T4": 65e12,
 }
+OTHER_CHIPS = {"Laptop", "Max", "D"}  # slower ones that share a name, such as RTX 5090 Laptop GPU and RTX 4090 D
 
 
 def forward_flops(config: TransformerConfig, length: int, is_looped: bool = True) -> float:
@@ -49,6 +57,8 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name_parts = re.split("[ -]", torch.cuda.get_device_name(device))
+    if OTHER_CHIPS & set(name_parts):
+        return None
     return next((peak for name, peak in PEAK_FLOPS.items() if set(name.split()) <= set(name_parts)), None)
 
 
