@@ -153,7 +153,7 @@ def test_a_bad_option_is_refused_in_one_line(artifact: Path, args: list[str], me
 
 def test_a_temperature_that_is_not_a_number_is_refused(artifact: Path, capsys):
     assert main(["generate", "--artifact", str(artifact), "--temperature", "nan"]) == 2
-    assert "Got value: nan" in capsys.readouterr().err
+    assert "--temperature: must be a number, not nan" in capsys.readouterr().err
 
 
 def test_recipes_are_listed_and_a_similar_command_is_suggested(capsys):

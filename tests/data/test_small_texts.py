@@ -30,7 +30,7 @@ def test_a_few_files_are_enough_and_their_last_tenth_is_for_validation(count: in
     texts = write_texts(tmp_path / "texts", count, 400 // count)
     result = trainer_here("prepare", *LOCAL, "--data.source.vocab_size=300", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert f"{count} documents are too few to choose one in 100: the last tenth of the text" in result.stdout
+    assert f"few documents ({count}): the last tenth of the text is the validation split" in result.stdout
     folder = tmp_path / "data/texts"  # named after the files
     assert verify(folder)
     tokenizer = load_tokenizer(folder / "tokenizer.model")

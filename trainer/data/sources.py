@@ -229,10 +229,7 @@ class LocalText(Source):
         """Write shards of a few documents, given with their files: the last tenth of their text is for validation."""
         train, val = split_last_tenth([text for text, _ in texts])
         origins = [origin for _, origin in texts]
-        logger.info(
-            f"{len(texts)} documents are too few to choose one in {self.val_every}: the last tenth of the text is the "
-            "validation split"
-        )
+        logger.info(f"few documents ({len(texts)}): the last tenth of the text is the validation split")
         validation = {keys.of(text) for text in val}
         documents = [
             Document(None if keys.of(text) in validation else "train", text, origin)
