@@ -105,6 +105,18 @@ def test_a_bar_in_a_narrow_terminal_shows_what_matters(width: int, expected: str
     assert "…" not in terminal.getvalue()
 
 
+def test_the_bar_follows_a_terminal_that_changes_its_width(monkeypatch: pytest.MonkeyPatch):
+    terminal = terminal_of(60, monkeypatch)
+    bar = open_display("bar", 0.1)
+    for width in (60, 200):
+        bar._bar.console.width = width
+        terminal.truncate(0)
+        bar.show(STATUS)
+        bar._bar.refresh()
+        assert ("3.2 GiB" in terminal.getvalue()) == (width == 200)
+    bar.close()
+
+
 def test_validate_shows_how_far_it_is(tmp_path: Path, shard_folder: Path):
     assert trainer(*small(shard_folder, "--report.enabled=false"), cwd=tmp_path).returncode == 0
     args = ["--progress.mode=json", "--progress.every_seconds=0", "--eval.batch_windows=4"]

@@ -145,10 +145,9 @@ class Bar(ProgressDisplay):
     def __init__(self, every_seconds: float) -> None:
         self.every_seconds = min(every_seconds, 0.5)
         terminal = Console()
-        is_wide = terminal.width >= 120
-        self._room = terminal.width - (24 if is_wide else 10) - 9  # characters left for text
+        self._bar_column = BarColumn(10)
         columns = (
-            BarColumn(24 if is_wide else 10),
+            self._bar_column,
             TextColumn("{task.percentage:>3.0f} %"),
             TextColumn("{task.description}", markup=False),
         )
@@ -171,7 +170,9 @@ class Bar(ProgressDisplay):
         step, seconds, loss, bpb, lr, speed, *others = status.fields()
         left = [f"{status.left:,.0f} s left"] if status.left is not None else []
         fields = [step, *left, loss, bpb, speed, seconds, lr, *others]  # the last ones go if there is no room
-        while len(fields) > 1 and len("  ".join(fields)) > self._room:
+        width = self._bar.console.width  # of the terminal as it is now
+        self._bar_column.bar_width = 24 if width >= 120 else 10
+        while len(fields) > 1 and len("  ".join(fields)) > width - self._bar_column.bar_width - 9:
             fields.pop()
         text = "  ".join(fields)
         if self._training is None:

@@ -134,7 +134,9 @@ def train_tokenizer(
         reason = (
             str(error).splitlines()[-1].rpartition("] ")[2] or "it is empty"
         )  # after the place in SentencePiece's sources
-        raise UserError(f"this text is too short to train a tokenizer ({reason}); give more text") from error
+        raise UserError(
+            f"this text is too short to train a tokenizer ({reason or 'it is empty'}); give more"
+        ) from error
 
 
 @dataclass(frozen=True)
