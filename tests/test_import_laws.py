@@ -8,7 +8,7 @@ from tests.conftest import ROOT
 
 # From the ground up: no module imports one of a higher floor.
 FLOORS = (
-    "errors cpu rank files lock versions distributed logging progress_display recipes source_bundle checkpoint "
+    "errors cpu device rank files lock versions distributed logging progress_display recipes source_bundle checkpoint "
     "run_folder step clock",
     "kernels data",
     "model evaluation",
@@ -112,6 +112,13 @@ def in_cycles(graph: dict[str, set[str]]) -> list[str]:
         for name, imported in graph.items()
         if any(name in reachable(other, graph) for other in imported if other in graph)
     ]
+
+
+def test_only_kernels_and_the_device_module_ask_a_gpus_runtime():
+    """What is left is device-neutral: a GPU of another vendor is served in one place."""
+    modules = sources()
+    asking = {name for name, text in modules.items() if "torch.cuda" in text or ".cuda()" in text}
+    assert {room_of(name) for name in asking} == {"device", "kernels"}
 
 
 def test_no_import_breaks_a_law():

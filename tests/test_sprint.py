@@ -63,7 +63,7 @@ def test_jobs_are_spread_over_the_gpus_and_failures_counted(
         used.append((command[-2].partition("=")[2], env["CUDA_VISIBLE_DEVICES"]))
         return subprocess.CompletedProcess(command, int(command[-2].endswith("seed3")))
 
-    monkeypatch.setattr(module.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(module, "gpu_count", lambda: 2)
     monkeypatch.setattr(module.subprocess, "run", run)
     result = trainer_here("sprint", "--config=frontier", f"--data={data}", "--seeds=6", cwd=tmp_path)
     assert result.returncode == 1

@@ -20,6 +20,7 @@ from trainer.data.shards import TokenFiles, check_vocab_size, open_shard
 from trainer.data.sources import PreparedText, Source
 from trainer.data.stream import Order, TrainStream
 from trainer.data.tokenizer import ByteTable, load_tokenizer
+from trainer.device import default_device
 from trainer.distributed import all_ranks_agree
 from trainer.errors import UserError
 from trainer.evaluation.sliding import WindowScorer
@@ -188,7 +189,7 @@ class TokenData(pl.LightningDataModule):
             self.order,
             self.seed,
         )
-        return Prefetcher(stream, lambda: trainer.global_step, torch.cuda.is_available())
+        return Prefetcher(stream, lambda: trainer.global_step, default_device().type == "cuda")
 
     def calibration_sequences(self, count: int, device: torch.device) -> Iterator[Tensor]:
         """The first training sequences, (b, sequence_length + 1) on the device."""

@@ -5,10 +5,12 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from trainer.device import record_event
 
 
 def train_step(
@@ -77,9 +79,10 @@ class StepFence:
             device: Where the steps run.
             depth: Steps that may be queued.
         """
+        self._device = device
         self._on_gpu = device.type == "cuda"
         self._depth = depth if self._on_gpu else 0
-        self._queued: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+        self._queued: deque[tuple[int, Tensor, Any]] = deque()
 
     def record(self, step: int, values: Tensor) -> list[tuple[int, Tensor]]:
         """Mark the end of a step; wait for the end of the step `depth` before it.
@@ -91,12 +94,9 @@ class StepFence:
         Returns:
             (step, values) of the steps that were completed since the last call, on the host.
         """
-        event = None
         if self._on_gpu:
             values = values.to("cpu", non_blocking=True)  # into pinned memory
-            event = torch.cuda.Event()
-            event.record()
-        self._queued.append((step, values, event))
+        self._queued.append((step, values, record_event(self._device)))
         return self._take(self._depth)
 
     def drain(self) -> list[tuple[int, Tensor]]:

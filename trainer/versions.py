@@ -5,6 +5,8 @@ from importlib.metadata import version
 
 import torch
 
+from trainer.device import device_name
+
 PACKAGES = (
     "torch",
     "lightning",
@@ -26,7 +28,8 @@ OPTIONAL = ("pyarrow", "triton", "flash_attn", "shtab", "brotli")  # imported on
 
 def versions(device: torch.device) -> dict[str, str]:
     """Versions of Python, the packages and the device."""
-    hardware = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    )
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}, "device": hardware}
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+        "device": device_name(device),
+    }

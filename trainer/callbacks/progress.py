@@ -5,11 +5,11 @@ import time
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 from trainer.cpu import busy_message
+from trainer.device import peak_memory
 from trainer.lightning_module import LanguageModel
 from trainer.logging import logger
 from trainer.progress_display import Mode, TrainingStatus, open_display
@@ -73,7 +73,7 @@ class Progress(pl.Callback):
         loss = float(pl_module.completed_metrics[-1][1][0])
         tokens = (step - self._step) * trainer.datamodule.batch_tokens  # type: ignore[attr-defined]
         tokens_per_second = tokens / max(seconds - self._seconds, 1e-9)
-        on_gpu = pl_module.device.type == "cuda"
+        memory = peak_memory(pl_module.device)
         pl_module.display.show(
             TrainingStatus(
                 step,
@@ -85,7 +85,7 @@ class Progress(pl.Callback):
                 pl_module.lr_multiplier,
                 tokens_per_second,
                 pl_module.mfu(tokens_per_second),
-                torch.cuda.max_memory_allocated(pl_module.device) / 2**30 if on_gpu else None,
+                memory / 2**30 if memory is not None else None,
             )
         )
         self._last, self._step, self._seconds = now, step, seconds

@@ -6,10 +6,10 @@ Lightning's Timer is not used: it counts validation, and a schedule cannot read 
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from typing_extensions import override
 
 from trainer.clock import TrainingClock
+from trainer.device import synchronize
 from trainer.distributed import HostChannel
 from trainer.lightning_module import LanguageModel
 
@@ -62,19 +62,19 @@ class WallclockCutoff(pl.Callback):
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         """Pause the clock, once the steps in flight are completed."""
-        _wait_for(pl_module.device)
+        synchronize(pl_module.device)
         self.clock.pause()
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
-        _wait_for(pl_module.device)
+        synchronize(pl_module.device)
         if trainer.training or trainer.state.fn == "fit":
             self.clock.start()
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         """Stop the clock; the export does not count."""
-        _wait_for(pl_module.device)
+        synchronize(pl_module.device)
         self.clock.pause()
         self._read(trainer)
 
@@ -85,8 +85,3 @@ class WallclockCutoff(pl.Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.clock.load_state_dict(state_dict)
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from trainer.device import release_memory, synchronize
 from trainer.distributed import all_ranks_agree
 from trainer.errors import UserError
 from trainer.evaluation.metric import BitsPerByte
@@ -59,8 +60,7 @@ class CompileWarmup(pl.Callback):
                     scorer.add(BitsPerByte().to(pl_module.device), pl_module.nll, batch)
                     model.train()
         model.load_state_dict(saved)
-        if pl_module.device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(pl_module.device)
         size = len(tokens) // slices * pl_module.sequence_length
         logger.info(
             f"compiled and warmed up in {time.monotonic() - started:.1f} s (outside the training clock); "
@@ -89,11 +89,11 @@ class CompileWarmup(pl.Callback):
             try:
                 train_step(module.nll, tokens, slices, _backward, lambda: None)
                 fits = True
-            except torch.cuda.OutOfMemoryError:
+            except torch.OutOfMemoryError:
                 fits = False
             module.zero_grad()
             if not fits:  # outside the handler, which holds the tensors of the failed step
-                torch.cuda.empty_cache()
+                release_memory(module.device)
             if all_ranks_agree(fits, module.device):
                 module.micro_batch_tokens = sequences // slices * length
                 run = RunFolder(str(trainer.log_dir))  # a collective: all processes must ask

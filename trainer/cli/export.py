@@ -13,6 +13,7 @@ from trainer.checkpoint import METADATA_KEY, live_state, stored_average
 from trainer.cli.parser import CommandParser
 from trainer.data.calibration import calibration_sequences
 from trainer.data.sources import Shards
+from trainer.device import default_device
 from trainer.errors import UserError
 from trainer.files import copy_file
 from trainer.loading import load_run
@@ -53,7 +54,7 @@ def export(
     quantization = QuantizationConfig(**metadata["quantization"])
     config = TransformerConfig.from_dict(metadata["model"])
     is_loss_aware = quantization.rounding == "loss_aware"
-    device = torch.device("cuda" if is_loss_aware and torch.cuda.is_available() else "cpu")
+    device = default_device() if is_loss_aware else torch.device("cpu")
     model = Transformer(config).to(device)
     average = None if _takes_live(metadata, run) else stored_average(checkpoint)
     model.load_state_dict(average or live_state(checkpoint))

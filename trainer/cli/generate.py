@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from trainer.cli.parser import CommandParser
+from trainer.device import default_device
 from trainer.errors import UserError
 from trainer.generation import SamplingConfig, check_prompt, continue_text
 from trainer.loading import load_artifact
@@ -49,8 +50,7 @@ def generate(
     except UserError as error:
         raise UserError(f"--{error}") from error
     texts = prompt + (_lines(Path(prompts)) if prompts else [])
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device().type if device == "auto" else device
     try:
         if torch.device(device).type == "meta":
             raise RuntimeError("it holds no numbers")

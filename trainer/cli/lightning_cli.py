@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -20,6 +19,7 @@ from trainer.callbacks.metrics_file import MetricsFile
 from trainer.cli.parser import ShortErrors
 from trainer.cli.trainer_options import agree_with_launcher, check_trainer_options
 from trainer.datamodule import TokenData
+from trainer.device import default_device, has_bfloat16
 from trainer.errors import UserError
 from trainer.evaluation.windows import EvaluationConfig
 from trainer.lightning_module import LanguageModel
@@ -141,12 +141,12 @@ class TrainerCLI(LightningCLI):
         check_trainer_options(options)
         kwargs["devices"], kwargs["num_nodes"] = agree_with_launcher(options.devices, options.num_nodes)
         if options.accelerator == "auto":  # Apple's GPUs have no float64 for exact sums: only when requested
-            kwargs["accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
+            kwargs["accelerator"] = default_device().type
             if kwargs["accelerator"] == "cpu" and kwargs["devices"] == "auto":
                 kwargs["devices"] = 1
         if options.precision is None:
             on_gpu = kwargs.get("accelerator", options.accelerator) in ("cuda", "gpu")
-            has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+            has_bf16 = on_gpu and has_bfloat16(default_device())
             kwargs["precision"] = resolve_precision(self.config.precision, on_gpu, has_bf16)
         kwargs["plugins"] = [*self._plugins(), AtomicCheckpointIO()]
         if SLURMEnvironment.detect():  # Lightning would save, in the middle of an update, what it later loads unasked

@@ -7,11 +7,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-
 from trainer.cli.parser import CommandParser
 from trainer.comparison import as_markdown, group_runs, table
 from trainer.data.manifest import NAME, Manifest
+from trainer.device import gpu_count
 from trainer.errors import UserError
 from trainer.logging import logger
 from trainer.recipes import find_recipe
@@ -89,7 +88,7 @@ def _run_all(jobs: list[list[str]]) -> None:
         UserError: If one fails; its own words are on the screen.
     """
     devices: queue.Queue[int | None] = queue.Queue()
-    count = max(torch.cuda.device_count(), 1)
+    count = max(gpu_count(), 1)
     for index in range(count):
         devices.put(index if count > 1 else None)
     quiet = ["--progress.mode=quiet"] if count > 1 else []

@@ -37,6 +37,7 @@ SETTLED: dict[str, tuple[tuple[Any, ...], str]] = {
     "sync_batchnorm": ((False,), "the model has no batch normalization"),
     "use_distributed_sampler": ((False,), "its padding would score windows twice"),
 }
+ACCELERATORS = ("auto", "cpu", "cuda", "gpu")
 POSITIVE = ("log_every_n_steps", "val_check_interval", "num_nodes")
 TRUE_PRECISIONS = (None, "16-mixed", "bf16-mixed", "32-true", "64-true", 16, 32, 64, "16", "32", "64", "bf16")
 
@@ -55,6 +56,11 @@ def check_trainer_options(options: Any) -> None:
         # 1 == True == 1.0: compare the types of truth values, too.
         if not any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in allowed):
             raise UserError(f"trainer.{name} {value} is not supported: {instead}")
+    if options.accelerator not in ACCELERATORS:
+        raise UserError(
+            f"trainer.accelerator {options.accelerator} is not supported: use cpu, or cuda for the GPUs of NVIDIA and "
+            "AMD; Apple's have no float64, which exact sums need"
+        )
     for name in POSITIVE:
         value = getattr(options, name)
         if value is not None and (value < 1 or value != int(value)):

@@ -131,12 +131,9 @@ def train_tokenizer(
                 f"this text is enough for a vocabulary of {int(most[1]):,} tokens, not of {vocab_size:,}; give more "
                 f"text, or {option} {most[1]}"
             ) from error
-        reason = (
-            str(error).splitlines()[-1].rpartition("] ")[2] or "it is empty"
-        )  # after the place in SentencePiece's sources
-        raise UserError(
-            f"this text is too short to train a tokenizer ({reason or 'it is empty'}); give more"
-        ) from error
+        reason = str(error).splitlines()[-1].rpartition("] ")[2]  # after the place in SentencePiece's sources
+        reason = reason or "it is empty"
+        raise UserError(f"this text is too short to train a tokenizer ({reason}); give more text") from error
 
 
 @dataclass(frozen=True)

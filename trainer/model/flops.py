@@ -4,6 +4,7 @@ import re
 
 import torch
 
+from trainer.device import device_name
 from trainer.model.transformer import TransformerConfig
 
 # Dense bfloat16 (float16 where there is none) with float32 sums, FLOP/s, from the vendor's data sheets.
@@ -56,7 +57,7 @@ def peak_flops(device: torch.device) -> float | None:
     """The peak of a GPU in FLOP/s, or None if it is not known."""
     if device.type != "cuda":
         return None
-    name_parts = re.split("[ -]", torch.cuda.get_device_name(device))
+    name_parts = re.split("[ -]", device_name(device))
     if OTHER_CHIPS & set(name_parts):
         return None
     return next((peak for name, peak in PEAK_FLOPS.items() if set(name.split()) <= set(name_parts)), None)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from trainer.device import synchronize
 from trainer.errors import UserError
 from trainer.kernels import fused_heads, fused_loss, fused_mlp
 from trainer.kernels.attention_backends import BACKENDS, AttentionBackend, ByGradient, FlashAttention4, SdpaBackend
@@ -211,10 +212,10 @@ def _fastest(call: Callable[[], object], device: torch.device) -> float:
     """Shortest seconds of a call: the first one compiles, and other processes may use this GPU for a moment."""
     seconds = []
     for steps in (1, 5, 5, 5):  # enough in a row to hide the work of the host
-        torch.cuda.synchronize(device)
+        synchronize(device)
         started = time.perf_counter()
         for _ in range(steps):
             call()
-        torch.cuda.synchronize(device)
+        synchronize(device)
         seconds.append((time.perf_counter() - started) / steps)
     return min(seconds)

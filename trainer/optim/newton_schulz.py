@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer.device import has_bfloat16
 from trainer.distributed import gather_from_ranks
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -34,8 +35,8 @@ def newton_schulz(matrices: Tensor, steps: int) -> Tensor:
 
 def compute_dtype(parameter: Tensor) -> torch.dtype:
     """Precision of the iterations: bfloat16 on a GPU that has it, else that of the parameter."""
-    is_lowered = parameter.is_cuda and parameter.dtype == torch.float32
-    return torch.bfloat16 if is_lowered and torch.cuda.is_bf16_supported(including_emulation=False) else parameter.dtype
+    is_lowered = parameter.dtype == torch.float32 and has_bfloat16(parameter.device)
+    return torch.bfloat16 if is_lowered else parameter.dtype
 
 
 def orthogonalize(stacks: list[Tensor], steps: int) -> list[Tensor]:

@@ -14,8 +14,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from trainer.device import default_device
 from trainer.errors import UserError
 from trainer.run_folder import RunFolder
 from trainer.source_bundle import sources_of
@@ -57,7 +56,7 @@ def prove(folder: Path, data: Path, expected: dict[str, Any], fresh_env: bool = 
         )
     values = dict(pair.split("=") for pair in result.stdout.strip().splitlines()[-1].split())
     difference = float(values["val_bpb"]) - float(expected["val_bpb"])
-    here = versions(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    here = versions(default_device())
     is_same = json.loads((folder / "submission.json").read_text())["versions"] == here
     if (
         not abs(difference) <= (SAME_TOLERANCE if is_same else OTHER_TOLERANCE)  # also if it is not a number

@@ -1,0 +1,53 @@
+"""What is asked of a GPU's runtime outside of the kernels; torch serves AMD's under the names of NVIDIA's."""
+
+import platform
+
+import torch
+
+
+def default_device() -> torch.device:
+    """The GPU of this machine, or its CPU. Apple's GPUs have no float64, which exact sums need."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def gpu_count() -> int:
+    """Number of GPUs."""
+    return torch.cuda.device_count()
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a GPU computes in bfloat16 itself; emulating it would be slow."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def device_name(device: torch.device) -> str:
+    """The name of a GPU, or of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for everything that is queued on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def record_event(device: torch.device) -> torch.cuda.Event | None:
+    """Mark what is queued on a GPU so far, to wait for it later; None on a CPU, which queues nothing."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Most bytes that tensors have taken on a GPU so far; None on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def release_memory(device: torch.device) -> None:
+    """Give unused memory back to a GPU."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
