@@ -46,20 +46,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
 
-        def run(name: str, spin_count: str) -> int:
-            runs = Path(folder) / f"{name}-{spin_count}"
-            return steps(start(spin_count, options.seconds, data, runs), runs)
+        def new_folder() -> Path:
+            return Path(tempfile.mkdtemp(dir=folder))
 
-        steps(start("default", 1, data, Path(folder) / "warm"), Path(folder) / "warm")
+        def run(spin_count: str, seconds: float = options.seconds) -> int:
+            runs = new_folder()
+            return steps(start(spin_count, seconds, data, runs), runs)
+
+        run("default", 1)  # prepares the text
         for spin_count in options.spin_counts:
-            alone = run("alone", spin_count)
+            alone = run(spin_count)
             first = first or alone
             with subprocess.Popen(BUSY) as busy:
                 try:
-                    beside = run("beside", spin_count)
+                    beside = run(spin_count)
                 finally:
                     busy.kill()
-            folders = [Path(folder) / f"two-{spin_count}-{index}" for index in range(2)]
+            folders = [new_folder(), new_folder()]
             pair = [start(spin_count, options.seconds, data, each) for each in folders]
             two = [steps(process, each) for process, each in zip(pair, folders, strict=True)]
             shares = "".join(f"{count:>8,} {count / first:>5.0%}" for count in (alone, beside, *two))
