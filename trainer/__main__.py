@@ -90,7 +90,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(command: str, args: list[str]) -> None:
     """Import a command and run it; the others, and Lightning with its seconds, stay out."""
-    if command in ("fit", "sprint"):  # they may name a class of the user's; last, so that it replaces nothing
+    if (
+        command in ("fit", "sprint") and os.getcwd() not in sys.path
+    ):  # they may name a class of the user's; last, so that it replaces nothing
         sys.path.append(os.getcwd())
     if command in ("fit", "validate"):
         with running_without_output() if command == "fit" else nullcontext():

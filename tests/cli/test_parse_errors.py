@@ -1,5 +1,6 @@
 """What is wrong with an option: one line with the option, what it may be and the value."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,13 @@ def test_a_wrong_value_is_named_with_what_it_may_be(args: list[str], message: st
 def test_null_is_refused_where_a_class_needs_a_value(tmp_path: Path):
     result = trainer_here("fit", "--data.source.folder=null", cwd=tmp_path)
     assert (result.returncode, result.stderr) == (1, "trainer: --data.source.folder: must not be null\n")
+
+
+def test_fit_finds_modules_of_the_working_folder_and_puts_them_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "my_text.py").write_text("from trainer.data.sources import Shards\n\n\nclass Mine(Shards):\n    pass\n")
+    (tmp_path / "yaml.py").write_text("raise RuntimeError('the installed one was wanted')\n")
+    result = trainer_here("fit", "--data.source=my_text.Mine", "--print_config", cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "class_path: my_text.Mine" in result.stdout
+    assert sys.path[-1] == str(tmp_path)
