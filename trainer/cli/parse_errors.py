@@ -22,8 +22,8 @@ NAMES |= {"NoneType": "null", "str": "text", "dict": "settings", "Iterable": "a 
 def reword(message: str) -> str:
     """A message of jsonargparse, on one line, in plain words; one that is not known stays as it is."""
     line = " ".join(message.split())
-    found = KEY.match(line)
-    return _of_key(*found.groups()) if found else line
+    parsed = KEY.match(line)
+    return _of_key(*parsed.groups()) if parsed else line
 
 
 def _of_key(key: str, reason: str) -> str:

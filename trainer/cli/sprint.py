@@ -65,20 +65,20 @@ def sprint(
         "--trainer.devices=1",
         *(f"--{setting}" for setting in settings),
     ]
-    own = [RunFolder(folder / f"{name}-seed{seed}") for seed in range(1, seeds + 1)]
-    for run in own:
+    new_runs = [RunFolder(folder / f"{name}-seed{seed}") for seed in range(1, seeds + 1)]
+    for run in new_runs:
         if run.path.exists():
             raise UserError(f"{run}: this run exists already; choose another --name")
-    _run_all([[*args, f"--seed_everything={seed}", f"--run_name={run.path.name}"] for seed, run in enumerate(own, 1)])
-    print(as_markdown(table(group_runs([run.read() for run in [*base, *own]]))))
+    _run_all([[*args, f"--seed_everything={seed}", f"--run_name={run.path.name}"] for seed, run in enumerate(new_runs, 1)])
+    print(as_markdown(table(group_runs([run.read() for run in [*base, *new_runs]]))))
 
 
 def _finished(folder: Path, name: str) -> list[RunFolder]:
     """The runs of an earlier sprint."""
-    found = sorted(folder.glob(f"{name}-seed*/summary.json"))
-    if not found:
+    finished = sorted(folder.glob(f"{name}-seed*/summary.json"))
+    if not finished:
         raise UserError(f"--against {name}: there is no finished run {folder / name}-seed1")
-    return [RunFolder(path.parent) for path in found]
+    return [RunFolder(path.parent) for path in finished]
 
 
 def _run_all(jobs: list[list[str]]) -> None:
