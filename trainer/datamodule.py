@@ -141,8 +141,8 @@ class TokenData(pl.LightningDataModule):
             UserError: On the first process of such a node.
             SystemExit: On the others.
         """
-        own, self.shards = self.shards, trainer.strategy.broadcast(self.shards)
-        change = difference(self.shards, own) if own else None
+        local_shards, self.shards = self.shards, trainer.strategy.broadcast(self.shards)
+        change = difference(self.shards, local_shards) if local_shards else None
         if not all_ranks_agree(change is None, trainer.strategy.root_device):
             if change is None:
                 raise SystemExit(1)

@@ -69,7 +69,8 @@ def sprint(
     for run in new_runs:
         if run.path.exists():
             raise UserError(f"{run}: this run exists already; choose another --name")
-    _run_all([[*args, f"--seed_everything={seed}", f"--run_name={run.path.name}"] for seed, run in enumerate(new_runs, 1)])
+    names = [run.path.name for run in new_runs]
+    _run_all([[*args, f"--seed_everything={seed}", f"--run_name={each}"] for seed, each in enumerate(names, 1)])
     print(as_markdown(table(group_runs([run.read() for run in [*base, *new_runs]]))))
 
 

@@ -94,8 +94,8 @@ def refuse_foreign(folder: Path) -> None:
         present = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror}); {hint}") from error
-    own = _own_files(folder)
-    foreign = [name for name in present if name not in own]
+    our_files = _own_files(folder)
+    foreign = [name for name in present if name not in our_files]
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise UserError(f"{folder}: holds {foreign[0]}{more}, which this trainer did not make; {hint}")
