@@ -52,7 +52,9 @@ def test_a_run_folder_holds_everything(finished, shard_folder: Path):
     assert summary["val_tokens"] == 300
     assert summary["val_bpb"] == pytest.approx(score_of(output)["val_bpb"], abs=1e-7)
     assert list(summary["stages"]) == ["live_plain", "averaged_plain", "artifact_plain", "artifact_sliding"]
-    assert "What it writes" in (run / "report.html").read_text()
+    _, _, written = (run / "report.html").read_text().partition("What it writes")
+    samples = re.findall("<pre>(.*?)</pre>", written.partition("Repeat it")[0], re.DOTALL)
+    assert len(set(samples)) == len(samples) == 3
     assert (run / "config.yaml").exists()
     assert "train/loss" in (run / "metrics.csv").read_text()
     with (run / "metrics.csv").open() as file:

@@ -58,5 +58,7 @@ def _weights(path: Path, is_averaged: bool) -> dict[str, Array] | None:
 
 def _samples(artifact: Path) -> list[str]:
     model, tokenizer = load_artifact(artifact)
-    config = SamplingConfig(SAMPLE_TOKENS)
-    return [prompt + "".join(continue_text(model, tokenizer, prompt, config)) for prompt in PROMPTS]
+    return [
+        prompt + "".join(continue_text(model, tokenizer, prompt, SamplingConfig(SAMPLE_TOKENS, seed=seed)))
+        for seed, prompt in enumerate(PROMPTS)
+    ]

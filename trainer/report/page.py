@@ -27,6 +27,7 @@ p.note, .soft { color: var(--soft); margin: 4px 0; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 18px; }
 figure { margin: 0; } figcaption { color: var(--soft); margin-bottom: 4px; }
 svg { width: 100%; height: auto; display: block; } svg text { font-size: 12px; fill: var(--soft); }
+@media (max-width: 600px) { svg text { font-size: 20px; } }
 svg .grid { stroke: var(--line); } svg .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
 """
 STYLE += "".join(
