@@ -9,10 +9,11 @@ import time
 import numpy as np
 import torch
 
-from benchmarks.subject import load, report, synchronize
+from benchmarks.subject import load, report
 from trainer.data.prefetch import Prefetcher
 from trainer.data.shards import TokenFiles
 from trainer.data.stream import TrainStream
+from trainer.device import synchronize
 
 CONSUMED_PER_SECOND = 2_000_000
 

@@ -10,7 +10,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from benchmarks.subject import load, matmul_rate, report, synchronize
+from benchmarks.subject import load, matmul_rate, report
+from trainer.device import synchronize
 from trainer.evaluation.sliding import NllFn, score
 from trainer.evaluation.windows import EvaluationConfig, plan_windows
 from trainer.lightning_module import LanguageModel

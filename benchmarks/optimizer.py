@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.subject import load, report, synchronize
+from benchmarks.subject import load, report
+from trainer.device import synchronize
 from trainer.optim.muon_adamw import MuonAdamW, parameter_groups
 
 

@@ -13,7 +13,8 @@ import lightning.pytorch as pl
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.subject import load, matmul_rate, report, synchronize
+from benchmarks.subject import load, matmul_rate, report
+from trainer.device import synchronize
 
 SETTLE, PROFILED = 5, 4  # steps before the timed ones, and after them
 

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.profile import PROFILED, SETTLE, Interval, Profile, idle, kernels_of, length
-from benchmarks.subject import load, report, synchronize
+from benchmarks.subject import load, report
 from trainer.callbacks.export import PostTrainExport, Report
 from trainer.callbacks.progress import Progress
+from trainer.device import synchronize
 from trainer.lightning_module import LanguageModel
 from trainer.optim import newton_schulz
 from trainer.optim.muon_adamw import parameter_groups

@@ -14,6 +14,7 @@ from trainer.callbacks.checkpoint import Checkpoints
 from trainer.callbacks.export import PostTrainExport, Report
 from trainer.callbacks.progress import Progress
 from trainer.cli.lightning_cli import TrainerCLI
+from trainer.device import synchronize
 from trainer.logging import quiet_libraries
 from trainer.recipes import find_recipe
 
@@ -50,12 +51,6 @@ def load(recipe: str, args: list[str], left_out: tuple[type, ...] = LEFT_OUT) ->
     )
     cli.trainer.callbacks = [callback for callback in cli.trainer.callbacks if not isinstance(callback, left_out)]  # type: ignore[attr-defined]
     return cli
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for everything queued on a device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def matmul_rate(device: torch.device) -> float:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from benchmarks.subject import load, matmul_rate, report, synchronize
+from benchmarks.subject import load, matmul_rate, report
+from trainer.device import synchronize
 from trainer.lightning_module import LanguageModel
 from trainer.model.flops import forward_flops
 from trainer.step import StepFence, clip_gradients, train_step

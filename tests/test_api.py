@@ -1,6 +1,8 @@
 """The project from Python: the same results as the commands, as plain objects."""
 
+import gc
 import math
+import signal
 from pathlib import Path
 
 import pytest
@@ -82,3 +84,19 @@ def test_what_cannot_be_done_is_an_error_of_one_line(recipe: str, overrides: dic
 def test_an_unknown_option_is_an_error_too(tmp_path: Path):
     with pytest.raises(trainer.UserError, match="max_stepz.*did you mean --trainer.max_steps"):
         trainer.fit("quickstart", {"trainer.max_stepz": 3, "trainer.default_root_dir": tmp_path})
+
+
+def test_a_model_that_has_generated_scores_as_before(run: trainer.TrainedRun):
+    model, tokenizer = trainer.load_artifact(run.run_folder / "artifact.zst")
+    texts = make_documents(5, 2)
+    before = trainer.score(model, tokenizer, texts)
+    trainer.generate(model, tokenizer, "the model", tokens=5)
+    assert trainer.score(model, tokenizer, texts) == before
+    with pytest.raises(trainer.UserError, match="neither adapt_rate nor attention_window"):
+        trainer.score(model, tokenizer, texts, EvaluationConfig(adapt_rate=0.1))
+
+
+def test_a_run_leaves_nothing_behind_in_the_process(run: trainer.TrainedRun):
+    assert gc.get_freeze_count() == 0  # or its models would stay in memory for ever
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler

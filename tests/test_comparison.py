@@ -113,6 +113,18 @@ def test_other_seeds_are_compared_by_welchs_test(tmp_path: Path):
     assert result.p == pytest.approx(p_value(-0.05, math.sqrt(a + b), freedom))
 
 
+def test_what_changes_no_experiment_does_not_split_a_setting(tmp_path: Path):
+    runs = [
+        make_run(
+            tmp_path, "a", 1, 1.30, eval={"every_seconds": None}
+        ),  # null is the same as an option that is not there
+        make_run(tmp_path, "b", 2, 1.31, samples={"tokens": 4}),
+        make_run(tmp_path, "c", 2, 1.32, data={"seed": 5}, model={"num_layers": 4, "micro_batch_tokens": 8}),
+    ]
+    (group,) = group_runs([run.read() for run in runs])
+    assert list(group.scores.values()) == [1.30, 1.31, 1.32]
+
+
 def test_one_run_on_each_side_has_a_difference_and_no_p(tmp_path: Path):
     first, second = make_run(tmp_path, "b", 1, 1.30), make_run(tmp_path, "w", 1, 1.28, **WIDE)
     groups = group_runs([first.read(), second.read()])
@@ -127,6 +139,7 @@ def test_one_run_on_each_side_has_a_difference_and_no_p(tmp_path: Path):
         ({"summary_text_fingerprint": "z"}, "other text"),
         ({"summary_val_bytes": 999}, "another part of the text"),
         ({"wallclock": {"seconds": 150}}, "wallclock.seconds 150, not 300"),
+        ({"eval": {"stride": 32}}, "eval.stride 32, not None"),
         ({}, "has the settings and the seed of"),
     ],
 )

@@ -10,6 +10,7 @@ import torch
 
 from trainer.cli import train
 from trainer.data.tokenizer import BOS, ByteTable
+from trainer.errors import UserError
 from trainer.evaluation import sliding
 from trainer.evaluation.metric import Score
 from trainer.evaluation.windows import EvaluationConfig
@@ -19,6 +20,8 @@ from trainer.model.transformer import Transformer
 from trainer.run_folder import RunFolder
 
 __all__ = ["TrainedRun", "Validation", "fit", "generate", "load_artifact", "score", "validate"]
+
+DEFAULT_RECIPE = "quickstart"
 
 
 class TrainedRun(NamedTuple):
@@ -51,7 +54,7 @@ class Validation(NamedTuple):
     scores: dict[str, Score]
 
 
-def fit(recipe: str = "quickstart", overrides: Mapping[str, Any] | None = None) -> TrainedRun:
+def fit(recipe: str = DEFAULT_RECIPE, overrides: Mapping[str, Any] | None = None) -> TrainedRun:
     """Train a recipe, export it and score the artifact, as `trainer fit` does.
 
     Args:
@@ -61,7 +64,9 @@ def fit(recipe: str = "quickstart", overrides: Mapping[str, Any] | None = None) 
     Raises:
         UserError: If an option or the text cannot be used.
     """
-    folder = train.run("fit", [f"--config={recipe}", *_arguments(overrides)])
+    # The default is not named: variables of the published script count only for a recipe that somebody named.
+    config = [] if recipe == DEFAULT_RECIPE else [f"--config={recipe}"]
+    folder = train.run("fit", [*config, *_arguments(overrides)])
     assert isinstance(folder, RunFolder)
     summary = folder.read().summary
     scores = {name: Score(**values) for name, values in summary["stages"].items()}
@@ -95,14 +100,16 @@ def score(
         model: A model in evaluation mode, on the device that scores.
         tokenizer: Its tokenizer.
         texts: The documents.
-        evaluation: Window, stride and batch size.
+        evaluation: Window, stride and batch size; a run's own are in its `config.yaml` under `eval`.
 
     Returns:
         The score; its bytes are those of the texts after the tokenizer's normalization.
 
     Raises:
-        UserError: If there is no text.
+        UserError: If there is no text, or the evaluation is one that `trainer validate` alone can make.
     """
+    if evaluation.adapt_rate is not None or evaluation.attention_window is not None:
+        raise UserError("score takes neither adapt_rate nor attention_window; trainer.validate does")
     texts = [texts] if isinstance(texts, str) else list(texts)
     ids = [token for encoded in tokenizer.encode(texts) for token in (BOS, *encoded)]
     device = model.token_embedding.weight.device
@@ -117,7 +124,7 @@ def generate(
     """Generate the text that follows a prompt.
 
     Args:
-        model: A model in evaluation mode; its attention belongs to the generation afterwards.
+        model: A model in evaluation mode.
         tokenizer: Its tokenizer.
         prompt: Text to continue, as the start of a document: BOS comes before it.
         sampling: Values of SamplingConfig: `tokens`, `temperature`, `top_k`, `top_p`, `seed`, `context`.

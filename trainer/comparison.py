@@ -3,6 +3,7 @@
 import math
 import statistics
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -14,8 +15,11 @@ STAGES = ("live_plain", "averaged_plain", "artifact_plain")
 NOT_COMPARED = (
     *("seed_everything", "data.seed", "data.source.", "run_name", "ckpt", "config", "tensorboard", "wandb"),
     *("progress.", "report.", "checkpoints.", "samples.", "trainer.default_root_dir", "trainer.logger"),
+    *("trainer.val_check_interval", "trainer.log_every_n_steps", "eval.every_seconds", "eval.fit_tokens"),
+    *("eval.batch_windows", "model.micro_batch_tokens"),  # what fits into the memory that was free
 )
-BUDGET = ("wallclock.seconds", "trainer.max_steps")
+EQUAL = ("wallclock.seconds", "trainer.max_steps", "eval.window", "eval.stride", "eval.attention_window")
+Seed = tuple[Any, Any]  # seed_everything and data.seed
 
 
 @dataclass(frozen=True)
@@ -28,10 +32,10 @@ class Group:
     """
 
     name: str
-    runs: dict[int, RunData]
+    runs: dict[Seed, RunData]
 
     @property
-    def scores(self) -> dict[int, float]:
+    def scores(self) -> dict[Seed, float]:
         """Bits per byte by seed."""
         return {seed: float(run.summary["val_bpb"]) for seed, run in self.runs.items()}
 
@@ -72,15 +76,15 @@ def group_runs(runs: list[RunData]) -> list[Group]:
         UserError: If two runs saw other text, had another budget or scored something else, or are the same run twice.
     """
     first = runs[0]
-    settings = [{key: value for key, value in run.config.items() if _counts(key)} for run in runs]
-    groups: list[tuple[dict[str, object], dict[int, RunData]]] = []
+    settings = [{key: value for key, value in run.config.items() if value is not None and _counts(key)} for run in runs]
+    groups: list[tuple[dict[str, object], dict[Seed, RunData]]] = []
     for run, setting in zip(runs, settings, strict=True):
         _check_comparable(first, run)
         members = next((members for other, members in groups if other == setting), None)
         if members is None:
             members = {}
             groups.append((setting, members))
-        seed = int(run.config.get("seed_everything") or 0)
+        seed = run.config.get("seed_everything"), run.config.get("data.seed")
         if seed in members:
             raise UserError(f"{run.folder}: has the settings and the seed of {members[seed].folder}; leave one out")
         members[seed] = run
@@ -92,13 +96,13 @@ def _counts(key: str) -> bool:
 
 
 def _name(first: RunData, base: dict[str, object], setting: dict[str, object]) -> str:
-    changed = [f"{key}={setting.get(key)}" for key in {**base, **setting} if setting.get(key) != base.get(key)]
-    return " ".join(changed).replace("None", "null") or first.folder.path.resolve().parent.name
+    changed = [f"{key}={setting.get(key, 'null')}" for key in {**base, **setting} if setting.get(key) != base.get(key)]
+    return " ".join(changed) or first.folder.path.resolve().parent.name
 
 
 def _check_comparable(first: RunData, run: RunData) -> None:
     reason = why_incomparable(first, run)
-    for key in BUDGET:
+    for key in EQUAL:
         if reason is None and first.config.get(key) != run.config.get(key):
             reason = f"{key} {run.config.get(key)}, not {first.config.get(key)}"
     if reason is None and ("bytes_total" in first.summary) != ("bytes_total" in run.summary):
@@ -109,7 +113,7 @@ def _check_comparable(first: RunData, run: RunData) -> None:
 
 def change(base: Group, group: Group) -> Change:
     """Compare two groups: pair by pair where at least two seeds are equal, else by Welch's test."""
-    seeds = sorted(base.runs.keys() & group.runs.keys())
+    seeds = [seed for seed in base.runs if seed in group.runs]
     if len(seeds) >= 2:
         differences = [group.scores[seed] - base.scores[seed] for seed in seeds]
         stderr = statistics.stdev(differences) / math.sqrt(len(seeds))

@@ -225,7 +225,7 @@ def continue_text(
     """Yield the text that follows a prompt, as it is generated.
 
     Args:
-        model: A model in evaluation mode; its attention belongs to the generation afterwards.
+        model: A model in evaluation mode; its attention belongs to the generation until the text ends.
         tokenizer: Its tokenizer.
         prompt: Text to continue, as the start of a document.
         config: How tokens are drawn.
@@ -234,7 +234,21 @@ def continue_text(
         UserError: If the prompt cannot be written as UTF-8.
     """
     check_prompt(prompt)
+    return _continued(model, tokenizer, prompt, config)
+
+
+def _continued(
+    model: Transformer, tokenizer: sentencepiece.SentencePieceProcessor, prompt: str, config: SamplingConfig
+) -> Iterator[str]:
+    """`continue_text`, once its prompt is known to be one; the model gets its own attention back."""
+    blocks = [block for block in model.blocks if isinstance(block, Block)]
+    backends = [block.attention.backend for block in blocks]
     ids = [BOS, *tokenizer.encode(prompt)]
     generator = torch.Generator().manual_seed(config.seed)
     draw = partial(sample, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, generator=generator)
-    return stream_text(tokenizer, ids, generate_tokens(Decoder(model, config.context), ids, config.tokens, draw))
+    try:
+        tokens = generate_tokens(Decoder(model, config.context), ids, config.tokens, draw)
+        yield from stream_text(tokenizer, ids, tokens)
+    finally:
+        for block, backend in zip(blocks, backends, strict=True):
+            block.attention.backend = backend

@@ -110,3 +110,9 @@ def test_validate_shows_what_it_uses(help_text):
     for name in ("ckpt", "weights", "eval.stride", "eval.adapt_rate", "data.source", "precision", "trainer.devices"):
         assert f"--{name} " in text
     assert "optimizer" not in text
+
+
+@pytest.mark.parametrize("args", [["--data.source=LocalText"], ["--model.num_layers=abc"]])
+def test_help_comes_also_for_arguments_that_are_wrong(help_text, args: list[str]):
+    assert "--model.num_layers 3 " in help_text("fit", *args, "--help")
+    assert "--eval.stride" in help_text("fit", *args, "--help", "eval")

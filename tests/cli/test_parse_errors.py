@@ -9,6 +9,7 @@ from tests.helpers import trainer_here
 
 LOCAL = "--data.source=LocalText"
 FILES = "--data.source.train_files=x.txt"
+SIZE = "--data.source.vocab_size=abc"
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,18 @@ FILES = "--data.source.train_files=x.txt"
             ["fit", LOCAL, FILES, "--data.source.val_every=abc"],
             "--data.source.val_every: must be a whole number, not abc",
         ),
+        (
+            ["fit", LOCAL, FILES, "--data.source.vocab_size=abc"],
+            "--data.source.vocab_size: must be a whole number or null, not",
+        ),
+        (
+            ["prepare", LOCAL, FILES, "--data.source.vocab_size=abc"],
+            "--data.source.vocab_size: must be a whole number or null, not abc (",
+        ),
+        (
+            ["fit", "--model.micro_batch_tokens=abc"],
+            "--model.micro_batch_tokens: must be one of 'auto' or a whole number, not abc",
+        ),
         (["fit", "--data.source.nothing=3"], "--data.source.nothing: PythonDocumentation has no such option"),
         (["fit", "--data.source=Nothing"], "--data.source: there is no class Nothing; give its name"),
         (["fit", "--trainer.callbacks=EarlyStopping"], "--trainer.callbacks.monitor: missing, but EarlyStopping needs"),
@@ -45,6 +58,22 @@ def test_a_wrong_value_is_named_with_what_it_may_be(args: list[str], message: st
 def test_null_is_refused_where_a_class_needs_a_value(tmp_path: Path):
     result = trainer_here("fit", "--data.source.folder=null", cwd=tmp_path)
     assert (result.returncode, result.stderr) == (1, "trainer: --data.source.folder: must not be null\n")
+
+
+def test_a_wrong_interval_is_one_line(tmp_path: Path):
+    result = trainer_here("fit", "--trainer.val_check_interval=00:00:00:15", cwd=tmp_path)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
+    assert "trainer.val_check_interval must be a whole number of at least 1, not 00:00:00:15" in result.stderr
+
+
+def test_null_may_be_the_default_of_a_class_that_does_not_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "lazy_text.py").write_text(
+        "from trainer.data.sources import Shards\n\n\nclass Lazy(Shards):\n"
+        "    def __init__(self, folder: str = None):\n        super().__init__(folder or 'data')\n"
+    )
+    result = trainer_here("fit", "--data.source=lazy_text.Lazy", "--print_config", cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_fit_finds_modules_of_the_working_folder_and_puts_them_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

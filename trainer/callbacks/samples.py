@@ -1,6 +1,7 @@
 """Shows what the model writes while it is trained."""
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
@@ -32,9 +33,12 @@ class Samples(pl.Callback):
         """Generate with a copy of the weights: nothing of the training changes, and nothing is compiled."""
         if self.tokens is None or trainer.state.fn != "fit":
             return
-        model = Transformer(pl_module.model.config).to(pl_module.device).eval()
+        pl_module.clock.pause()  # the clock's own callback comes before this one
+        with torch.random.fork_rng(devices=[]):  # making a model draws numbers
+            model = Transformer(pl_module.model.config).to(pl_module.device).eval()
         model.load_state_dict(pl_module.model.state_dict())
         model.is_looped = pl_module.model.is_looped
         tokenizer = load_tokenizer(trainer.datamodule.text.tokenizer)  # type: ignore[attr-defined]
         text = "".join(continue_text(model, tokenizer, self.prompt, SamplingConfig(self.tokens)))
         logger.info(f"step {trainer.global_step:>6,}  sample {' '.join((self.prompt + text).split())}")
+        pl_module.clock.start()

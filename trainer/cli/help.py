@@ -41,7 +41,7 @@ TEXTS = {
     "trainer.max_steps": "Steps after which the training ends; -1 sets no limit",
     "trainer.val_check_interval": "Steps between two validations",
     "trainer.log_every_n_steps": "Steps between two rows of metrics.csv",
-    "data.source": "Class of the text; data.source.help LocalText lists the options of one",
+    "data.source": "Class of the text; --data.source.help LocalText lists the options of one",
 }
 SOURCE_OPTIONS = 4  # of the chosen class; the other ones are rarely changed
 NAMES_OF_GROUPS = "_ActionConfigLoad"  # jsonargparse's `--model FILE` and the like
@@ -56,8 +56,9 @@ def take_help(args: list[str]) -> tuple[str | None, list[str]]:
     """
     for index, arg in enumerate(args):
         name, _, value = arg.partition("=")
-        if arg in ("-h", "--help") and args[index + 1 : index + 2] == ["all"]:
-            return "all", args[:index] + args[index + 2 :]
+        topic = args[index + 1 : index + 2]
+        if arg in ("-h", "--help") and topic and not topic[0].startswith("-"):
+            return topic[0], args[:index] + args[index + 2 :]
         if arg == "-h" or name == "--help" or name.startswith("--help."):
             return value or name.removeprefix("--help").removeprefix("."), args[:index] + args[index + 1 :]
     return None, args

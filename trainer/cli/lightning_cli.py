@@ -140,7 +140,7 @@ class TrainerCLI(LightningCLI):
         options = self.config.trainer
         check_trainer_options(options)
         kwargs["devices"], kwargs["num_nodes"] = agree_with_launcher(options.devices, options.num_nodes)
-        if options.accelerator == "auto":  # Apple's GPUs have no float64 for exact sums: only when requested
+        if options.accelerator == "auto":
             kwargs["accelerator"] = default_device().type
             if kwargs["accelerator"] == "cpu" and kwargs["devices"] == "auto":
                 kwargs["devices"] = 1

@@ -6,14 +6,12 @@ By hand, because the library nests the reason in lists of every type it tried, a
 import re
 
 KEY = re.compile(r'Parser key "([^"]+)": (.*)', re.DOTALL)
-NOT_A_CHOICE = re.compile(r".*?Literal\[([^]]+)\].*?(?:Given value|Got value): (\S+)")
-IN_CLASS = re.compile(
-    r".*?Problem with given class_path '(?:[^']*\.)?([^'.]+)': (.*?)(?= - Expected| Given value type|$)"
-)
-REQUIRED = re.compile(r"the following arguments are required: (.*)")
+NOT_A_CHOICE = re.compile(r".*?Expected a typing.Literal\[([^]]+)\]")
+IN_CLASS = re.compile(r".*?Problem with given class_path '(?:[^']*\.)?([^'.]+)': (.*)")
+REQUIRED = re.compile(r"the following arguments are required: (\w+(?:, \w+)*)")
 NOT_ACCEPTED = re.compile(r"Option '([^']+)' is not accepted")
 NO_CLASS = re.compile(r".*Expected a dot import path string: (\S+)")
-VALUE = re.compile(r".*(?:Got|Given) value: (.*)")
+VALUE = re.compile(r"(?:Got|Given) value: (.*?)(?= - Expected|$)")
 TYPE = re.compile(r"Expected a <class '([^']+)'>")
 NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "list": "a list, such as [1,2]"}
 NAMES |= {"NoneType": "null", "str": "text", "dict": "settings", "Iterable": "a list"}
@@ -28,17 +26,17 @@ def reword(message: str) -> str:
 
 def _of_key(key: str, reason: str) -> str:
     """The reason why the value of an option is refused."""
-    if choice := NOT_A_CHOICE.match(reason):
-        choices, value = choice.groups()
-        return f"--{key}: must be one of {choices}{' or null' if 'NoneType' in reason else ''}, not {value}"
+    value = VALUE.search(reason)
+    types = [name.rpartition(".")[2] for name in TYPE.findall(reason[: value.start()] if value else "")]
+    names = list(dict.fromkeys(NAMES.get(name, name) for name in types))
     if in_class := IN_CLASS.match(reason):
         return _of_class(key, *in_class.groups())
+    if value and (choice := NOT_A_CHOICE.match(reason)):
+        return f"--{key}: must be {' or '.join([f'one of {choice[1]}', *names])}, not {value[1]}"
     if no_class := NO_CLASS.match(reason):
         return f"--{key}: there is no class {no_class[1]}; give its name, or its import path"
-    value, types = VALUE.match(reason), [name.rpartition(".")[2] for name in TYPE.findall(reason)]
-    if value and types:
-        allowed = " or ".join(dict.fromkeys(NAMES.get(name, name) for name in types))
-        return f"--{key}: must be {allowed}, not {value[1]}"
+    if value and names:
+        return f"--{key}: must be {' or '.join(names)}, not {value[1]}"
     return f"--{key}: {reason}"
 
 

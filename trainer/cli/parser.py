@@ -51,7 +51,7 @@ class ShortErrors:
         """
         option, _, name = key.rpartition(".init_args.")
         parameters = inspect.signature(pkgutil.resolve_name(config[f"{option}.class_path"])).parameters
-        if name in parameters and not _takes_null(parameters[name].annotation):
+        if name in parameters and parameters[name].default is not None and not _takes_null(parameters[name].annotation):
             raise UserError(f"--{option.replace('.init_args', '')}.{name}: must not be null")
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

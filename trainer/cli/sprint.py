@@ -50,11 +50,19 @@ def sprint(
         raise UserError(f"--seeds must be at least 1, not {seeds}")
     if steps is not None and steps < 1:
         raise UserError(f"--steps must be at least 1, not {steps}")
-    if Manifest.read(Path(data)) is None:
+    manifest = Manifest.read(Path(data))
+    if manifest is None:
         raise UserError(f"--data {data}: holds no {NAME}; make it with trainer prepare")
     folder = Path(runs) / RunFolder.recipe_of(find_recipe(config))
     base = _finished(folder, against) if against else []
     seconds = SECONDS if seconds is None and steps is None else seconds
+    for run in base:
+        before = run.read()
+        if (
+            before.config.get("wallclock.seconds") != seconds
+            or before.summary["text_fingerprint"] != manifest.text_fingerprint
+        ):
+            raise UserError(f"--against {against}: {run} had another training time, or another text than {data}")
     args = [
         f"--config={config}",
         "--data.source=Shards",
@@ -88,15 +96,17 @@ def _run_all(jobs: list[list[str]]) -> None:
     Raises:
         UserError: If one fails; its own words are on the screen.
     """
-    devices: queue.Queue[int | None] = queue.Queue()
+    devices: queue.Queue[str | None] = queue.Queue()
     count = max(gpu_count(), 1)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")  # those that the user gave to this process
     for index in range(count):
-        devices.put(index if count > 1 else None)
+        name = visible[index] if len(visible) == count else str(index)
+        devices.put(name if count > 1 else None)
     quiet = ["--progress.mode=quiet"] if count > 1 else []
 
     def run(job: list[str]) -> int:
         device = devices.get()
-        env = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": str(device)})
+        env = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
         try:
             command = [sys.executable, "-m", "trainer", "fit", *job, *quiet]
             code = subprocess.run(command, env=env, check=False).returncode

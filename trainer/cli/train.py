@@ -1,9 +1,11 @@
 """`trainer fit` and `trainer validate`: which recipe, text and weights are meant, and what is said of failures."""
 
+import gc
 import math
 import os
 import re
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from trainer.callbacks.checkpoint import Checkpoints
@@ -30,6 +33,8 @@ from trainer.logging import logger, logging_to, quiet_libraries
 from trainer.quantize.artifact import Artifact
 from trainer.recipes import find_recipe, load_recipe
 from trainer.run_folder import RunFolder, flatten, newest_checkpoint
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # that a run handles
 
 
 def run(command: str, args: Sequence[str]) -> RunFolder | dict[str, Score] | None:
@@ -76,7 +81,7 @@ def run(command: str, args: Sequence[str]) -> RunFolder | dict[str, Score] | Non
         data = load_recipe(path).get("data")
         has_source |= isinstance(data, dict) and "source" in data
     if about is not None:
-        _print_help(command, about, recipe if paths else "", [*recipes, *aliases, *rest])
+        _print_help(command, about, paths, [*recipes, *aliases, *rest])
         return None
     if stored is not None and not configs and ckpt is not None:
         recipes = settings_beside(ckpt, rest, has_source)
@@ -100,8 +105,8 @@ def run(command: str, args: Sequence[str]) -> RunFolder | dict[str, Score] | Non
     return run_folder
 
 
-def _print_help(command: str, about: str, recipe: str, args: list[str]) -> None:
-    """Print the help of a command, or of a part of its options.
+def _print_help(command: str, about: str, paths: list[Path], args: list[str]) -> None:
+    """Print the help of a command, or of a part of its options; arguments that are wrong do not keep it back.
 
     Raises:
         UserError: If there is no such part.
@@ -115,8 +120,14 @@ def _print_help(command: str, about: str, recipe: str, args: list[str]) -> None:
             raise UserError(f"--help.{about}: no option begins with {about}; there are --help.model, --help.eval, ...")
         print(text)
     else:
-        values = yaml.safe_load(parser.dump(parser.parse_args(args))) if recipe else {}
-        print(first_help(parser, dict(flatten(values)), recipe))
+        values = {}
+        if paths:
+            try:
+                config = parser.parse_args(args)
+            except UserError:
+                config = parser.parse_args([f"--config={path}" for path in paths])
+            values = yaml.safe_load(parser.dump(config))
+        print(first_help(parser, dict(flatten(values)), RunFolder.recipe_of(paths[-1]) if paths else ""))
 
 
 def _to_score(ckpt: str | None, rest: list[str]) -> tuple[str, Artifact]:
@@ -174,9 +185,9 @@ def fit(cli: TrainerCLI, ckpt: str | None, log: Path) -> None:
         cli.config.ckpt = ckpt  # config.yaml then repeats a resumed run, too
     if ckpt is not None:
         _resume(cli, ckpt)
-    for each in cli.trainer.loggers[1:]:  # the first one is the run's own, beside config.yaml
-        each.log_hyperparams(dict(flatten(yaml.safe_load(cli.parser.dump(cli.config)))))
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
+        _log_settings(cli)
         with logging_to(log) if cli.trainer.is_global_zero else nullcontext():
             if ckpt is not None:
                 logger.info(f"resuming from {ckpt}")
@@ -205,6 +216,30 @@ def fit(cli: TrainerCLI, ckpt: str | None, log: Path) -> None:
         if cli.trainer.interrupted:
             raise KeyboardInterrupt from error
         raise
+    finally:  # whoever called this from Python goes on
+        gc.unfreeze()
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler or signal.SIG_DFL)
+        for each in cli.trainer.loggers:
+            if isinstance(each, WandbLogger):
+                each.experiment.finish()
+
+
+def _log_settings(cli: TrainerCLI) -> None:
+    """Give the settings to all loggers but the first, which is the run's own, beside config.yaml.
+
+    Raises:
+        UserError: If Weights & Biases refuses, for instance without a login.
+    """
+    settings = dict(flatten(yaml.safe_load(cli.parser.dump(cli.config))))
+    for each in cli.trainer.loggers[1:]:
+        try:
+            each.log_hyperparams(settings)
+        except Exception as error:
+            if not isinstance(each, WandbLogger):
+                raise
+            raise UserError(f"--wandb {cli.config.wandb}: {first_line(error)}") from error
 
 
 def _last_checkpoint(cli: TrainerCLI) -> str | None:

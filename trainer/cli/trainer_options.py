@@ -63,7 +63,8 @@ def check_trainer_options(options: Any) -> None:
         )
     for name in POSITIVE:
         value = getattr(options, name)
-        if value is not None and (value < 1 or value != int(value)):
+        is_number = isinstance(value, int | float)
+        if value is not None and not (is_number and value >= 1 and value == int(value)):
             raise UserError(f"trainer.{name} must be a whole number of at least 1, not {value}")
     if options.max_steps == 0 or options.max_steps < -1:
         raise UserError(f"trainer.max_steps must not be {options.max_steps}: at least 1, or -1 for no limit")

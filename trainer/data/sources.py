@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from trainer.data.documents import FIELD, TextFiles, find_files
 from trainer.data.manifest import NAME, TOKENIZER, Manifest
@@ -156,6 +157,7 @@ class LocalText(Source):
         self.train_files = [train_files] if isinstance(train_files, str) else train_files
         self.val_files = [val_files] if isinstance(val_files, str) else val_files
         self.val_every = val_every
+        self.is_folder_given = folder is not None
         self.folder = Path(folder or _folder_of(self.train_files[0] if self.train_files else "text"))
         self.given_tokenizer = Path(tokenizer) if tokenizer else None
         self.vocab_size = vocab_size
@@ -168,7 +170,7 @@ class LocalText(Source):
         if self.given_tokenizer:
             load_tokenizer(self.given_tokenizer)
         else:
-            check_trainable_size(self.vocab_size or self.model_vocab_size)
+            check_trainable_size(self.vocab_size or self.model_vocab_size, _size_option(self.vocab_size))
         try:
             train, val = find_files(self.train_files), find_files(self.val_files or [])
         except UserError as error:
@@ -191,7 +193,19 @@ class LocalText(Source):
             else self.vocab_size or self.model_vocab_size,
             "shard_tokens": self.shard_tokens,
         }
+        if not self.is_folder_given:
+            self._refuse_shards_of_others(record)
         prepare_folder(self.folder, record, lambda folder: self._make(folder, record, train, val), only_if_missing)
+
+    def _refuse_shards_of_others(self, record: dict[str, Any]) -> None:
+        """Refuse a folder that nobody chose where it holds the shards of other files, which would be replaced."""
+        manifest = Manifest.read(self.folder)
+        before, now = (
+            {file[0] for file in source.get("train_files", [])}
+            for source in (manifest.source if manifest else record, record)
+        )
+        if not before & now:
+            raise UserError(f"{self.folder}: holds the shards of other files; choose another data.source.folder")
 
     def _make(self, folder: Path, record: dict[str, object], train: list[Path], val: list[Path]) -> None:
         """Write shards and manifest into a folder."""
@@ -286,7 +300,7 @@ class PythonDocumentation(Source):
         """Collect docstrings, train the tokenizer and tokenize, unless the manifest says that this was done."""
         if self.val_every < 2:
             raise UserError(f"data.source.val_every must be at least 2, not {self.val_every}")
-        check_trainable_size(self.vocab_size or self.model_vocab_size)
+        check_trainable_size(self.vocab_size or self.model_vocab_size, _size_option(self.vocab_size))
         record: dict[str, object] = {
             "class": "PythonDocumentation",
             "vocab_size": self.vocab_size or self.model_vocab_size,
@@ -345,20 +359,26 @@ def _folder_of(name: str) -> str:
     path = Path(name)
     while any(letter in path.name for letter in "*?["):
         path = path.parent
-    stem = path.name if path.is_dir() else path.name.partition(".")[0]
-    return f"data/{stem or 'text'}"
+    stem = path.resolve().name if path.is_dir() else path.name.partition(".")[0]
+    folder = Path("data") / (stem or "text")
+    holds_text = path.resolve() == folder.resolve() or folder.resolve() in path.resolve().parents
+    return f"{folder}-shards" if holds_text else str(folder)
 
 
 def split_last_tenth(texts: list[str]) -> tuple[list[str], list[str]]:
     """Split a text, given as its documents, where nine tenths of its characters end.
 
-    The document in which that is gets cut after a line if it has one there, else after a word, else anywhere.
+    The document in which that is gets cut after a line if one ends within the last fiftieth of the text before, else
+    after a word, else anywhere.
     """
     train: list[str] = []
-    left = sum(map(len, texts)) * 9 // 10
+    total = sum(map(len, texts))
+    left = total * 9 // 10
     for index, text in enumerate(texts):
         if len(text) > left:
-            cut = max(text.rfind("\n", 0, left + 1), 0) or max(text.rfind(" ", 0, left + 1), 0) or left
+            start = max(left - total // 50, 0)
+            ends = (text.rfind(letter, start, left + 1) for letter in "\n ")
+            cut = next((end for end in ends if end > 0), left)
             head, tail = text[:cut], text[cut:]
             return [*train, *([head] if head.strip() else [])], [tail, *texts[index + 1 :]]
         train.append(text)
@@ -370,8 +390,12 @@ def _train(model: Path, texts: Iterable[str], vocab_size: int | None, model_voca
     """Train a tokenizer; an error names the option that sets its size."""
     size = vocab_size or model_vocab_size
     logger.info(f"training a tokenizer with a vocabulary of {size:,}")
-    option = "--model.vocab_size" if vocab_size is None else "--data.source.vocab_size"
-    train_tokenizer(_sentences(texts), size, model, os.cpu_count() or 1, option)
+    train_tokenizer(_sentences(texts), size, model, os.cpu_count() or 1, f"--{_size_option(vocab_size)}")
+
+
+def _size_option(vocab_size: int | None) -> str:
+    """The option that says how large the vocabulary of a tokenizer is."""
+    return "model.vocab_size" if vocab_size is None else "data.source.vocab_size"
 
 
 def _join_neighbors(docstrings: list[str], max_length: int = 1000) -> Iterator[str]:

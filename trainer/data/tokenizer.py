@@ -63,14 +63,18 @@ def _added_spaces(tokenizer: sentencepiece.SentencePieceProcessor) -> tuple[bool
     return example.startswith(SPACE), example.endswith(SPACE)
 
 
-def check_trainable_size(vocab_size: int) -> None:
+def check_trainable_size(vocab_size: int, option: str = "data.source.vocab_size") -> None:
     """Refuse a vocabulary that no tokenizer can be trained for.
+
+    Args:
+        vocab_size: Its size.
+        option: Option that sets it, for the error.
 
     Raises:
         UserError: If it is too small for its fixed tokens, or too large for 16 bits.
     """
     if not MIN_VOCAB <= vocab_size <= MAX_VOCAB:
-        raise UserError(f"data.source.vocab_size must be between {MIN_VOCAB} and {MAX_VOCAB:,}, not {vocab_size:,}")
+        raise UserError(f"{option} must be between {MIN_VOCAB} and {MAX_VOCAB:,}, not {vocab_size:,}")
 
 
 def train_tokenizer(

@@ -138,8 +138,8 @@ def _comparison(runs: list[RunData]) -> list[str]:
     """What `trainer compare` says of the runs, if they compare."""
     try:
         head, *rows = table(group_runs(runs))
-    except UserError:  # the report has named the reason
-        return []
+    except UserError as error:
+        return [f'<p class="note">No comparison: {escape(str(error))}</p>']
     note = "Bits per byte, lower is better; ± is a standard error. Runs of equal seeds are compared pair by pair."
     return ["<h2>Comparison</h2>", _table(head, rows), f'<p class="note">{note}</p>']
 

@@ -62,7 +62,7 @@ def check_causality(model: Transformer, tokens: Tensor) -> str:
     ids = tokens[None]
     logits = model(ids)
     worst = 0.0
-    for end in (len(tokens) // 4, len(tokens) // 2, len(tokens) - 1):
+    for end in {max(1, len(tokens) // 4), max(1, len(tokens) // 2), len(tokens) - 1}:
         changed = ids.clone()
         changed[:, end:] = (changed[:, end:] + 1) % model.config.vocab_size
         worst = max(worst, float((model(changed) - logits)[:, :end].abs().max()))
