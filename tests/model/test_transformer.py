@@ -262,6 +262,11 @@ def test_an_option_switches_the_compiled_model_and_trains_all_its_parameters(opt
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
 
 
+def test_where_a_loop_would_be_does_not_matter_without_repeats():
+    config = replace(TINY, loop=LoopConfig(repeats=None, first=1, last=9))
+    assert config.block_order() == config.block_order(is_looped=False) == [0, 1, 2, 3]
+
+
 def test_a_loop_that_is_off_is_the_model_without_it():
     model = randomized(config=replace(TINY, loop=LoopConfig(repeats=2, first=1, last=2)))
     plain, ids = Transformer(TINY).double(), torch.randint(0, 300, (2, 12))

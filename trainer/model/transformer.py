@@ -102,7 +102,7 @@ class TransformerConfig:
                 f"model.value_embedding_blocks must be between 1 and num_layers {self.num_layers}, or be null for "
                 f"none, not {self.value_embedding_blocks}"
             )
-        if self.loop.last >= self.num_layers:
+        if self.loop.repeats and self.loop.last >= self.num_layers:
             raise ValueError(
                 f"model.loop.last {self.loop.last} is not one of the {self.num_layers} blocks, counted from 0; set "
                 "model.loop.repeats null for no loop"
@@ -126,7 +126,9 @@ class TransformerConfig:
     def block_order(self, is_looped: bool = True) -> list[int]:
         """Numbers of the blocks in the order they run."""
         loop = self.loop
-        again = list(range(loop.first, loop.last + 1)) * (loop.repeats or 0 if is_looped else 0)
+        if not (loop.repeats and is_looped):
+            return list(range(self.num_layers))
+        again = list(range(loop.first, loop.last + 1)) * loop.repeats
         return [*range(loop.last + 1), *again, *range(loop.last + 1, self.num_layers)]
 
     def has_value_embedding(self, block: int) -> bool:
