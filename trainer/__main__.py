@@ -23,7 +23,7 @@ COMMANDS = {
     "generate": ("write text with a model", "generate --artifact runs/quickstart/1/artifact.zst --prompt The"),
     "report": ("draw a run, or compare several", "report runs/quickstart/1 runs/quickstart/2"),
     "compare": ("test whether a change helps", "compare runs/frontier/base-seed* runs/frontier/wide-seed*"),
-    "sprint": ("train several seeds and compare", "sprint --config frontier --data data/mine --seeds 4"),
+    "sprint": ("train several seeds and compare", "sprint --config frontier --data data/mine8192"),
     "submit": ("make a submission and prove it", 'submit runs/int5mlp_10l/1 --name "10 layers" ...'),
     "prepare": ("make or check the token shards", "prepare --config quickstart --verify"),
     "inspect": ("show the content of a shard folder", "inspect data/python-documentation"),

@@ -29,7 +29,10 @@ FIT = {
 }
 VALIDATE = {
     "what is scored": ("ckpt", "weights"),
-    "how; the run's own settings where none is given": ("config", "eval.", "data.source", "precision"),
+    "how; the run's own settings where none is given": (
+        *("config", "eval.window", "eval.stride", "eval.batch_windows", "eval.max_tokens", "eval.attention_window"),
+        *("eval.adapt_rate", "data.source", "precision"),
+    ),
     "on what": ("trainer.accelerator", "trainer.devices", "model.attention.backend", "model.compile", "progress.mode"),
 }
 # Lightning's options say too little of what they do here.

@@ -29,7 +29,7 @@ from trainer.run_folder import RunFolder
 Precision = Literal["auto", "bf16-mixed", "16-mixed", "32-true", "64-true"]
 
 DESCRIPTIONS = {
-    "fit": "Train, export, read back and score a recipe. Example: trainer fit --config frontier --model.num_layers 9",
+    "fit": "Train, export, read back and score a recipe. Example: trainer fit --config frontier --model.num_layers 8",
     "validate": "Score a checkpoint or an artifact with the settings of its run. "
     "Example: trainer validate --ckpt runs/quickstart/1/artifact.zst --eval.stride null",
 }
@@ -131,7 +131,7 @@ class TrainerCLI(LightningCLI):
                 "--weights",
                 type=Literal["live", "averaged"],
                 default="live",
-                help="Which weights of a checkpoint to score.",
+                help="Which weights of a checkpoint to score; live are those of its step.",
             )
 
     @override

@@ -220,7 +220,8 @@ def fit(cli: TrainerCLI, ckpt: str | None, log: Path) -> None:
         gc.unfreeze()
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():
-                signal.signal(number, handler or signal.SIG_DFL)
+                if handler is not None:  # None is one that Python did not set
+                    signal.signal(number, handler)
         for each in cli.trainer.loggers:
             if isinstance(each, WandbLogger):
                 each.experiment.finish()
