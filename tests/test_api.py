@@ -6,10 +6,13 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 import trainer
 from tests.conftest import make_documents
 from tests.helpers import trainer_here
+from trainer.data.tokenizer import ByteTable
+from trainer.evaluation import sliding
 from trainer.evaluation.windows import EvaluationConfig
 
 
@@ -45,16 +48,26 @@ def test_validate_scores_the_same_again_and_takes_overrides(run: trainer.Trained
 def test_texts_are_scored_as_validation_scores_a_split(run: trainer.TrainedRun):
     model, tokenizer = trainer.load_artifact(run.run_folder / "artifact.zst")
     documents = make_documents(40, 1)  # what the validation shard was made of
-    evaluation = EvaluationConfig(window=32, stride=8, batch_windows=16, max_tokens=300)
-    assert trainer.score(model, tokenizer, documents, evaluation) == pytest.approx(
-        run.scores["artifact_sliding"], rel=1e-6
-    )
+    ids = [token for text in documents for token in (tokenizer.bos_id(), *tokenizer.encode(text))]
+    first = tokenizer.decode(ids[1:10])  # as long as a text that is one document
+    assert trainer.score(model, tokenizer, [first], 32, 8).tokens == len(tokenizer.encode(first))
+    score = trainer.score(model, tokenizer, documents, 32, 8, 16)
+    assert score.bytes == sum(len(text.encode()) for text in documents)
+    table = ByteTable.from_tokenizer(tokenizer)
+    tokens = torch.tensor(ids, dtype=torch.int32)
+    with torch.no_grad():
+        assert score == sliding.score(model.nll, tokens, table, EvaluationConfig(32, 8, 16))
+        cut = sliding.score(model.nll, tokens, table, EvaluationConfig(32, 8, 16, max_tokens=300))
+    assert cut == pytest.approx(run.scores["artifact_sliding"], rel=1e-6)  # of the shards with the same documents
     one = trainer.score(model, tokenizer, documents[0])
     assert one.bytes == len(documents[0].encode())
     assert one.tokens == len(tokenizer.encode(documents[0]))
     assert one.bpb == pytest.approx(one.loss * one.tokens / math.log(2) / one.bytes)
-    with pytest.raises(trainer.UserError, match="nothing to score|no validation target"):
-        trainer.score(model, tokenizer, [])
+    for nothing in ([], [""]):
+        with pytest.raises(trainer.UserError, match="no text to score"):
+            trainer.score(model, tokenizer, nothing)
+    with pytest.raises(trainer.UserError, match=r"eval\.stride must be at most eval\.window"):
+        trainer.score(model, tokenizer, "a text", window=8, stride=9)
 
 
 def test_generate_writes_what_the_command_writes(run: trainer.TrainedRun, tmp_path: Path):
@@ -92,8 +105,6 @@ def test_a_model_that_has_generated_scores_as_before(run: trainer.TrainedRun):
     before = trainer.score(model, tokenizer, texts)
     trainer.generate(model, tokenizer, "the model", tokens=5)
     assert trainer.score(model, tokenizer, texts) == before
-    with pytest.raises(trainer.UserError, match="neither adapt_rate nor attention_window"):
-        trainer.score(model, tokenizer, texts, EvaluationConfig(adapt_rate=0.1))
 
 
 def test_a_run_leaves_nothing_behind_in_the_process(run: trainer.TrainedRun):

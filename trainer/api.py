@@ -92,7 +92,9 @@ def score(
     model: Transformer,
     tokenizer: sentencepiece.SentencePieceProcessor,
     texts: str | Iterable[str],
-    evaluation: EvaluationConfig = EvaluationConfig(),
+    window: int = 2048,
+    stride: int | None = 64,
+    batch_windows: int = 64,
 ) -> Score:
     """Score texts with a model, as validation scores a split: one after the other, each after a BOS token.
 
@@ -100,17 +102,24 @@ def score(
         model: A model in evaluation mode, on the device that scores.
         tokenizer: Its tokenizer.
         texts: The documents.
-        evaluation: Window, stride and batch size; a run's own are in its `config.yaml` under `eval`.
+        window: Tokens that the model reads at once. Those of a run are in its `config.yaml` under `eval`, and only they
+            give a score that compares with the run's: 128 with stride 32 for `quickstart`.
+        stride: New targets that each window after the first scores; None: every window is scored whole.
+        batch_windows: Windows per batch.
 
     Returns:
         The score; its bytes are those of the texts after the tokenizer's normalization.
 
     Raises:
-        UserError: If there is no text, or the evaluation is one that `trainer validate` alone can make.
+        UserError: If there is no text, or window and stride do not fit together.
     """
-    if evaluation.adapt_rate is not None or evaluation.attention_window is not None:
-        raise UserError("score takes neither adapt_rate nor attention_window; trainer.validate does")
+    try:
+        evaluation = EvaluationConfig(window, stride, batch_windows)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     texts = [texts] if isinstance(texts, str) else list(texts)
+    if not any(texts):
+        raise UserError("there is no text to score")
     ids = [token for encoded in tokenizer.encode(texts) for token in (BOS, *encoded)]
     device = model.token_embedding.weight.device
     tokens = torch.tensor(ids, dtype=torch.int32, device=device)

@@ -68,13 +68,15 @@ def log_summary(summary: dict[str, Any], run: RunFolder, has_report: bool) -> No
     speed = summary["train_tokens"] / max(summary["train_seconds"], 1e-9)
     logger.info(f"\nRun finished: {run}")
     logger.info(
-        f"  trained     {summary['steps']:,} steps, {summary['train_tokens']:,} tokens in "
-        f"{summary['train_seconds']:.0f} s ({speed:,.0f} tokens/s)"
+        f"  trained     {summary['steps']:,} steps, {summary['train_tokens']:,} tokens "
+        f"({summary['epochs']:.1f} epochs) in {summary['train_seconds']:.0f} s ({speed:,.0f} tokens/s)"
     )
     for name, stage in stages.items():
         logger.info(f"  {name:<17} {stage['bpb']:.4f} bpb  ({stage['tokens']:,} tokens, {stage['bytes']:,} bytes)")
     if "averaged_plain" in stages and stages["averaged_plain"]["bpb"] > stages["live_plain"]["bpb"]:
         logger.info("  the average is worse than the live weights; --averaging.method null makes none")
+    if summary["averaged_steps"] == 1:
+        logger.info("  too short a run for an average, so the live weights count")
     if "bytes_total" in summary:
         logger.info(
             f"  size        {summary['bytes_model']:,} model + {summary['bytes_code']:,} code = "

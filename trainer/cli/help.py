@@ -105,7 +105,8 @@ def help_of(parser: ArgumentParser, part: str) -> str:
             default = "" if action.default in (None, argparse.SUPPRESS) else f" (default: {_as_yaml(action.default)})"
             text = textwrap.indent(textwrap.fill(f"{_text(action)}{default}", _width() - 6), " " * 6)
             blocks.append(f"  {f'{action.option_strings[0]} {_choices(action)}'.rstrip()}\n{text}")
-    return "\n".join(blocks)
+    note = ["The defaults are Python's; a recipe's values are in --config X --help."] if blocks else []
+    return "\n".join([*blocks, *note])
 
 
 def _texts(parser: ArgumentParser, values: dict[str, Any]) -> dict[str, str]:

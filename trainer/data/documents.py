@@ -43,6 +43,8 @@ def find_files(names: list[str]) -> list[Path]:
             matches = _readable(matches, name)
         else:
             matches = [path]
+        if not matches and path.is_dir():
+            raise UserError(f"{name}: holds no {', '.join(KINDS[:-1])} or {KINDS[-1]} file; check data.source")
         if not matches or not all(file.is_file() for file in matches):
             raise UserError(f"{name}: there is no such text file; check data.source")
         files += matches
