@@ -13,7 +13,7 @@ from tests.helpers import environment
 
 NOTEBOOK = ROOT / "examples/first_run.ipynb"
 SHORTER = {
-    '"wallclock.seconds": 60': '"trainer.max_steps": 60, "data.source.max_bytes": 600000, "eval.max_tokens": 2000',
+    '"wallclock.seconds": 60': '"trainer.max_steps": 61, "data.source.max_bytes": 600000, "eval.max_tokens": 2000',
     '"trainer.max_steps": 60': '"trainer.max_steps": 4, "data.source.max_bytes": 600000, "eval.max_tokens": 2000',
 }
 
