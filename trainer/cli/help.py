@@ -5,6 +5,7 @@ Lightning's hundred first, and not the values of the recipe.
 """
 
 import argparse
+import pkgutil
 import re
 import shutil
 import textwrap
@@ -116,9 +117,8 @@ def _texts(parser: ArgumentParser, values: dict[str, Any]) -> dict[str, str]:
         if _is_shown(action):
             texts[action.dest] = f"{_first_sentence(_text(action))} {_choices(action)}".rstrip()
         if action.dest == "data.source" and (name := values.get("data.source.class_path")):
-            module, _, cls = name.rpartition(".")
-            source = getattr(__import__(module, fromlist=[cls]), cls)
-            for parameter in docstring_parser.parse(source.__init__.__doc__ or "").params[:SOURCE_OPTIONS]:
+            constructor = pkgutil.resolve_name(name).__init__
+            for parameter in docstring_parser.parse(constructor.__doc__ or "").params[:SOURCE_OPTIONS]:
                 texts[f"data.source.{parameter.arg_name}"] = _first_sentence(parameter.description or "")
     return texts
 
