@@ -38,7 +38,8 @@ def device_times(kernels: list[tuple[str, Interval]], steps: int) -> dict[str, f
         steps: That they make up.
 
     Returns:
-        Time of the collectives of each kind, of those that nothing else hides, and in which the GPU did nothing.
+        Time of the collectives of each kind, of those that nothing else hides, of all other kernels together, and in
+        which the GPU did nothing. The last three make up a profiled step.
     """
     milliseconds = 1e-3 / steps
     collectives = [(name, interval) for name, interval in kernels if "nccl" in name.lower()]
@@ -53,6 +54,7 @@ def device_times(kernels: list[tuple[str, Interval]], steps: int) -> dict[str, f
             for key, kind in kinds.items()
         },
         "collectives_not_hidden_ms": round(milliseconds * (length(everything) - length(computing)), 2),
+        "computing_ms": round(milliseconds * length(computing), 2),
         "gpu_idle_ms": round(milliseconds * idle(everything), 2),
     }
 
