@@ -163,3 +163,5 @@ def test_the_command_prints_the_table_and_the_report_draws_it(runs: list[RunFold
     assert "<h2>Comparison</h2>" in page
     assert "-0.0055 ± 0.0009, 4 pairs" in page
     assert trainer_here("compare", folders[0], cwd=tmp_path).stderr.count("at least two run folders") == 1
+    nowhere = trainer_here("compare", folders[0], "nowhere", cwd=tmp_path)
+    assert nowhere.stderr == "trainer: nowhere: there is no such run folder\n"

@@ -43,8 +43,10 @@ def test_a_sprint_runs_its_seeds_and_is_compared_with_another(
     assert sorted(path.name for path in runs.iterdir()) == ["base-seed1", "base-seed2", "slow-seed1", "slow-seed2"]
     read = {path.name: RunFolder(path).read() for path in runs.iterdir()}
     assert [read[f"slow-seed{seed}"].config["seed_everything"] for seed in (1, 2)] == [1, 2]
-    row = second.stdout.splitlines()[-1]
-    assert row.startswith("| model.optimizer.matrix_lr=0.001 | 2 | 4 |")
+    assert "\nseed 2 of 2: slow-seed2 starts\n" in second.stdout
+    base, row = second.stdout.splitlines()[-2:]
+    assert base.startswith("| base: int5mlp_10l | 2 | 4 |")
+    assert row.startswith("| slow: model.optimizer.matrix_lr=0.001 | 2 | 4 |")
     differences = [
         read[f"slow-seed{seed}"].summary["val_bpb"] - read[f"base-seed{seed}"].summary["val_bpb"] for seed in (1, 2)
     ]

@@ -40,8 +40,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shard_folder: Path) -> list[P
 def test_a_submission_holds_every_field_and_proves_its_score(
     runs: list[Path], shard_folder: Path, tmp_path: Path, capsys
 ):
-    out = tmp_path / "submission"
-    assert main(["submit", str(runs[0]), *WHO, "--data", str(shard_folder), "--out", str(out)]) == 0
+    out, data = tmp_path / "submission", tmp_path / "shards"
+    data.mkdir()
+    for shard in shard_folder.glob("*.bin"):  # as those from the Hub, which have no tokenizer beside them
+        (data / shard.name).symlink_to(shard)
+    assert main(["submit", str(runs[0]), *WHO, "--data", str(data), "--out", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "in a clean process on the hardware and libraries of the run" in shown
     names = {
@@ -52,6 +55,7 @@ def test_a_submission_holds_every_field_and_proves_its_score(
         "train_gpt.py",
         "requirements.txt",
         "config.yaml",
+        "tokenizer.model",
     }
     assert {path.name for path in out.iterdir()} == names
     record, summary = (json.loads(path.read_text()) for path in (out / "submission.json", runs[0] / "summary.json"))

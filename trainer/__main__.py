@@ -55,7 +55,10 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         if command in ("-h", "--help"):
-            print(usage(), end="")
+            if not args:
+                print(usage(), end="")
+            else:  # of a command, or of a part of fit's options
+                _run(*((args[0], ["--help", *args[1:]]) if args[0] in COMMANDS else ("fit", ["--help", *args])))
         elif command == "--version":
             print(f"trainer {__version__}")
         elif command.partition("=")[0] == "--print_completion":

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,12 +11,13 @@ import torch
 
 from trainer.cli import train
 from trainer.data.tokenizer import BOS, ByteTable
-from trainer.errors import UserError
+from trainer.errors import OptionError, UserError
 from trainer.evaluation import sliding
 from trainer.evaluation.metric import Score
 from trainer.evaluation.windows import EvaluationConfig
 from trainer.generation import SamplingConfig, continue_text
 from trainer.loading import load_artifact
+from trainer.logging import only_warnings
 from trainer.model.transformer import Transformer
 from trainer.run_folder import RunFolder
 
@@ -54,36 +56,38 @@ class Validation(NamedTuple):
     scores: dict[str, Score]
 
 
-def fit(recipe: str = DEFAULT_RECIPE, overrides: Mapping[str, Any] | None = None) -> TrainedRun:
+def fit(recipe: str = DEFAULT_RECIPE, overrides: Mapping[str, Any] | None = None, quiet: bool = False) -> TrainedRun:
     """Train a recipe, export it and score the artifact, as `trainer fit` does.
 
     Args:
         recipe: Name of a packaged recipe, or path of a YAML file.
         overrides: Values of options by their dotted names, such as `{"trainer.max_steps": 12}`; `ckpt` resumes a run.
+        quiet: Print nothing but warnings.
 
     Raises:
         UserError: If an option or the text cannot be used.
     """
     # The default is not named: variables of the published script count only for a recipe that somebody named.
     config = [] if recipe == DEFAULT_RECIPE else [f"--config={recipe}"]
-    folder = train.run("fit", [*config, *_arguments(overrides)])
+    folder = _run("fit", [*config, *_arguments(overrides)], quiet)
     assert isinstance(folder, RunFolder)
     summary = folder.read().summary
     scores = {name: Score(**values) for name, values in summary["stages"].items()}
     return TrainedRun(folder.path, summary["val_bpb"], summary.get("bytes_total"), scores, summary)
 
 
-def validate(ckpt: str | Path, overrides: Mapping[str, Any] | None = None) -> Validation:
+def validate(ckpt: str | Path, overrides: Mapping[str, Any] | None = None, quiet: bool = False) -> Validation:
     """Score an artifact or a checkpoint on the text of its run, as `trainer validate` does.
 
     Args:
         ckpt: The file.
         overrides: Values of options by their dotted names, such as `{"eval.stride": None, "weights": "averaged"}`.
+        quiet: Print nothing but warnings.
 
     Raises:
         UserError: If the file or its text cannot be used.
     """
-    scores = train.run("validate", [f"--ckpt={ckpt}", *_arguments(overrides)])
+    scores = _run("validate", [f"--ckpt={ckpt}", *_arguments(overrides)], quiet)
     assert isinstance(scores, dict)
     return Validation(list(scores.values())[-1].bpb, scores)
 
@@ -142,6 +146,14 @@ def generate(
         UserError: If a value is out of range.
     """
     return "".join(continue_text(model, tokenizer, prompt, SamplingConfig(**sampling)))
+
+
+def _run(command: str, arguments: list[str], quiet: bool) -> RunFolder | dict[str, Score] | None:
+    try:
+        with only_warnings() if quiet else nullcontext():
+            return train.run(command, [*arguments, *(["--progress.mode=quiet"] if quiet else [])])
+    except OptionError as error:  # it begins with the command and ends with how to ask it for help
+        raise UserError(error.reason) from error
 
 
 def _arguments(overrides: Mapping[str, Any] | None) -> list[str]:

@@ -88,16 +88,20 @@ def group_runs(runs: list[RunData]) -> list[Group]:
         if seed in members:
             raise UserError(f"{run.folder}: has the settings and the seed of {members[seed].folder}; leave one out")
         members[seed] = run
-    return [Group(_name(first, settings[0], setting), members) for setting, members in groups]
+    return [Group(_name(first, settings[0], setting, members), members) for setting, members in groups]
 
 
 def _counts(key: str) -> bool:
     return not any(key == name or (name.endswith(".") and key.startswith(name)) for name in NOT_COMPARED)
 
 
-def _name(first: RunData, base: dict[str, object], setting: dict[str, object]) -> str:
+def _name(first: RunData, base: dict[str, object], setting: dict[str, object], members: dict[Seed, RunData]) -> str:
+    """What a group differs in from the first; before it the name of its sprint, if all its runs are of one."""
+    names = {run.folder.path.resolve().name for run in members.values()}
+    sprints = {name.rpartition("-seed")[0] for name in names}
+    title = f"{sprints.pop()}: " if len(sprints) == 1 and "" not in sprints else ""
     changed = [f"{key}={setting.get(key, 'null')}" for key in {**base, **setting} if setting.get(key) != base.get(key)]
-    return " ".join(changed) or first.folder.path.resolve().parent.name
+    return title + (" ".join(changed) or first.folder.path.resolve().parent.name)
 
 
 def _check_comparable(first: RunData, run: RunData) -> None:

@@ -6,4 +6,12 @@ class UserError(Exception):
 
 
 class OptionError(UserError):
-    """An option that cannot be parsed; the message begins with the command."""
+    """An option that cannot be parsed; the message begins with the command.
+
+    Attributes:
+        reason: The message without the command.
+    """
+
+    def __init__(self, command: str, reason: str) -> None:
+        super().__init__(f"{command}: {reason} ({command} --help lists the options)")
+        self.reason = reason

@@ -118,6 +118,11 @@ class _Formatter(logging.Formatter):
         return f"{'warning: ' if record.levelno >= logging.WARNING else ''}{record.getMessage()}"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: 1 shard, 2 shards."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 WARNING = logging.WARNING
 logger = logging.getLogger("trainer")
 logger.setLevel(logging.INFO)
@@ -136,6 +141,17 @@ def quiet_libraries() -> None:
     if not sys.warnoptions:
         # Lightning itself uses calls that torch and jsonargparse announce to remove.
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning|jsonargparse|torch")
+
+
+@contextlib.contextmanager
+def only_warnings() -> Iterator[None]:
+    """Keep the console free of all messages but warnings while the block runs; files have them all."""
+    level = console.level
+    console.setLevel(WARNING)
+    try:
+        yield
+    finally:
+        console.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """The folder of a run: the names of its files, claiming one, its newest checkpoint, and what it says of its run."""
 
+import contextlib
 import csv
 import json
 import shutil
@@ -94,7 +95,7 @@ class RunFolder:
                 numbers = [int(path.name) for path in parent.iterdir() if path.name.isascii() and path.name.isdecimal()]
                 run = cls(parent / (name or str(max(numbers, default=0) + 1)))
                 try:
-                    run.path.mkdir()
+                    run.path.mkdir(parents=True)  # a run that is refused removes the folder of an empty recipe
                     return run
                 except FileExistsError as error:  # without a name: another run was faster
                     if reopens:
@@ -118,6 +119,8 @@ class RunFolder:
         """Remove the folder of a run that was refused before it trained or saved anything."""
         if set(self.path.glob("*")) <= {self.config, self.log, self.tokenizer}:
             shutil.rmtree(self.path, ignore_errors=True)
+            with contextlib.suppress(OSError):  # the recipe's folder, if it holds no other run
+                self.path.parent.rmdir()
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write `summary.json`; the run then counts as finished."""
@@ -130,6 +133,8 @@ class RunFolder:
         Raises:
             UserError: If the run has not finished.
         """
+        if not self.path.is_dir():
+            raise UserError(f"{self}: there is no such run folder")
         try:
             summary = json.loads(self.summary.read_text(), parse_constant=_refuse_constant)
             config = yaml.safe_load(self.config.read_text())

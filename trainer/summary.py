@@ -15,6 +15,8 @@ from trainer.logging import logger
 from trainer.run_folder import RunFolder
 from trainer.versions import versions
 
+MANY_EPOCHS = 16
+
 
 def make_summary(
     scores: dict[str, Score],
@@ -62,8 +64,15 @@ def make_summary(
     }
 
 
-def log_summary(summary: dict[str, Any], run: RunFolder, has_report: bool) -> None:
-    """Log the end of a run in a few lines, with what to do next; the last one is for scripts."""
+def log_summary(summary: dict[str, Any], run: RunFolder, data: Path, has_report: bool) -> None:
+    """Log the end of a run in a few lines, with what to do next; the last one is for scripts.
+
+    Args:
+        summary: As of `make_summary`.
+        run: Folder of the run.
+        data: Folder of the shards.
+        has_report: Whether `report.html` was drawn.
+    """
     stages = summary["stages"]
     speed = summary["train_tokens"] / max(summary["train_seconds"], 1e-9)
     logger.info(f"\nRun finished: {run}")
@@ -77,6 +86,8 @@ def log_summary(summary: dict[str, Any], run: RunFolder, has_report: bool) -> No
         logger.info("  the average is worse than the live weights; --averaging.method null makes none")
     if summary["averaged_steps"] == 1:
         logger.info("  too short a run for an average, so the live weights count")
+    if summary["epochs"] > MANY_EPOCHS:
+        logger.info(f"  after {MANY_EPOCHS} epochs the same text teaches little (arXiv 2305.16264); more of it helps")
     if "bytes_total" in summary:
         logger.info(
             f"  size        {summary['bytes_model']:,} model + {summary['bytes_code']:,} code = "
@@ -87,5 +98,6 @@ def log_summary(summary: dict[str, Any], run: RunFolder, has_report: bool) -> No
     if "bytes_total" in summary:
         logger.info(f'  next        trainer generate --artifact {run.artifact} --prompt "The"')
         logger.info(f"              trainer validate --ckpt {run.artifact}")
-        logger.info(f"              trainer submit {run} --help")
+        entry = "--name NAME --author AUTHOR --github_id ID --track TRACK"
+        logger.info(f"              trainer submit {run} --data {data} {entry}")
     logger.info(Score(*(summary[f"val_{name}"] for name in Score._fields)).line())

@@ -100,12 +100,14 @@ def test_the_help_of_a_part_is_its_options_in_full(help_text, capsys: pytest.Cap
     assert re.findall(r"--\S+", text)[:-2] == ["--model.smear.gate", "--model.smear.dims"]
     assert "{per_channel,per_token}" in text
     assert "(default: 12)" in text
+    assert help_text("--help", "model.smear") == text
     assert main(["fit", "--help.modle"]) == 1
     assert "no option begins with modle" in capsys.readouterr().err
 
 
 def test_validate_shows_what_it_uses(help_text):
     text = help_text("validate", "--help")
+    assert help_text("--help", "validate") == text
     assert len(text.splitlines()) < 40
     for name in ("ckpt", "weights", "eval.stride", "eval.adapt_rate", "data.source", "precision", "trainer.devices"):
         assert f"--{name} " in text

@@ -30,7 +30,9 @@ def test_a_few_files_are_enough_and_their_last_tenth_is_for_validation(count: in
     texts = write_texts(tmp_path / "texts", count, 400 // count)
     result = trainer_here("prepare", *LOCAL, "--data.source.vocab_size=300", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert f"few documents ({count}): the last tenth of the text is the validation split" in result.stdout
+    start = f"the last tenth of the text, from texts/{count - 1}.txt on"
+    said = f"few texts ({count} document{'s' * (count > 1)}): the validation split is {start}"
+    assert said in result.stdout
     folder = tmp_path / "data/texts"  # named after the files
     assert verify(folder)
     tokenizer = load_tokenizer(folder / "tokenizer.model")
@@ -68,6 +70,13 @@ def test_the_vocabulary_size_is_that_of_the_model_or_of_the_recipe(tmp_path: Pat
     result = trainer_here("fit", *LOCAL, *steps, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert load_tokenizer(tmp_path / "data/texts/tokenizer.model").get_piece_size() == 280
+    read, scored = (len(open_shard(tmp_path / f"data/texts/text_{split}_000000.bin")) for split in ("train", "val"))
+    numbers = f"{read:,} tokens for training, {scored - 1:,} for validation (so few that their scores are noisy)"
+    assert f"text in data/texts: {numbers}" in result.stdout
+    submit = (
+        "trainer submit runs/quickstart/1 --data data/texts --name NAME --author AUTHOR --github_id ID --track TRACK"
+    )
+    assert submit in result.stdout
 
 
 def test_a_folder_that_nobody_chose_is_never_that_of_the_text_or_of_others(tmp_path: Path):

@@ -180,6 +180,7 @@ class _Stages:
 
         def score_artifact(stored: Transformer) -> None:
             nonlocal eval_seconds
+            display.update_task("exporting", 1, 1)
             started = time.monotonic()
             self.score("artifact_plain", stored, data.evaluation.plain)
             if not data.evaluation.is_plain:
@@ -199,7 +200,6 @@ class _Stages:
             self.autocast,
             score_artifact,
         )
-        display.update_task("exporting", 1, 1)
         if exported is None:
             return {}
         return {
@@ -273,4 +273,5 @@ class Report(pl.Callback):
                 is_drawn = True
             except UserError as error:  # the run itself is finished and safe
                 logger.warning(f"no report was made: {error}")
-        log_summary(json.loads(run.summary.read_text()), run, is_drawn)
+        data = trainer.datamodule.text.train[0].parent  # type: ignore[attr-defined]
+        log_summary(json.loads(run.summary.read_text()), run, data, is_drawn)

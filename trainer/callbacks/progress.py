@@ -14,6 +14,7 @@ from trainer.lightning_module import LanguageModel
 from trainer.logging import logger
 from trainer.progress_display import Mode, TrainingStatus, open_display
 
+FEW_TOKENS = 10_000  # of validation text
 LOAD_SECONDS = 60.0  # of training, after which the load of a minute is that of the training and of others
 
 
@@ -50,6 +51,11 @@ class Progress(pl.Callback):
             f"ends after {' or '.join(limits) or 'never: set a limit'}"
         )
         data = trainer.datamodule  # type: ignore[attr-defined]
+        read, scored = len(trainer.train_dataloader.dataset.files), len(data.val_tokens) - 1  # type: ignore[union-attr]
+        few = " (so few that their scores are noisy)" if scored < FEW_TOKENS else ""
+        logger.info(
+            f"text in {data.text.train[0].parent}: {read:,} tokens for training, {scored:,} for validation{few}"
+        )
         tokens = data.val_tokens.cpu().numpy().astype("uint16")
         self._bpb_per_nat = (len(tokens) - 1) / max(data.table.total(tokens), 1) / math.log(2)
         self._last, self._step, self._seconds = time.monotonic(), trainer.global_step, pl_module.clock.elapsed

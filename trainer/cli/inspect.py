@@ -10,6 +10,7 @@ from trainer.data.manifest import check_vocabulary, documents_of
 from trainer.data.shards import open_shard
 from trainer.data.sources import list_shards
 from trainer.data.tokenizer import BOS, ByteTable, load_tokenizer
+from trainer.logging import counted
 
 BAR_WIDTH = 40
 
@@ -38,7 +39,7 @@ def inspect(folder: str, tokenizer: str | None = None, documents: int = 3) -> No
             sample = torch.from_numpy(tokens[:1_000_000].astype(np.int32))
             bytes_per_token = int(table.count(sample[:-1], sample[1:]).sum()) / len(sample)
             print(
-                f"{split:<5} {path.name}  {len(tokens):,} tokens  {len(starts):,} documents  "
+                f"{split:<5} {path.name}  {len(tokens):,} tokens  {counted(len(starts), 'document')}  "
                 f"{bytes_per_token:.2f} bytes per token (first million)"
             )
     print_histogram(np.concatenate(lengths))

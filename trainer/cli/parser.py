@@ -67,7 +67,7 @@ class ShortErrors:
             names = [arg.partition("=")[0] for arg in message.removeprefix(UNKNOWN).split() if arg.startswith("-")]
             near = [match for name in names for match in get_close_matches(name, self._option_string_actions, n=1)]
             hint = f"; did you mean {' and '.join(near)}?" if near else ""
-        raise OptionError(f"{self.prog}: {reword(message)}{hint} ({self.prog} --help lists the options)") from ex
+        raise OptionError(self.prog, f"{reword(message)}{hint}") from ex
 
 
 class CommandParser(ShortErrors, ArgumentParser):

@@ -10,7 +10,7 @@ from trainer.cli.parser import ShortErrors, split_options
 from trainer.data import manifest, published  # noqa: F401 - a choice for --data.source
 from trainer.data.sources import Source
 from trainer.errors import UserError
-from trainer.logging import logger
+from trainer.logging import counted, logger
 from trainer.recipes import find_recipe, load_recipe
 
 
@@ -64,7 +64,7 @@ def run(args: list[str]) -> None:
     folder = source.prepared().train[0].parent
     if config.verify:
         shards = manifest.verify(folder).shards
-        print(f"verified {len(shards)} shards in {time.monotonic() - started:.1f} s")
+        print(f"verified {counted(len(shards), 'shard')} in {time.monotonic() - started:.1f} s")
     print_manifest(folder)
 
 
@@ -81,7 +81,8 @@ def print_manifest(folder: Path) -> None:
             for name in ("documents", "tokens", "bytes", "text_bytes")
         }
         print(
-            f"{split:<5} {len(shards)} shards  {totals['documents']:,} documents  {totals['tokens']:,} tokens  "
+            f"{split:<5} {counted(len(shards), 'shard')}  {counted(totals['documents'], 'document')}  "
+            f"{totals['tokens']:,} tokens  "
             f"{totals['bytes']:,} bytes ({totals['text_bytes']:,} before normalization)"
         )
     print(f"in {folder}")

@@ -104,19 +104,21 @@ def _run_all(jobs: list[list[str]]) -> None:
         devices.put(name if count > 1 else None)
     quiet = ["--progress.mode=quiet"] if count > 1 else []
 
-    def run(job: list[str]) -> int:
+    def run(number: int, job: list[str]) -> int:
         device = devices.get()
+        title = f"seed {number} of {len(jobs)}: {job[-1].partition('=')[2]}"
+        logger.info(f"{title} {'on GPU ' + device if device else 'starts'}")
         env = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
         try:
             command = [sys.executable, "-m", "trainer", "fit", *job, *quiet]
             code = subprocess.run(command, env=env, check=False).returncode
         finally:
             devices.put(device)
-        logger.info(f"{job[-1].partition('=')[2]} {'failed' if code else 'has ended'}")
+        logger.info(f"{title} {'failed' if code else 'has ended'}")
         return code
 
     with ThreadPoolExecutor(count) as pool:
-        failed = sum(code != 0 for code in pool.map(run, jobs))
+        failed = sum(code != 0 for code in pool.map(run, range(1, len(jobs) + 1), jobs))
     if failed:
         raise UserError(f"{failed} of {len(jobs)} runs failed; trainer compare shows the others")
 

@@ -35,7 +35,7 @@ def submit(
         author: Name of the author.
         github_id: Account of the author at GitHub.
         track: Track of the challenge.
-        data: Folder with the shards and the tokenizer that the runs were scored on.
+        data: Folder with the shards that the runs were scored on.
         blurb: A sentence about the submission.
         out: Folder to make; default: submission in the first run's folder.
         fresh_env: Prove it in a new environment with its requirements, which pip downloads.

@@ -23,7 +23,7 @@ from trainer.data.shard_writer import PROGRESS_SECONDS, SHARD_TOKENS, Document, 
 from trainer.data.tokenizer import check_trainable_size, load_tokenizer, train_tokenizer
 from trainer.errors import UserError
 from trainer.files import copy_file, sha256_of
-from trainer.logging import logger
+from trainer.logging import counted, logger
 from trainer.progress_display import open_display
 
 TRAIN_PATTERN = "*_train_*.bin"
@@ -231,7 +231,9 @@ class LocalText(Source):
         beginnings = (_beginning(path, self.field, size, split) for path in train)
         self._make_tokenizer(model, itertools.chain.from_iterable(beginnings))
         files = TextFiles([*val, *train], self.field)
-        logger.info(f"tokenizing {len(files.paths):,} files ({sum(files.sizes) / 1e6:,.1f} MB) into {self.folder}")
+        logger.info(
+            f"tokenizing {counted(len(files.paths), 'file')} ({sum(files.sizes) / 1e6:,.1f} MB) into {self.folder}"
+        )
         documents = (
             Document(split(text, files.index < len(val)), text, str(files.paths[files.index])) for text in files
         )
@@ -243,7 +245,8 @@ class LocalText(Source):
         """Write shards of a few documents, given with their files: the last tenth of their text is for validation."""
         train, val = split_last_tenth([text for text, _ in texts])
         origins = [origin for _, origin in texts]
-        logger.info(f"few documents ({len(texts)}): the last tenth of the text is the validation split")
+        start = f"the last tenth of the text, from {origins[-len(val)]} on"
+        logger.info(f"few texts ({counted(len(texts), 'document')}): the validation split is {start}")
         validation = {keys.of(text) for text in val}
         documents = [
             Document(None if keys.of(text) in validation else "train", text, origin)
@@ -323,7 +326,7 @@ class PythonDocumentation(Source):
             roots = ", ".join(map(str, self.roots))
             raise UserError(f"{roots}: too few docstrings for two splits; use another data.source")
         _train(folder / TOKENIZER, train, self.vocab_size, self.model_vocab_size)
-        logger.info(f"tokenizing {len(splits):,} documents")
+        logger.info(f"tokenizing {counted(len(splits), 'document')}")
         tokenize(splits, folder / TOKENIZER, folder, record)
 
     def prepared(self) -> PreparedText:

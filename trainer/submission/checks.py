@@ -25,7 +25,7 @@ def check(artifact: Path, data: Path, val_tokens: int, val_bytes: int) -> list[s
     """Check a submission; each check gives a line.
 
     Args:
-        artifact: The artifact.
+        artifact: The artifact, with its tokenizer beside it.
         data: Folder of the shards.
         val_tokens: Number of targets that were scored.
         val_bytes: Bytes that their text was taken to have.
@@ -34,7 +34,7 @@ def check(artifact: Path, data: Path, val_tokens: int, val_bytes: int) -> list[s
         UserError: If a check fails.
     """
     text = Shards(str(data)).prepared()
-    model, tokenizer = load_artifact(artifact, text.tokenizer)
+    model, tokenizer = load_artifact(artifact)
     tokens = TokenFiles(text.val).read(0, val_tokens + 1)
     start = torch.from_numpy(tokens[: CONTEXT + 1].astype(np.int64))
     counted = count_bytes(tokenizer, tokens)

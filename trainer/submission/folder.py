@@ -72,6 +72,7 @@ def make_folder(entry: Entry, folders: list[Path], out: Path) -> RunData:
         shutil.copyfile(best.folder.artifact, shipped.artifact)
         shutil.copyfile(best.folder.code, shipped.code)
         shutil.copyfile(best.folder.config, shipped.config)
+        shutil.copyfile(best.folder.tokenizer, shipped.tokenizer)
         for run in runs:
             shutil.copyfile(run.folder.log, out / _log_name(run, runs))
     except OSError as error:
@@ -179,11 +180,13 @@ script:
 
 ```sh
 pip install -r requirements.txt
-python train_gpt.py validate --ckpt artifact.zst --data.source Shards --data.source.folder DATA
-python train_gpt.py fit --config config.yaml --data.source Shards --data.source.folder DATA
+python train_gpt.py validate --ckpt artifact.zst \\
+    --data.source Shards --data.source.folder DATA --data.source.tokenizer tokenizer.model
+python train_gpt.py fit --config config.yaml \\
+    --data.source Shards --data.source.folder DATA --data.source.tokenizer tokenizer.model
 ```
 
-`DATA` is a folder with the token shards and their `tokenizer.model`.
+`DATA` is a folder with the token shards, which `tokenizer.model` made.
 
 <details><summary>Settings</summary>
 

@@ -30,7 +30,7 @@ def prove(folder: Path, data: Path, expected: dict[str, Any], fresh_env: bool = 
 
     Args:
         folder: The submission.
-        data: Folder with shards and tokenizer.
+        data: Folder with the shards.
         expected: Summary of the run whose artifact ships.
         fresh_env: Install its requirements into a new environment and run it there.
 
@@ -46,7 +46,7 @@ def prove(folder: Path, data: Path, expected: dict[str, Any], fresh_env: bool = 
         copy = RunFolder(Path(clean) / "submission")
         shutil.copytree(folder, copy.path)
         args = ["validate", "--ckpt", copy.artifact.name, "--data.source", "Shards"]
-        args += ["--data.source.folder", str(data.resolve())]
+        args += ["--data.source.folder", str(data.resolve()), "--data.source.tokenizer", copy.tokenizer.name]
         python = _new_environment(Path(clean) / "env", copy.path / REQUIREMENTS) if fresh_env else sys.executable
         command = [python, copy.code.name, *args]
         result = subprocess.run(command, cwd=copy.path, env=environment, capture_output=True, text=True, check=False)
