@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from trainer.data.normalization import NormalizationSample
 from trainer.data.prefetch import Prefetcher
+from trainer.data.python_documentation import docstrings_of
 from trainer.data.shards import TokenFiles, open_shard, write_shard
-from trainer.data.sources import LocalText, PythonDocumentation, Shards, docstrings_of
+from trainer.data.sources import LocalText, PythonDocumentation, Shards
 from trainer.data.stream import TrainStream
 from trainer.data.tokenizer import ByteTable, load_tokenizer
 from trainer.errors import UserError

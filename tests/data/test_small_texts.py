@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from tests.conftest import make_documents
 from tests.helpers import trainer_here
+from trainer.data.local_text import split_last_tenth
 from trainer.data.manifest import Manifest, verify
 from trainer.data.shards import open_shard
-from trainer.data.sources import split_last_tenth
 from trainer.data.tokenizer import BOS, load_tokenizer
 
 LOCAL = ["--data.source=LocalText", "--data.source.train_files=texts"]

@@ -8,7 +8,7 @@ import torch
 from trainer.cli.parser import CommandParser
 from trainer.data.manifest import check_vocabulary, documents_of
 from trainer.data.shards import open_shard
-from trainer.data.sources import list_shards
+from trainer.data.source import list_shards
 from trainer.data.tokenizer import BOS, ByteTable, load_tokenizer
 from trainer.logging import counted
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from trainer.data.shards import TokenFiles
-from trainer.data.sources import PreparedText
+from trainer.data.source import PreparedText
 from trainer.data.stream import Order, TrainStream
 from trainer.errors import UserError
 from trainer.files import sha256_of

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from trainer.data.manifest import Manifest
 from trainer.data.shards import HEADER_BYTES
-from trainer.data.sources import PreparedText
+from trainer.data.source import PreparedText
 from trainer.errors import UserError
 from trainer.files import sha256_of
 

@@ -9,7 +9,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
 from trainer.data.shards import open_shard
-from trainer.data.sources import PreparedText, Source
+from trainer.data.source import PreparedText, Source
 from trainer.errors import UserError
 from trainer.logging import logger
 
