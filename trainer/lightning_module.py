@@ -1,6 +1,7 @@
 """The Lightning module: one batch is one manual optimizer step; validation scores windows."""
 
 import gc
+import math
 import time
 from typing import Any, Literal
 
@@ -16,8 +17,8 @@ from trainer.distributed import mean_over_ranks
 from trainer.errors import UserError
 from trainer.evaluation.adaptation import Adapter
 from trainer.evaluation.metric import BitsPerByte, Score
-from trainer.evaluation.sliding import NllFn, WindowScorer
-from trainer.evaluation.windows import WindowBatch
+from trainer.evaluation.sliding import NllFn, WindowScorer, score
+from trainer.evaluation.windows import EvaluationConfig, WindowBatch
 from trainer.kernels.attention_backends import AttentionBackend, SdpaBackend
 from trainer.kernels.compiler import configure_compiler
 from trainer.kernels.fusion import Fused
@@ -201,6 +202,31 @@ class LanguageModel(pl.LightningModule):
         self.gradient_norms = clip_gradients(self.model.parameters(), self.optimizer_config.grad_clip_norm)
         optimizer.finite = self.gradient_norms.total.isfinite()
 
+    def score_model(self, name: str, model: Transformer, evaluation: EvaluationConfig, tokens: Tensor) -> Score:
+        """Score a model with this run's kernels, on all processes.
+
+        Args:
+            name: What is scored, for the progress display.
+            model: This one, or another of its size.
+            evaluation: How.
+            tokens: (n,) of the text.
+
+        Raises:
+            UserError: If the score is not a finite number.
+        """
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        table = self.trainer.datamodule.table  # type: ignore[attr-defined]
+
+        def show(done: int, total: int) -> None:
+            self.display.update_task(f"scoring {name}", done, total)
+
+        with self.trainer.precision_plugin.forward_context(), torch.no_grad():
+            nll = self.nll_of(model)
+            result = score(nll, tokens.to(self.device), table, evaluation, rank, world_size, show)
+        if not math.isfinite(result.bpb):
+            raise UserError(f"{name}: the score is {result.bpb}, not a number; lower the learning rate")
+        return result
+
     @override
     def on_validation_epoch_start(self) -> None:
         """Reset the sums; the tokens are on the device already."""
@@ -251,6 +277,13 @@ class LanguageModel(pl.LightningModule):
         # Lightning restores the weights before it converts the model, which would round those of 64-true.
         self.trainer.precision_plugin.convert_module(self)
 
+    def difference_from(self, stored: dict[str, Any], where: str) -> str:
+        """What a stored model config differs in from this model's, in words; empty if in nothing."""
+        config = self.model.config.to_dict()
+        return "; ".join(
+            f"{key}: {stored[key]} {where}, {config[key]} here" for key in config if stored[key] != config[key]
+        )
+
     def check_resumable(self, metadata: dict[str, Any], data: Any) -> None:
         """Check that this run can resume a checkpoint.
 
@@ -261,17 +294,10 @@ class LanguageModel(pl.LightningModule):
         Raises:
             UserError: If model, batch, order or tokenizer are others.
         """
-        config = self.model.config.to_dict()
         stored = TransformerConfig.from_dict(metadata["model"]).to_dict()
-        different = [
-            f"{key}: {stored[key]} in the checkpoint, {config[key]} here"
-            for key in config
-            if stored[key] != config[key]
-        ]
-        if different:
+        if different := self.difference_from(stored, "in the checkpoint"):
             raise UserError(
-                f"the checkpoint holds another model ({'; '.join(different)}); give the options of its run, or another "
-                "--ckpt"
+                f"the checkpoint holds another model ({different}); give the options of its run, or another --ckpt"
             )
         for name in ("batch_tokens", "sequence_length", "order", "seed", "held_out_tokens"):
             if (before := metadata.get(name, getattr(data, name))) != getattr(data, name):

@@ -9,11 +9,13 @@ from trainer.callbacks.samples import Samples
 from trainer.callbacks.stability import StabilityMonitor
 from trainer.callbacks.throughput import Throughput
 from trainer.callbacks.wallclock import WallclockCutoff
+from trainer.callbacks.warm_start import WarmStart
 from trainer.callbacks.warmup import CompileWarmup
 from trainer.callbacks.weight_averaging import WeightAveraging
 
 # Option prefix and class. The order matters where two callbacks use the same hook:
 CALLBACKS: tuple[tuple[str, type[pl.Callback]], ...] = (
+    ("warm_start", WarmStart),  # before the warm-up, which must leave the weights alone
     ("warmup", CompileWarmup),  # before the clock starts
     ("wallclock", WallclockCutoff),  # sets the clock that all others read
     ("stability", StabilityMonitor),  # after the last step, before the export

@@ -2,23 +2,20 @@
 
 import hashlib
 import json
-import math
 import time
 from dataclasses import asdict
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
-from torch import Tensor
 from typing_extensions import override
 
 from trainer.callbacks.wallclock import WallclockCutoff
+from trainer.callbacks.warm_start import WarmStart
 from trainer.callbacks.weight_averaging import WeightAveraging
 from trainer.checkpoint import METADATA_KEY
 from trainer.datamodule import TokenData
 from trainer.errors import UserError
 from trainer.evaluation.metric import Score
-from trainer.evaluation.sliding import score
 from trainer.evaluation.windows import EvaluationConfig
 from trainer.files import copy_file
 from trainer.lightning_module import LanguageModel
@@ -109,6 +106,9 @@ class PostTrainExport(pl.Callback):
         """Score on all processes, export on rank 0. Lightning does not call this for an interrupted run."""
         pl_module.model.is_looped = True
         stages = _Stages(trainer, pl_module)
+        start = next((callback for callback in _callbacks(trainer) if isinstance(callback, WarmStart)), None)
+        if start and start.score:
+            stages.scores["parent_plain"] = start.score
         stages.score("live_plain", pl_module.model, stages.data.evaluation.plain)
         averaging = next((callback for callback in _callbacks(trainer) if isinstance(callback, WeightAveraging)), None)
         averaged = averaging.averaged_state() if averaging else None
@@ -126,6 +126,7 @@ class PostTrainExport(pl.Callback):
                 "averaged_steps": averaging.count if averaging else 0,
                 "weights": "averaged" if averaged else "live",
                 "code_sha256": hashlib.sha256(self.code).hexdigest(),
+                **({"ancestry": start.ancestry} if start and start.ancestry else {}),
             }
             stages.finish(weights, stored)
 
@@ -147,31 +148,17 @@ class _Stages:
         Raises:
             UserError: If the score is not a finite number.
         """
-        self.scores[name] = self._score(name, model, evaluation, self.data.val_tokens)
+        self.scores[name] = self.module.score_model(name, model, evaluation, self.data.val_tokens)
 
     def live_is_better(self, averaged: Transformer) -> bool:
         """Whether the live weights score better than the averaged ones on the held-out training tokens."""
         plain, tokens = self.data.evaluation.plain, self.data.held_out()
         live, average = (
-            self._score(name, model, plain, tokens).bpb
+            self.module.score_model(name, model, plain, tokens).bpb
             for name, model in (("live_held_out", self.module.model), ("averaged_held_out", averaged))
         )
         logger.info(f"on {len(tokens) - 1:,} held-out training tokens: live {live:.5f}, averaged {average:.5f} bpb")
         return live < average
-
-    def _score(self, name: str, model: Transformer, evaluation: EvaluationConfig, tokens: Tensor) -> Score:
-        def show(done: int, total: int) -> None:
-            self.module.display.update_task(f"scoring {name}", done, total)
-
-        table = self.data.table
-        assert table is not None
-        rank, world_size = self.trainer.global_rank, self.trainer.world_size
-        with self.autocast(), torch.no_grad():
-            nll = self.module.nll_of(model)
-            result = score(nll, tokens.to(self.module.device), table, evaluation, rank, world_size, show)
-        if not math.isfinite(result.bpb):
-            raise UserError(f"{name}: the score is {result.bpb}, not a number; lower the learning rate")
-        return result
 
     def export(self, model: Transformer, options: PostTrainExport) -> dict[str, Any]:
         """Export and score the artifact; rank 0 gets sizes and times."""

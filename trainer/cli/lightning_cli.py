@@ -121,6 +121,12 @@ class TrainerCLI(LightningCLI):
         parser.add_argument("--wandb", type=str | None, help=text)
         parser.add_argument("--run_name", type=str | None, help="Name of the run's folder; default: the next number.")
         if self.command == "fit":
+            text = "Artifact or checkpoint whose weights the run starts from, with a new schedule and optimizer state."
+            parser.add_argument("--init_from", type=str | None, help=text)
+            text = "Hash that init_from must have; the run writes it into its config."
+            parser.add_argument("--init_from_sha256", type=str | None, help=text)
+            parser.link_arguments("init_from", "warm_start.path")
+            parser.link_arguments("init_from_sha256", "warm_start.sha256")
             text = "Checkpoint to resume from; last: the newest one of this recipe. With --run_name, last continues "
             text += "the run of that name in its folder, or starts it if it has saved nothing yet."
         else:

@@ -18,12 +18,14 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from trainer.callbacks.checkpoint import Checkpoints
 from trainer.callbacks.metrics_file import MetricsFile
+from trainer.callbacks.warm_start import WarmStart
 from trainer.checkpoint import METADATA_KEY, stored_checksum
 from trainer.cli.env_aliases import alias_options
 from trainer.cli.help import first_help, help_of, take_help
 from trainer.cli.lightning_cli import TrainerCLI, first_line, make_parser
 from trainer.cli.parser import split_options
 from trainer.cli.trusted_settings import settings_beside
+from trainer.data.local_text import LocalText
 from trainer.distributed import is_lost_process
 from trainer.errors import UserError
 from trainer.evaluation.metric import Score
@@ -183,6 +185,8 @@ def fit(cli: TrainerCLI, ckpt: str | None, log: Path) -> None:
         ckpt = _last_checkpoint(cli)
     else:
         cli.config.ckpt = ckpt  # config.yaml then repeats a resumed run, too
+    if cli.config.init_from is not None:
+        _start_from(cli, resumes=ckpt is not None)
     if ckpt is not None:
         _resume(cli, ckpt)
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
@@ -253,6 +257,23 @@ def _last_checkpoint(cli: TrainerCLI) -> str | None:
     if name is None:
         cli.config.ckpt = str(newest)
     return str(newest)
+
+
+def _start_from(cli: TrainerCLI, resumes: bool) -> None:
+    """Take the weights of another run, unless a run that began with them is resumed, and its tokenizer.
+
+    Raises:
+        UserError: If they do not fit.
+    """
+    path = Path(cli.config.init_from)
+    source, tokenizer = cli.datamodule.source, RunFolder.containing(path).tokenizer
+    if isinstance(source, LocalText) and source.given_tokenizer is None and tokenizer.is_file():
+        source.given_tokenizer = tokenizer
+    if resumes:
+        return
+    warm_start = next(each for each in cli.trainer.callbacks if isinstance(each, WarmStart))  # type: ignore[attr-defined]
+    cli.datamodule.expected_tokenizer = warm_start.load(cli.model).tokenizer_sha256
+    cli.config.init_from_sha256 = warm_start.sha256
 
 
 def _resume(cli: TrainerCLI, ckpt: str) -> None:

@@ -145,6 +145,8 @@ def _record(entry: Entry, runs: list[RunData], sizes: dict[str, int]) -> dict[st
         "hardware": summaries[0]["versions"]["device"],
         "versions": summaries[0]["versions"],
     }
+    if "ancestry" in summaries[0]:
+        record["ancestry"] = summaries[0]["ancestry"]
     if len(runs) > 1:
         record["val_bpb_deviation"] = statistics.stdev(summary["val_bpb"] for summary in summaries)
         keys = ("val_bpb", "val_loss", "bytes_total", "steps", "train_seconds")
@@ -162,6 +164,11 @@ def _readme(entry: Entry, runs: list[RunData], record: dict[str, Any]) -> str:
     )
     spread = f" +- {record['val_bpb_deviation']:.5f}" if len(runs) > 1 else ""
     best = runs[0]
+    ancestry = "".join(
+        f"\nThe weights come from `{each['file']}` (sha256 {each['sha256']}), trained on "
+        f"{each.get('train_tokens', 'unknown')} tokens of text {each.get('text_fingerprint') or 'unknown'}.\n"
+        for each in record.get("ancestry", [])
+    )
     settings = "\n".join(f"{name}: {value}" for name, value in best.config.items() if value is not None)
     return f"""# {entry.name}
 
@@ -170,7 +177,7 @@ def _readme(entry: Entry, runs: list[RunData], record: dict[str, Any]) -> str:
 **{record["val_bpb"]:.5f}{spread} bits per byte**, {record["bytes_total"]:,} of {SIZE_CAP:,} bytes
 ({record["bytes_model"]:,} model, {record["bytes_code"]:,} code), on {record["hardware"]}.
 {entry.author} (@{entry.github_id}).
-
+{ancestry}
 | seed | bits per byte | nats per token | bytes | steps | training |
 |---|---|---|---|---|---|
 {rows}

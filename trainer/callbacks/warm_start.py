@@ -1,0 +1,103 @@
+"""Starts a run from the weights of another one: new schedule, new optimizer state, and other text if that is given."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from typing_extensions import override
+
+from trainer.checkpoint import METADATA_KEY
+from trainer.errors import UserError
+from trainer.evaluation.metric import Score
+from trainer.files import sha256_of
+from trainer.lightning_module import LanguageModel
+from trainer.loading import stored_weights
+from trainer.logging import logger
+from trainer.quantize.artifact import Artifact
+from trainer.run_folder import RunFolder
+
+FROM_SUMMARY = ("steps", "train_tokens", "val_bpb", "text_fingerprint", "shards_fingerprint")
+
+
+class WarmStart(pl.Callback):
+    """Loads the weights, scores them before the first step, and remembers where they come from.
+
+    Attributes:
+        ancestry: The runs that the weights come from, the newest first: file, sha256, and what its summary says.
+        score: Score of the weights before the first step, by plain windows; None without a parent.
+    """
+
+    def __init__(self, path: str | None = None, sha256: str | None = None) -> None:
+        """Start from a file.
+
+        Args:
+            path: Artifact or checkpoint whose weights the run starts from. null: none.
+            sha256: Hash that the file must have. null: any.
+        """
+        self.path = path
+        self.sha256 = sha256
+        self.ancestry: list[dict[str, Any]] = []
+        self.score: Score | None = None
+
+    def load(self, module: LanguageModel) -> Artifact:
+        """Put the weights into the model.
+
+        Returns:
+            What the file holds.
+
+        Raises:
+            UserError: If the file cannot be read, is another one than the hash says, or holds another model.
+        """
+        path = Path(str(self.path))
+        weights = stored_weights(path, "best")
+        sha256 = sha256_of(path)
+        if self.sha256 not in (None, sha256):
+            raise UserError(
+                f"init_from {path}: its sha256 is {sha256[:12]}..., not the {str(self.sha256)[:12]}... of "
+                "init_from_sha256; give the file that the run began with"
+            )
+        run = RunFolder.containing(path)
+        if different := module.difference_from(weights.model.to_dict(), "there"):
+            hint = f" --config {run.config} has them," if run.config.is_file() else ""
+            raise UserError(
+                f"init_from {path}: holds another model ({different}); give the options of its run,{hint} or another "
+                "file"
+            )
+        module.model.load_state_dict(weights.state)
+        self.sha256 = sha256
+        self.ancestry = [{"file": str(path), "sha256": sha256, **_of_summary(run)}]
+        self.ancestry += self.ancestry[0].pop("ancestry", [])
+        return weights
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
+        """Score the weights before the first step; a resumed run knows the score."""
+        if self.ancestry and self.score is None:
+            data = trainer.datamodule  # type: ignore[attr-defined]
+            self.score = pl_module.score_model("parent_plain", pl_module.model, data.evaluation.plain, data.val_tokens)
+            logger.info(f"starting from {self.ancestry[0]['file']}, which scores {self.score.bpb:.4f} bpb (plain)")
+
+    @override
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: LanguageModel, checkpoint: dict[str, Any]) -> None:
+        """Keep the origin with the weights."""
+        metadata = checkpoint.setdefault(METADATA_KEY, {})
+        metadata["ancestry"] = self.ancestry
+        metadata["parent_score"] = None if self.score is None else self.score._asdict()
+
+    @override
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: LanguageModel, checkpoint: dict[str, Any]) -> None:
+        """A resumed run has the origin of the run that it continues."""
+        metadata = checkpoint[METADATA_KEY]
+        self.ancestry = metadata.get("ancestry", [])
+        score = metadata.get("parent_score")
+        self.score = None if score is None else Score(**score)
+
+
+def _of_summary(run: RunFolder) -> dict[str, Any]:
+    """What the summary beside a file says of the training, and its own ancestry; nothing if there is none."""
+    try:
+        summary = json.loads(run.summary.read_text())
+        return {name: summary[name] for name in (*FROM_SUMMARY, "ancestry") if name in summary}
+    except (OSError, ValueError, TypeError):
+        return {}
