@@ -13,7 +13,7 @@ FLOORS = (
     "kernels data",
     "model evaluation",
     "optim",
-    "quantize summary comparison",
+    "quantize summary comparison paired",
     "loading",
     "generation",
     "report",

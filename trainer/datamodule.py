@@ -3,6 +3,8 @@
 import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -16,6 +18,7 @@ from trainer.data.calibration import calibration_sequences
 from trainer.data.identity import Identity, difference, identify
 from trainer.data.manifest import NAME, Manifest, check_vocabulary
 from trainer.data.prefetch import Prefetcher
+from trainer.data.scored_text import ScoredText
 from trainer.data.shards import TokenFiles, check_vocab_size, open_shard
 from trainer.data.sources import PreparedText, Source
 from trainer.data.stream import Order, TrainStream
@@ -89,6 +92,11 @@ class TokenData(pl.LightningDataModule):
         self.expected_tokenizer: str | None = None  # sha256 stored with the weights that are scored
         self.resumes = False  # the shards of the run that is resumed must stay
         self.shards: Identity = {}
+        self.tokenizer: Path | None = None  # that a scored text is tokenized with
+        self.scored_text: ScoredText | None = None  # scored instead of the validation split
+        self.split: Literal["train", "val"] = "val"  # that is scored
+        self.scores_documents = False
+        self.document_sources: list[str] = []  # where the documents of a scored text come from
 
     @override
     def prepare_data(self) -> None:
@@ -100,6 +108,9 @@ class TokenData(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Open the shards and check them against the model, before anything is trained."""
         if self.table is not None:
+            return
+        if self.scored_text is not None:
+            self._take_scored_text(self.scored_text)
             return
         self.text: PreparedText = self.source.prepared()
         tokenizer = load_tokenizer(self.text.tokenizer)
@@ -118,7 +129,7 @@ class TokenData(pl.LightningDataModule):
             )
         self._check_tokenizer_of_shards()
         self.table = ByteTable.from_tokenizer(tokenizer)
-        val = TokenFiles(self.text.val)
+        val = TokenFiles(self.text.val if self.split == "val" else self.text.train)
         needed = self.evaluation.max_tokens + 1 if stage == "validate" and self.evaluation.max_tokens else len(val)
         tokens = val.read(0, min(needed, len(val)))
         check_vocabulary(self.text.val[0], tokens, vocab_size)
@@ -133,6 +144,21 @@ class TokenData(pl.LightningDataModule):
             raise UserError(f"{self.text.val[0].parent}: the validation text has no bytes; give another one")
         self.val_tokens = torch.from_numpy(tokens.astype(np.int32))
         self._evaluations()  # an unusable split fails now
+
+    def _take_scored_text(self, text: ScoredText) -> None:
+        """Tokenize a text with the tokenizer of the weights; no shards are needed."""
+        assert self.tokenizer is not None
+        tokenizer = load_tokenizer(self.tokenizer)
+        if (sha256 := sha256_of(self.tokenizer)) != self.expected_tokenizer:
+            raise UserError(
+                f"{self.tokenizer}: is not the tokenizer this model was trained with (sha256 {sha256[:12]}..., "
+                f"expected {str(self.expected_tokenizer)[:12]}...); give the artifact in its run folder"
+            )
+        self.table = ByteTable.from_tokenizer(tokenizer)
+        tokens, self.document_sources = text.read(tokenizer)
+        if self.table.total(tokens) == 0:
+            raise UserError(f"{', '.join(text.files)}: has no bytes to score; give another text")
+        self.val_tokens = torch.from_numpy(tokens.astype(np.int32))
 
     def _agree_on_shards(self, trainer: pl.Trainer) -> None:
         """Take the shards of rank 0 as the run's, and refuse a node that has others in a folder of its own.

@@ -17,6 +17,7 @@ from trainer.distributed import mean_over_ranks
 from trainer.errors import UserError
 from trainer.evaluation.adaptation import Adapter
 from trainer.evaluation.metric import BitsPerByte, Score
+from trainer.evaluation.per_document import DocumentScores, document_of_targets, total
 from trainer.evaluation.sliding import NllFn, WindowScorer, score
 from trainer.evaluation.windows import EvaluationConfig, WindowBatch
 from trainer.kernels.attention_backends import AttentionBackend, SdpaBackend
@@ -78,6 +79,7 @@ class LanguageModel(pl.LightningModule):
         self.scorers: list[WindowScorer] = []
         self.adapter: Adapter | None = None
         self.scores: list[Score] = []
+        self.documents: DocumentScores | None = None  # of the last evaluation, where they are wanted
 
     @property
     def steps_done(self) -> int:
@@ -235,6 +237,8 @@ class LanguageModel(pl.LightningModule):
         self.scorers = self.trainer.datamodule.scorers(self.device)  # type: ignore[attr-defined]
         self.metrics = torch.nn.ModuleList(BitsPerByte().to(self.device) for _ in self.scorers)
         self.adapter = self._adapter() if self.trainer.state.fn == "validate" else None
+        if self.trainer.datamodule.scores_documents:  # type: ignore[attr-defined]
+            self.documents = DocumentScores(document_of_targets(self.scorers[-1].tokens))
 
     def _adapter(self) -> Adapter | None:
         evaluation = self.trainer.datamodule.evaluation  # type: ignore[attr-defined]
@@ -252,14 +256,17 @@ class LanguageModel(pl.LightningModule):
         """Score a batch of windows."""
         metric = self.metrics[dataloader_idx]
         assert isinstance(metric, BitsPerByte)
-        self.scorers[dataloader_idx].add(metric, self.nll, batch)
-        if self.adapter is not None and dataloader_idx == len(self.scorers) - 1:
+        is_last = dataloader_idx == len(self.scorers) - 1
+        self.scorers[dataloader_idx].add(metric, self.nll, batch, self.documents if is_last else None)
+        if self.adapter is not None and is_last:
             self.adapter.learn(self.scorers[dataloader_idx].scored(batch))
 
     @override
     def on_validation_epoch_end(self) -> None:
         """Read the sums; the last score, sliding if there is one, is the one that counts."""
         self.scores = [metric.score() for metric in self.metrics if isinstance(metric, BitsPerByte)]
+        if self.documents is not None:
+            self.scores[-1] = total(*self.documents.compute())
         self.validation_seconds = time.monotonic() - self.validation_started
         if not self.trainer.sanity_checking:
             last = self.scores[-1]

@@ -52,6 +52,7 @@ class RunFolder:
         self.summary = self.path / "summary.json"
         self.log = self.path / "train.log"
         self.report = self.path / "report.html"
+        self.documents = self.path / "documents.csv"  # where `validate --per_document` may write
         self.lock = self.path / ".training"  # while a process trains in the folder
 
     def __str__(self) -> str:

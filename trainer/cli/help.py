@@ -29,7 +29,7 @@ FIT = {
     "files and messages": ("trainer.log_every_n_steps", "progress.mode", "checkpoints.every", "stability."),
 }
 VALIDATE = {
-    "what is scored": ("ckpt", "weights"),
+    "what is scored": ("ckpt", "weights", "split", "text", "text_field", "source_field", "per_document"),
     "how; the run's own settings where none is given": (
         *("config", "eval.window", "eval.stride", "eval.batch_windows", "eval.max_tokens", "eval.attention_window"),
         *("eval.adapt_rate", "data.source", "precision"),

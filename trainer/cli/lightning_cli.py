@@ -1,5 +1,6 @@
 """Lightning's CLI with our options: evaluation, callbacks, precision, run folders. It builds the objects of a run."""
 
+import argparse
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,13 +121,15 @@ class TrainerCLI(LightningCLI):
         text = "Project at Weights & Biases to log to, too, while training; needs the package wandb."
         parser.add_argument("--wandb", type=str | None, help=text)
         parser.add_argument("--run_name", type=str | None, help="Name of the run's folder; default: the next number.")
+        text = "Artifact or checkpoint whose weights the run starts from, with a new schedule and optimizer state."
+        other = "Hash that init_from must have; the run writes it into its config."
+        # Also for validate, which reads the configs of runs.
+        for name, about in (("init_from", text), ("init_from_sha256", other)):
+            about = about if self.command == "fit" else argparse.SUPPRESS
+            parser.add_argument(f"--{name}", type=str | None, help=about)
+        parser.link_arguments("init_from", "warm_start.path")
+        parser.link_arguments("init_from_sha256", "warm_start.sha256")
         if self.command == "fit":
-            text = "Artifact or checkpoint whose weights the run starts from, with a new schedule and optimizer state."
-            parser.add_argument("--init_from", type=str | None, help=text)
-            text = "Hash that init_from must have; the run writes it into its config."
-            parser.add_argument("--init_from_sha256", type=str | None, help=text)
-            parser.link_arguments("init_from", "warm_start.path")
-            parser.link_arguments("init_from_sha256", "warm_start.sha256")
             text = "Checkpoint to resume from; last: the newest one of this recipe. With --run_name, last continues "
             text += "the run of that name in its folder, or starts it if it has saved nothing yet."
         else:
@@ -139,6 +142,16 @@ class TrainerCLI(LightningCLI):
                 default="live",
                 help="Which weights of a checkpoint to score; live are those of its step.",
             )
+            text = "CSV file for the score of each document: its tokens, bytes and nats."
+            parser.add_argument("--per_document", type=str | None, help=text)
+            text = "Which split is scored."
+            parser.add_argument("--split", type=Literal["val", "train"], default="val", help=text)
+            text = "Files, folders and glob patterns with text to score instead of the run's; no shards are needed."
+            parser.add_argument("--text", type=list[str] | str | None, help=text)
+            text = "Field of a .jsonl line, or column of a .parquet file, that holds the text to score."
+            parser.add_argument("--text_field", type=str, default="text", help=text)
+            text = "Field or column that says where a document comes from, for a score by source; default: its file."
+            parser.add_argument("--source_field", type=str | None, help=text)
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:

@@ -26,12 +26,14 @@ from trainer.cli.lightning_cli import TrainerCLI, first_line, make_parser
 from trainer.cli.parser import split_options
 from trainer.cli.trusted_settings import settings_beside
 from trainer.data.local_text import LocalText
+from trainer.data.scored_text import ScoredText
 from trainer.distributed import is_lost_process
 from trainer.errors import UserError
 from trainer.evaluation.metric import Score
+from trainer.evaluation.per_document import DocumentScores, by_source, write_csv
 from trainer.loading import load_run, stored_weights
 from trainer.lock import exclusive
-from trainer.logging import logger, logging_to, quiet_libraries
+from trainer.logging import counted, logger, logging_to, quiet_libraries
 from trainer.quantize.artifact import Artifact
 from trainer.recipes import find_recipe, load_recipe
 from trainer.run_folder import RunFolder, flatten, newest_checkpoint
@@ -72,7 +74,10 @@ def run(command: str, args: Sequence[str]) -> RunFolder | dict[str, Score] | Non
     stored = None
     if command == "validate" and about is None:
         ckpt, stored = _to_score(ckpt, rest)
-    has_source = bool(split_options(rest, "--data.source,--data.source.class_path")[0]["data.source"])
+    text_options, _ = split_options(rest, "--data.source,--data.source.class_path", "--text")
+    if text_options["text"] and not text_options["data.source"]:
+        rest.append("--data.source=Shards")  # some source must be named; the text takes its place
+    has_source = bool(text_options["data.source"] or text_options["text"])
     if has_source:  # what a variable says of the recipe's source does not hold for another one
         aliases = [alias for alias in aliases if not alias.startswith("--data.source.")]
     paths = [find_recipe(name) for name in configs]
@@ -86,18 +91,18 @@ def run(command: str, args: Sequence[str]) -> RunFolder | dict[str, Score] | Non
         _print_help(command, about, paths, [*recipes, *aliases, *rest])
         return None
     if stored is not None and not configs and ckpt is not None:
-        recipes = settings_beside(ckpt, rest, has_source)
+        recipes = settings_beside(ckpt, rest, has_source, bool(text_options["text"]))
     weights = split_options(rest, "--weights")[0]["weights"][-1:] or ["live"]
     try:
         cli = TrainerCLI(command, recipe, [*recipes, *aliases, *rest], stored, reopens=ckpt == "last")
     except ValueError as error:  # a setting out of range, refused by the part it belongs to
         raise UserError(str(error)) from error
-    if stored is not None:
+    if stored is not None and ckpt is not None:
         if cli.config.weights != weights[0]:
             raise UserError(
                 f"weights {cli.config.weights} in a config has no effect; give --weights {cli.config.weights}"
             )
-        return validate(cli, stored)
+        return validate(cli, stored, RunFolder.containing(Path(ckpt)).tokenizer)
     run_folder = RunFolder(str(cli.trainer.log_dir))
     with ExitStack() as stack:
         if cli.trainer.is_global_zero:
@@ -152,13 +157,20 @@ def _recipe(path: Path, has_source: bool) -> str:
     return yaml.safe_dump(recipe, sort_keys=False)
 
 
-def validate(cli: TrainerCLI, stored: Artifact) -> dict[str, Score]:
-    """Score stored weights and print the scores, which are returned by name; the last line is for scripts."""
+def validate(cli: TrainerCLI, stored: Artifact, tokenizer: Path) -> dict[str, Score]:
+    """Score stored weights and print the scores, which are returned by name; the last line is for scripts.
+
+    Args:
+        cli: The configured objects.
+        stored: The weights.
+        tokenizer: Their tokenizer, where `--text` is scored.
+    """
     try:
         cli.model.model.load_state_dict(stored.state)
     except RuntimeError as error:
         raise UserError(f"its tensors do not fit its model ({' '.join(str(error).split())[:200]})") from error
     cli.datamodule.expected_tokenizer = stored.tokenizer_sha256
+    _choose_text(cli, tokenizer)
     cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
     if not all(math.isfinite(score.bpb) for score in cli.model.scores):
         raise UserError("the score is not a number: these weights are not usable")
@@ -166,8 +178,42 @@ def validate(cli: TrainerCLI, stored: Artifact) -> dict[str, Score]:
     for name, score in scores.items():
         logger.info(f"{name:<8} {score.line()}")
     logger.info(f"scored in {cli.model.validation_seconds:.1f} s")
+    if cli.model.documents is not None and cli.trainer.is_global_zero:
+        _report_documents(Path(cli.config.per_document or ""), cli.datamodule.document_sources, cli.model.documents)
     logger.info(cli.model.scores[-1].line())
     return scores
+
+
+def _choose_text(cli: TrainerCLI, tokenizer: Path) -> None:
+    """Take what `validate` is asked to score.
+
+    Raises:
+        UserError: If the options contradict each other.
+    """
+    config, data = cli.config, cli.datamodule
+    if config.per_document and not config.per_document.endswith(".csv"):
+        raise UserError(f"--per_document {config.per_document}: is written as CSV; choose a name that ends in .csv")
+    if config.text is None:
+        if config.source_field is not None:
+            raise UserError("--source_field belongs to --text; shards do not say where a document comes from")
+        data.split, data.scores_documents = config.split, config.per_document is not None
+        return
+    if config.split != "val":
+        raise UserError("--split and --text both say what is scored; leave one out")
+    files = [config.text] if isinstance(config.text, str) else config.text
+    data.scored_text = ScoredText(files, config.text_field, config.source_field)
+    data.tokenizer = tokenizer
+    data.scores_documents = True
+
+
+def _report_documents(path: Path, sources: list[str], documents: DocumentScores) -> None:
+    """Log the score of each source, and write the documents' scores if there is a path for them."""
+    columns = documents.compute()
+    for name, count, score in by_source(sources[: len(columns[0])], *columns):
+        logger.info(f"{score.bpb:.4f} bpb  {counted(count, 'document')}, {score.bytes:,} bytes  {name}")
+    if path.name:
+        write_csv(path, sources, *columns)
+        logger.info(f"{counted(len(columns[0]), 'document')} in {path}")
 
 
 def fit(cli: TrainerCLI, ckpt: str | None, log: Path) -> None:

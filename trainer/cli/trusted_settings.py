@@ -16,18 +16,22 @@ from trainer.run_folder import RunFolder
 TRUSTED_SETTINGS = ("data", "eval", "precision")
 TRUSTED_SOURCES = [
     f"trainer.data.{name}"
-    for name in ("sources.Shards", "sources.LocalText", "sources.PythonDocumentation", "published.PublishedFineWeb")
+    for name in (
+        *("sources.Shards", "sources.LocalText", "sources.PythonDocumentation", "published.PublishedFineWeb"),
+        *("local_text.LocalText", "python_documentation.PythonDocumentation"),
+    )
 ]
 DATA_OPTIONS = ("batch_tokens", "sequence_length", "order", "seed", "held_out_tokens", "vocab_size")
 
 
-def settings_beside(ckpt: str, rest: list[str], has_source: bool) -> list[str]:
+def settings_beside(ckpt: str, rest: list[str], has_source: bool, has_text: bool = False) -> list[str]:
     """How to score a file, and on which text, as an argument of the command; nothing that runs code.
 
     Args:
         ckpt: The file.
         rest: The other arguments.
         has_source: Whether they name a source.
+        has_text: Whether they name a text, which is scored whole.
 
     Raises:
         UserError: If the config sets more than plain values, or there is none and nothing names the text.
@@ -38,6 +42,8 @@ def settings_beside(ckpt: str, rest: list[str], has_source: bool) -> list[str]:
             return []
         raise UserError(f"--ckpt {ckpt}: its run folder has no config.yaml; name its recipe with --config")
     settings = {key: value for key, value in load_recipe(config).items() if key in TRUSTED_SETTINGS}
+    if has_text and isinstance(settings.get("eval"), dict):
+        settings["eval"].pop("max_tokens", None)
     source = settings["data"].pop("source", None) if isinstance(settings.get("data"), dict) else None
     for problem in _untrusted(settings, None if has_source else source):
         raise UserError(

@@ -97,14 +97,17 @@ def _compression(path: Path) -> str:
 class TextFiles:
     """The documents of files, and how much of the files has been read."""
 
-    def __init__(self, paths: list[Path], field: str = FIELD) -> None:
+    def __init__(self, paths: list[Path], field: str = FIELD, source_field: str | None = None) -> None:
         """Take the files; nothing is opened yet.
 
         Args:
             paths: Files of the supported kinds.
             field: Field of a .jsonl line, or column of a .parquet file, that holds the text.
+            source_field: Field or column that says where a document comes from. None: the name of its file says it.
         """
         self.field = field
+        self.source_field = source_field
+        self.source = ""  # of the last document
         self.paths = paths
         self.sizes = [path.stat().st_size for path in paths]
         self.index = 0  # number of the file that the last document came from
@@ -128,8 +131,9 @@ class TextFiles:
             self.index = index
             with _opened(path) as self._open:
                 count = 0
-                for text in _documents(path, self._open, self.field):
+                for text, source in _documents(path, self._open, self.field, self.source_field):
                     count += 1
+                    self.source = str(path) if source is None else source
                     yield text
             if count == 0:
                 raise UserError(f"{path}: holds no document; remove it from data.source")
@@ -143,28 +147,29 @@ def _opened(path: Path) -> BinaryIO:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
 
 
-def _documents(path: Path, raw: BinaryIO, field: str) -> Iterator[str]:
+def _documents(path: Path, raw: BinaryIO, field: str, source_field: str | None) -> Iterator[tuple[str, str | None]]:
+    """Texts, each with what its source field says."""
     kind = _kind(path)
     try:
         file = _decompressed(path, raw)
         if kind in (".txt", ".md"):
             text = file.read().decode("utf-8-sig")
             if text:
-                yield text
+                yield text, None
         elif kind == ".jsonl":
             for number, line in enumerate(io.BufferedReader(cast(io.RawIOBase, file)), start=1):
                 content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if content.strip():
-                    yield _text_of(path, number, content, field)
+                    yield _text_of(path, number, content, field, source_field)
         else:
-            yield from _rows(path, file, field)
+            yield from _rows(path, file, field, source_field)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 at byte {error.start} ({error.reason}); convert it first") from error
     except (OSError, EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError) as error:
         raise UserError(f"{path}: cannot be read to its end ({error}); it is cut or damaged") from error
 
 
-def _text_of(path: Path, number: int, line: bytes, field: str) -> str:
+def _text_of(path: Path, number: int, line: bytes, field: str, source_field: str | None) -> tuple[str, str | None]:
     try:
         values = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -184,7 +189,7 @@ def _text_of(path: Path, number: int, line: bytes, field: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a character
         raise UserError(f"{path}: the `{field}` of line {number} holds a lone surrogate; repair it first") from error
-    return text
+    return text, str(values.get(source_field, "")) if source_field else None
 
 
 def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
@@ -233,7 +238,7 @@ class _ZstdFile(io.RawIOBase):
         return count
 
 
-def _rows(path: Path, file: BinaryIO, field: str) -> Iterator[str]:
+def _rows(path: Path, file: BinaryIO, field: str, source_field: str | None) -> Iterator[tuple[str, str | None]]:
     try:
         import pyarrow  # noqa: PLC0415 - an extra
         import pyarrow.parquet  # noqa: PLC0415
@@ -257,8 +262,12 @@ def _rows(path: Path, file: BinaryIO, field: str) -> Iterator[str]:
                 raise UserError(
                     f"{path}: the column `{field}` holds {columns[field]}, not text; name another --data.source.field"
                 )
-            for batch in table.iter_batches(1024, columns=[field]):
-                yield from (text for text in batch.column(0).to_pylist() if text)
+            has_source = source_field in columns
+            for batch in table.iter_batches(1024, columns=[field, source_field] if has_source else [field]):
+                texts = batch.column(field).to_pylist()
+                sources = batch.column(source_field).to_pylist() if has_source else [""] * len(texts)
+                pairs = zip(texts, sources, strict=True)
+                yield from ((text, str(source) if source_field else None) for text, source in pairs if text)
         except pyarrow.ArrowException as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{path}: is not a parquet file with a `{field}` column ({reason})") from error

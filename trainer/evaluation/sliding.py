@@ -7,6 +7,7 @@ from torch import Tensor
 
 from trainer.data.tokenizer import ByteTable
 from trainer.evaluation.metric import BitsPerByte, Score
+from trainer.evaluation.per_document import DocumentScores
 from trainer.evaluation.windows import EvaluationConfig, WindowBatch, batch_plan, plan_windows
 from trainer.step import StepFence
 
@@ -35,13 +36,16 @@ class WindowScorer:
         return self.tokens[first : first + int(counts.sum()) + 1]
 
     @torch.no_grad()
-    def add(self, metric: BitsPerByte, nll_fn: NllFn, batch: WindowBatch) -> None:
+    def add(
+        self, metric: BitsPerByte, nll_fn: NllFn, batch: WindowBatch, documents: DocumentScores | None = None
+    ) -> None:
         """Score a batch into a metric; nothing waits for the device.
 
         Args:
             metric: Accumulates the sums.
             nll_fn: Losses of (B, T) inputs and targets from a first position on, as `Transformer.nll`.
             batch: Windows to score.
+            documents: Accumulates the sums of each document, too.
         """
         device = self.tokens.device
         starts = batch.starts.to(device, non_blocking=True)
@@ -50,7 +54,10 @@ class WindowScorer:
         inputs, targets = self.tokens[positions], self.tokens[positions + 1]
         nll = nll_fn(inputs, targets, batch.start_pos)
         num_bytes = self.table.count(inputs[:, batch.start_pos :], targets[:, batch.start_pos :])
-        metric.update(nll, num_bytes, self.offsets[batch.start_pos :] >= scored_from[:, None])
+        scored = self.offsets[batch.start_pos :] >= scored_from[:, None]
+        metric.update(nll, num_bytes, scored)
+        if documents is not None:
+            documents.update(positions[:, batch.start_pos :], nll, num_bytes, scored)
 
 
 def score(

@@ -8,6 +8,7 @@ from trainer.files import atomic_write
 from trainer.generation import SamplingConfig, continue_text
 from trainer.loading import load_artifact
 from trainer.logging import logger
+from trainer.paired import compare_documents, read_table
 from trainer.quantize.container import Array, read_container
 from trainer.report.byte_use import ByteUse, byte_use
 from trainer.report.page import page
@@ -41,9 +42,14 @@ def build_report(folders: list[RunFolder], path: Path) -> None:
         )
         if first.tokenizer.is_file():
             samples = _samples(first.artifact)
+    pairs = [
+        compare_documents(read_table(first.documents), read_table(folder.documents))
+        for folder in folders[1:]
+        if first.documents.is_file() and folder.documents.is_file()
+    ]
     command = f"trainer fit --config {first.config}"
     with atomic_write(path) as file:
-        file.write(page(runs, uses, samples, command).encode())
+        file.write(page(runs, uses, samples, command, pairs).encode())
 
 
 def _weights(path: Path, is_averaged: bool) -> dict[str, Array] | None:

@@ -1,10 +1,12 @@
 """The report: one HTML file that needs no other, for light and dark screens, phones and paper."""
 
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 from trainer.comparison import group_runs, table
 from trainer.errors import UserError
+from trainer.paired import Paired, moved_table, sentences
 from trainer.report.byte_use import ByteUse
 from trainer.report.charts import line_chart
 from trainer.run_folder import RunData, why_incomparable
@@ -59,7 +61,9 @@ CURVES = (
 )
 
 
-def page(runs: list[RunData], uses: list[ByteUse], samples: list[str], command: str) -> str:
+def page(
+    runs: list[RunData], uses: list[ByteUse], samples: list[str], command: str, pairs: Sequence[Paired] = ()
+) -> str:
     """The report of a run, or of several over each other.
 
     Args:
@@ -67,12 +71,13 @@ def page(runs: list[RunData], uses: list[ByteUse], samples: list[str], command: 
         uses: How the bytes of its artifact are used; empty if the artifact is missing.
         samples: Texts that the model generated.
         command: Command that repeats the run.
+        pairs: Other runs against the first, document by document.
     """
     first = runs[0]
     title = ", ".join(run.name for run in runs)
     sections = [f"<h1>{escape(title)}</h1>", _subtitle(first), _cards(first)]
     if len(runs) > 1:
-        sections += [*_comparison(runs), "<h2>Differences</h2>", _legend(runs), _differences(runs)]
+        sections += [*_comparison(runs), *_documents(pairs), "<h2>Differences</h2>", _legend(runs), _differences(runs)]
     charts = "".join(
         line_chart(caption, [(run.name, run.curves.get(name, ([], []))) for run in runs], log)
         for name, caption, log in CURVES
@@ -142,6 +147,23 @@ def _comparison(runs: list[RunData]) -> list[str]:
         return [f'<p class="note">No comparison: {escape(str(error))}</p>']
     note = "Bits per byte, lower is better; ± is a standard error. Runs of equal seeds are compared pair by pair."
     return ["<h2>Comparison</h2>", _table(head, rows), f'<p class="note">{note}</p>']
+
+
+def _documents(pairs: Sequence[Paired]) -> list[str]:
+    """The changes of single documents: a line of their distribution, and the documents that moved most."""
+    if not pairs:
+        return []
+    series = []
+    for pair in pairs:
+        changes = sorted(pair.changes.tolist())
+        shares = [100 * (index + 1) / len(changes) for index in range(len(changes))]
+        series.append((pair.after.path.parent.name, (changes, shares)))
+    title = "Percent of the documents (vertical) that changed by at most so many bits per byte (horizontal)"
+    parts = ["<h2>Document by document</h2>", f'<div class="charts">{line_chart(title, series)}</div>']
+    for pair in pairs:
+        head, *rows = moved_table(pair)
+        parts += [f'<p class="note">{escape("; ".join(sentences(pair)))}</p>', _table(head, rows)]
+    return parts
 
 
 def _differences(runs: list[RunData]) -> str:
