@@ -14,7 +14,7 @@ FLOORS = (
     "model evaluation",
     "optim",
     "quantize summary comparison paired",
-    "loading",
+    "loading open_format",
     "generation",
     "report",
     "submission",

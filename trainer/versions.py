@@ -23,7 +23,7 @@ PACKAGES = (
     "typing_extensions",
 )
 EXTRAS = {"jsonargparse": "[signatures]"}
-OPTIONAL = ("pyarrow", "triton", "flash_attn", "shtab", "brotli")  # imported only where they are there
+OPTIONAL = ("pyarrow", "triton", "flash_attn", "shtab", "brotli", "safetensors")  # imported only where they are there
 
 
 def versions(device: torch.device) -> dict[str, str]:

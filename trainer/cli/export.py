@@ -1,10 +1,10 @@
-"""`trainer export`: make the artifact again from a checkpoint, exactly as training does."""
+"""`trainer export`: make the artifact again from a checkpoint, as training does, or files for other programs."""
 
 import hashlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,9 +16,10 @@ from trainer.data.sources import Shards
 from trainer.device import default_device
 from trainer.errors import UserError
 from trainer.files import copy_file
-from trainer.loading import load_run
+from trainer.loading import load_run, stored_weights
 from trainer.logging import logger
 from trainer.model.transformer import Transformer, TransformerConfig
+from trainer.open_format import Dtype, write_open_format
 from trainer.quantize.export import SIZE_CAP
 from trainer.quantize.export import export as export_model
 from trainer.quantize.policy import QuantizationConfig
@@ -29,20 +30,35 @@ EXAMPLE = "export --ckpt runs/quickstart/1/checkpoints/last.ckpt --shrink_to_cap
 
 
 def export(
-    ckpt: str, out: str | None = None, cap: int = SIZE_CAP, shrink_to_cap: bool = False, data: str | None = None
+    ckpt: str,
+    out: str | None = None,
+    cap: int = SIZE_CAP,
+    shrink_to_cap: bool = False,
+    data: str | None = None,
+    format: Literal["artifact", "safetensors"] = "artifact",
+    dtype: Dtype = "float32",
 ) -> None:
-    """Make the artifact again from a checkpoint, exactly as training does.
+    """Make the artifact again from a checkpoint, exactly as training does, or files for other programs.
 
     Args:
-        ckpt: Checkpoint to export.
-        out: Folder for the files; default: export in the checkpoint's run folder.
+        ckpt: Checkpoint to export; with the format safetensors also an artifact.
+        out: Folder for the files; default: export, or safetensors, in the run folder.
         cap: Largest allowed size of code and model together, in bytes (at least 1).
         shrink_to_cap: Store less until code and model fit under the cap.
         data: Folder of the training shards, which loss-aware rounding measures the loss on.
+        format: artifact is the compressed file. safetensors is for other programs: all tensors as numbers in
+            model.safetensors, the model's config in config.json, and the tokenizer.
+        dtype: Type of the tensors in model.safetensors.
 
     Raises:
         UserError: If the checkpoint cannot be read, the shards are missing, or the files exceed the cap.
     """
+    if format == "safetensors":
+        run = RunFolder.containing(Path(ckpt))
+        folder = Path(out) if out else run.path / format
+        size_in_bytes = write_open_format(stored_weights(Path(ckpt), "best"), run.tokenizer, folder, dtype)
+        print(f"{folder}: {size_in_bytes:,} bytes of {dtype} tensors, config.json and tokenizer.model")
+        return
     checkpoint = load_run(ckpt)
     metadata = checkpoint[METADATA_KEY]
     run = RunFolder.containing(Path(ckpt))
@@ -58,7 +74,7 @@ def export(
     model = Transformer(config).to(device)
     average = None if _takes_live(metadata, run) else stored_average(checkpoint)
     model.load_state_dict(average or live_state(checkpoint))
-    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(metadata["precision"])
+    autocast = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(metadata["precision"])
     sequences = list(_sequences(data, metadata, config, quantization)) if is_loss_aware else []
     code = source_bundle()
     if metadata["code_sha256"] != hashlib.sha256(code).hexdigest():
@@ -82,7 +98,7 @@ def export(
         cap,
         shrink_to_cap,
         (tokens.to(device) for tokens in sequences),
-        partial(torch.autocast, device.type, dtype, enabled=dtype is not None and device.type == "cuda"),
+        partial(torch.autocast, device.type, autocast, enabled=autocast is not None and device.type == "cuda"),
     )
     assert exported is not None
     size = exported.size
