@@ -46,7 +46,7 @@ def export(
         cap: Largest allowed size of code and model together, in bytes (at least 1).
         shrink_to_cap: Store less until code and model fit under the cap.
         data: Folder of the training shards, which loss-aware rounding measures the loss on.
-        format: artifact is the compressed file. safetensors is for other programs: all tensors as numbers in
+        format: Kind of files. artifact: the compressed file. safetensors, for other programs: all tensors as numbers in
             model.safetensors, the model's config in config.json, and the tokenizer.
         dtype: Type of the tensors in model.safetensors.
 
