@@ -138,8 +138,8 @@ def test_one_run_on_each_side_has_a_difference_and_no_p(tmp_path: Path):
     [
         ({"summary_text_fingerprint": "z"}, "other text"),
         ({"summary_val_bytes": 999}, "another part of the text"),
-        ({"wallclock": {"seconds": 150}}, "wallclock.seconds 150, not 300"),
-        ({"eval": {"stride": 32}}, "eval.stride 32, not None"),
+        ({"wallclock": {"seconds": 150}}, "wallclock.seconds is 150 there and 300 here"),
+        ({"eval": {"stride": 32}}, "eval.stride is 32 there and null here"),
         ({}, "has the settings and the seed of"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,25 @@ def test_a_sprint_that_cannot_be_made_is_refused_at_once(args: list[str], messag
     result = trainer_here("sprint", "--config=quickstart", f"--data={data}", *args, cwd=tmp_path)
     assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
     assert message in result.stderr
+
+
+def test_the_users_own_script_runs_again_for_each_seed(data: Path, tmp_path: Path):
+    """It may change what no option can, as in docs/extending.md."""
+    (tmp_path / "mine.py").write_text(
+        "from trainer.__main__ import main\n"
+        "from trainer.optim import newton_schulz\n"
+        "newton_schulz.newton_schulz = lambda batch, steps: batch\n"
+        "if __name__ == '__main__':\n"
+        "    raise SystemExit(main())\n"
+    )
+    options = ["--report.enabled=false", "--export.enabled=false", *TINY_OPTIONS]
+    settings = [each for option in options for each in ("--set", option.removeprefix("--"))]
+    args = ["sprint", "--config=int5mlp_10l", f"--data={data}", "--seeds=1", "--steps=3", *settings]
+    for name, program in (("mine", ["mine.py"]), ("plain", ["-m", "trainer"])):
+        command = [sys.executable, *program, *args, f"--name={name}"]
+        result = subprocess.run(
+            command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False, timeout=300
+        )
+        assert result.returncode == 0, result.stderr
+    mine, plain = (RunFolder(tmp_path / f"runs/int5mlp_10l/{name}-seed1").read() for name in ("mine", "plain"))
+    assert mine.summary["val_bpb"] != plain.summary["val_bpb"]

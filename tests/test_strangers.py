@@ -72,7 +72,7 @@ def test_a_signal_under_slurm_saves_a_whole_step_and_nothing_else(tmp_path: Path
         process.send_signal(signal.SIGUSR1)
         rest = process.stdout.read()
         assert process.wait(60) == 128 + signal.SIGUSR1
-    assert f"is saved; resume with --ckpt {RUNS}/1/checkpoints/last.ckpt" in rest
+    assert f"is saved; resume with --config {RUNS}/1/config.yaml --ckpt {RUNS}/1/checkpoints/last.ckpt" in rest
     assert not list(tmp_path.rglob("hpc_ckpt_*"))
 
 

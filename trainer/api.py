@@ -161,5 +161,5 @@ def _arguments(overrides: Mapping[str, Any] | None) -> list[str]:
     arguments = []
     for name, value in (overrides or {}).items():
         value = str(value) if isinstance(value, Path) else value
-        arguments.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
+        arguments.append(f"--{name.lstrip('-')}={value if isinstance(value, str) else json.dumps(value)}")
     return arguments

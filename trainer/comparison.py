@@ -108,7 +108,8 @@ def _check_comparable(first: RunData, run: RunData) -> None:
     reason = why_incomparable(first, run)
     for key in EQUAL:
         if reason is None and first.config.get(key) != run.config.get(key):
-            reason = f"{key} {run.config.get(key)}, not {first.config.get(key)}"
+            there, here = ("null" if each.config.get(key) is None else each.config[key] for each in (run, first))
+            reason = f"{key} is {there} there and {here} here"
     if reason is None and ("bytes_total" in first.summary) != ("bytes_total" in run.summary):
         reason = "one stored an artifact, the other none"
     if reason is not None:

@@ -45,6 +45,9 @@ def stored_weights(path: Path, weights: str = "live") -> Artifact:
         raise UserError(f"{path}: there is no such file; give an artifact or a checkpoint")
     if _is_artifact(path):
         return read_artifact(path)
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":  # torch's checkpoints are zip files
+            raise UserError(f"{path}: is neither an artifact nor a checkpoint of this trainer; give one of its files")
     checkpoint = load_checkpoint(path)
     metadata = checkpoint[METADATA_KEY]
     state = None if weights == "live" else stored_average(checkpoint)

@@ -26,6 +26,8 @@ LIBRARY_WARNINGS = (
     r"You're resuming from a checkpoint that ended before the epoch ended",
     # Lightning calls a torch function that was renamed.
     r".*isinstance\(treespec, LeafSpec\)",
+    # A run of a few steps has no rows of metrics.csv; the report says so.
+    r"The number of training batches",
     # The folder is the run's own and holds nothing but its log.
     r"Experiment logs directory",
     # Validation scores the whole split, so there is no batch size to infer.

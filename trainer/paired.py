@@ -14,6 +14,7 @@ RESAMPLES = 10_000
 SEED = 0
 CHUNK = 2_000_000  # documents drawn at once, to bound memory
 MOVED = 10  # documents that are listed
+MANY = 30  # documents, below which an interval says little
 
 Floats = np.ndarray[tuple[int], np.dtype[np.float64]]
 
@@ -144,11 +145,12 @@ def resampled(differences: Floats, num_bytes: Floats) -> Floats:
 def sentences(paired: Paired) -> list[str]:
     """The comparison in words."""
     before, after = paired.before, paired.after
+    few = "" if len(before.bytes) >= MANY else ", too few for it to mean much"
     return [
         f"{before.path}: {before.bpb:.5f} bpb, {after.path}: {after.bpb:.5f} bpb, on {len(before.bytes):,} documents "
         f"with {before.bytes.sum():,.0f} bytes",
         f"change {paired.change:+.5f} bpb, 95 % interval {paired.low:+.5f} to {paired.high:+.5f} "
-        f"(bootstrap over documents); {paired.wins:,} better, {paired.losses:,} worse",
+        f"(bootstrap over documents{few}); {paired.wins:,} better, {paired.losses:,} worse",
     ]
 
 

@@ -102,9 +102,8 @@ class RunFolder:
                     if reopens:
                         return run
                     if name:
-                        raise UserError(
-                            f"{run}: this run exists already; --ckpt last resumes it, or choose another --run_name"
-                        ) from error
+                        hint = "add --ckpt last to continue it, or choose another --run_name"
+                        raise UserError(f"{run}: this run exists already; {hint}") from error
         except OSError as error:
             raise UserError(f"{parent}: no run folder can be made there ({error.strerror})") from error
 

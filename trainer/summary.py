@@ -98,6 +98,6 @@ def log_summary(summary: dict[str, Any], run: RunFolder, data: Path, has_report:
     if "bytes_total" in summary:
         logger.info(f'  next        trainer generate --artifact {run.artifact} --prompt "The"')
         logger.info(f"              trainer validate --ckpt {run.artifact}")
-        entry = "--name NAME --author AUTHOR --github_id ID --track TRACK"
+        entry = "--name NAME --author AUTHOR --github_id ID --track non-record-16mb"
         logger.info(f"              trainer submit {run} --data {data} {entry}")
     logger.info(Score(*(summary[f"val_{name}"] for name in Score._fields)).line())

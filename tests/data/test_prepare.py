@@ -88,7 +88,7 @@ def test_what_a_folder_holds_and_is_not_read_is_named(tmp_path: Path, capsys):
     files = find_files([str(tmp_path / "texts")])
     assert [str(path.relative_to(tmp_path / "texts")) for path in files] == ["a.TXT", "deep/b.md", "link/c.jsonl"]
     warning = capsys.readouterr().out
-    assert f"warning: {tmp_path}/texts: 2 files are not read, as they are no text: " in warning
+    assert f"warning: {tmp_path}/texts: 2 files not read, as this is no text: " in warning
     assert "d.pdf" in warning
     assert "deep/e" in warning
 
@@ -375,3 +375,21 @@ def test_inspect_shows_shards_documents_and_lengths(prepared, capsys):
     assert "bytes per token" in shown
     assert "tokens per document" in shown
     assert main(["inspect", str(folder / "none")]) == 1
+
+
+def test_a_script_that_prepares_at_its_top_level_runs_once(tmp_path: Path):
+    (tmp_path / "modules").mkdir()
+    for number, text in enumerate(make_documents(200, 5)):
+        (tmp_path / f"modules/m{number}.py").write_text(f'"""{text}\n\n{text[::-1]}"""\n')
+    (tmp_path / "script.py").write_text(
+        "from trainer.data.sources import PythonDocumentation\n"
+        "print('begins')\n"
+        "PythonDocumentation('out', 300, val_every=5, roots=['modules']).prepare()\n"
+        "print(__file__, __spec__)\n"
+    )
+    command = [sys.executable, "script.py"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("begins") == 1
+    assert result.stdout.splitlines()[-1].endswith("script.py None")
+    assert (tmp_path / "out/manifest.json").is_file()

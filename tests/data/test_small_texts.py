@@ -74,7 +74,8 @@ def test_the_vocabulary_size_is_that_of_the_model_or_of_the_recipe(tmp_path: Pat
     numbers = f"{read:,} tokens for training, {scored - 1:,} for validation (so few that their scores are noisy)"
     assert f"text in data/texts: {numbers}" in result.stdout
     submit = (
-        "trainer submit runs/quickstart/1 --data data/texts --name NAME --author AUTHOR --github_id ID --track TRACK"
+        "trainer submit runs/quickstart/1 --data data/texts "
+        "--name NAME --author AUTHOR --github_id ID --track non-record-16mb"
     )
     assert submit in result.stdout
 
@@ -113,3 +114,16 @@ def test_no_character_is_lost_or_in_both_parts(texts: list[str]):
     assert val
     total = len("".join(texts))
     assert total // 10 <= sum(map(len, val)) <= total // 10 + total // 50 + 2
+
+
+def test_a_vocabulary_smaller_than_the_characters_of_the_text_names_the_smallest_that_works(tmp_path: Path):
+    (tmp_path / "texts").mkdir()
+    characters = "".join(map(chr, range(0x3B1, 0x3F0)))
+    (tmp_path / "texts/a.txt").write_text("\n".join(" ".join(characters[n:] + characters[:n]) for n in range(60)))
+    refused = trainer_here("prepare", *LOCAL, "--data.source.vocab_size=270", cwd=tmp_path)
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1), refused.stderr
+    assert "needs a vocabulary of at least" in refused.stderr
+    option, size = refused.stderr.split()[-2:]
+    assert option == "--data.source.vocab_size"
+    taken = trainer_here("prepare", *LOCAL, f"{option}={size}", cwd=tmp_path)
+    assert taken.returncode == 0, taken.stderr

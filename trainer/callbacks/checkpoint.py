@@ -168,7 +168,8 @@ class Checkpoints(Checkpoint):
                 self._log_saved()
 
     def _log_saved(self) -> None:
-        logger.info(f"step {self.saved_step:,} is saved; resume with --ckpt {self.run.last_checkpoint}")
+        command = f"--config {self.run.config} --ckpt {self.run.last_checkpoint}"
+        logger.info(f"step {self.saved_step:,} is saved; resume with {command}")
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:

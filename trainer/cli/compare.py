@@ -28,9 +28,10 @@ def compare(runs: list[str]) -> None:
         paired = compare_documents(*(read_table(Path(run)) for run in runs))
         print("\n".join([*sentences(paired), "", as_markdown(moved_table(paired))]))
         return
+    data = [RunFolder(run).read() for run in runs]
     if len(runs) < 2:
         raise UserError("compare needs at least two run folders; give several seeds of each setting")
-    print(as_markdown(table(group_runs([RunFolder(run).read() for run in runs]))))
+    print(as_markdown(table(group_runs(data))))
 
 
 def make_parser() -> CommandParser:

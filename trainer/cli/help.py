@@ -110,6 +110,12 @@ def help_of(parser: ArgumentParser, part: str) -> str:
     return "\n".join([*blocks, *note])
 
 
+def parts_named(parser: ArgumentParser, name: str) -> list[str]:
+    """The groups of options with such a name somewhere in it, or all groups at the top."""
+    groups = {action.dest.rpartition(".")[0] for action in parser._actions if _is_shown(action)} - {""}
+    return sorted(each for each in groups if name in each.split(".")) or sorted({each.split(".")[0] for each in groups})
+
+
 def _texts(parser: ArgumentParser, values: dict[str, Any]) -> dict[str, str]:
     """The help of every option by name; a class that is chosen adds its own, after the option that chooses it."""
     texts: dict[str, str] = {}
@@ -144,7 +150,7 @@ def _begins(name: str, start: str) -> bool:
 
 def _as_yaml(value: Any) -> str:
     text = yaml.safe_dump(value, default_flow_style=True).replace("...", "").strip()
-    return text.removeprefix("trainer.data.sources.").removeprefix("trainer.data.published.")
+    return re.sub(r"^trainer\.data\.\w+\.", "", text)
 
 
 def _choices(action: argparse.Action) -> str:

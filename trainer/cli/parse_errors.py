@@ -11,6 +11,8 @@ IN_CLASS = re.compile(r".*?Problem with given class_path '(?:[^']*\.)?([^'.]+)':
 REQUIRED = re.compile(r"the following arguments are required: (\w+(?:, \w+)*)")
 NOT_ACCEPTED = re.compile(r"Option '([^']+)' is not accepted")
 NO_CLASS = re.compile(r".*Expected a dot import path string: (\S+)")
+NOT_A_GROUP = re.compile(r"Unable to load config .(null|true|false|[0-9.]+)")
+MISSING = re.compile(r".*?(No module named '[^']+'|module '[^']+' has no attribute '[^']+')")
 VALUE = re.compile(r"(?:Got|Given) value: (.*?)(?= - Expected|$)")
 TYPE = re.compile(r"Expected a <class '([^']+)'>")
 NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "list": "a list, such as [1,2]"}
@@ -29,6 +31,10 @@ def _of_key(key: str, reason: str) -> str:
     value = VALUE.search(reason)
     types = [name.rpartition(".")[2] for name in TYPE.findall(reason[: value.start()] if value else "")]
     names = list(dict.fromkeys(NAMES.get(name, name) for name in types))
+    if NOT_A_GROUP.match(reason):
+        return f"--{key}: is a group of options, not one; --help {key} lists them, with what null turns off"
+    if missing := MISSING.match(reason):
+        return f"--{key}: {missing[1]}; modules are found in this folder and among the installed packages"
     if in_class := IN_CLASS.match(reason):
         return _of_class(key, *in_class.groups())
     if value and (choice := NOT_A_CHOICE.match(reason)):

@@ -82,6 +82,14 @@ def sprint(
     print(as_markdown(table(group_runs([run.read() for run in [*base, *new_runs]]))))
 
 
+def program() -> list[str]:
+    """The command that runs this program again: a user's own script, which may change more than options do, or ours."""
+    main = sys.modules["__main__"]
+    script = getattr(main, "__file__", None)
+    is_script = getattr(main, "__spec__", None) is None and str(script).endswith(".py")
+    return [sys.executable, str(script)] if is_script else [sys.executable, "-m", "trainer"]
+
+
 def _finished(folder: Path, name: str) -> list[RunFolder]:
     """The runs of an earlier sprint."""
     finished = sorted(folder.glob(f"{name}-seed*/summary.json"))
@@ -110,7 +118,7 @@ def _run_all(jobs: list[list[str]]) -> None:
         logger.info(f"{title} {'on GPU ' + device if device else 'starts'}")
         env = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
         try:
-            command = [sys.executable, "-m", "trainer", "fit", *job, *quiet]
+            command = [*program(), "fit", *job, *quiet]
             code = subprocess.run(command, env=env, check=False).returncode
         finally:
             devices.put(device)
@@ -119,6 +127,8 @@ def _run_all(jobs: list[list[str]]) -> None:
 
     with ThreadPoolExecutor(count) as pool:
         failed = sum(code != 0 for code in pool.map(run, range(1, len(jobs) + 1), jobs))
+    if failed == len(jobs):
+        raise UserError("all runs failed; their own lines say why")
     if failed:
         raise UserError(f"{failed} of {len(jobs)} runs failed; trainer compare shows the others")
 

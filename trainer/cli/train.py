@@ -21,7 +21,7 @@ from trainer.callbacks.metrics_file import MetricsFile
 from trainer.callbacks.warm_start import WarmStart
 from trainer.checkpoint import METADATA_KEY, stored_checksum
 from trainer.cli.env_aliases import alias_options
-from trainer.cli.help import first_help, help_of, take_help
+from trainer.cli.help import first_help, help_of, parts_named, take_help
 from trainer.cli.lightning_cli import TrainerCLI, first_line, make_parser
 from trainer.cli.parser import split_options
 from trainer.cli.trusted_settings import settings_beside
@@ -124,7 +124,10 @@ def _print_help(command: str, about: str, paths: list[Path], args: list[str]) ->
     elif about:
         text = help_of(parser, about)
         if not text:
-            raise UserError(f"--help.{about}: no option begins with {about}; there are --help.model, --help.eval, ...")
+            parts = parts_named(parser, about)
+            raise UserError(
+                f"--help {about}: no option begins with {about}; try {' or '.join(f'--help {part}' for part in parts)}"
+            )
         print(text)
     else:
         values = {}
@@ -333,6 +336,7 @@ def _resume(cli: TrainerCLI, ckpt: str) -> None:
     checkpoints = next(each for each in cli.trainer.callbacks if isinstance(each, Checkpoints))  # type: ignore[attr-defined]
     try:
         checkpoint = load_run(ckpt)
+        _check_source(cli, RunFolder.containing(Path(ckpt)))
         cli.model.check_resumable(checkpoint[METADATA_KEY], cli.datamodule)
         checkpoints.resumed = stored_checksum(ckpt)
         for each in cli.trainer.loggers:
@@ -343,6 +347,26 @@ def _resume(cli: TrainerCLI, ckpt: str) -> None:
             raise
         checkpoints.problem = error
     cli.datamodule.resumes = True
+
+
+def _check_source(cli: TrainerCLI, run: RunFolder) -> None:
+    """Refuse to prepare other text than the one that a resumed run read, which could take minutes.
+
+    Raises:
+        UserError: If the source is of another class than that of the run, and has no shards yet.
+    """
+    if not run.config.is_file():
+        return
+    source, now = (load_recipe(run.config).get("data") or {}).get("source") or {}, type(cli.datamodule.source).__name__
+    before = str(source.get("class_path") if isinstance(source, dict) else source).rpartition(".")[2]
+    try:
+        cli.datamodule.source.prepared()
+    except UserError as error:
+        if before not in ("None", now):
+            raise UserError(
+                f"--ckpt: its run read its text with --data.source {before}, not {now}; give its config, --config "
+                f"{run.config}"
+            ) from error
 
 
 @contextmanager

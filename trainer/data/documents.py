@@ -17,7 +17,7 @@ import zstandard
 from typing_extensions import override
 
 from trainer.errors import UserError
-from trainer.logging import logger
+from trainer.logging import counted, logger
 
 KINDS = (".txt", ".md", ".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".zst", ".xz")
@@ -25,10 +25,14 @@ FIELD = "text"
 READ_BYTES = 2**17
 
 
-def find_files(names: list[str]) -> list[Path]:
+def find_files(names: list[str], option: str = "--data.source.train_files") -> list[Path]:
     """Resolve files, folders (all text files below them) and glob patterns, in the order of the names.
 
     What a folder or a pattern holds and cannot be read is named in a warning.
+
+    Args:
+        names: What the option says.
+        option: Its name, for errors.
 
     Raises:
         UserError: If a name matches nothing, or a file is of another kind.
@@ -44,9 +48,9 @@ def find_files(names: list[str]) -> list[Path]:
         else:
             matches = [path]
         if not matches and path.is_dir():
-            raise UserError(f"{name}: holds no {', '.join(KINDS[:-1])} or {KINDS[-1]} file; check data.source")
+            raise UserError(f"{name}: holds no {', '.join(KINDS[:-1])} or {KINDS[-1]} file; check {option}")
         if not matches or not all(file.is_file() for file in matches):
-            raise UserError(f"{name}: there is no such text file; check data.source")
+            raise UserError(f"{name}: there is no such text file; check {option}")
         files += matches
     for file in files:
         if _kind(file) not in KINDS:
@@ -76,7 +80,9 @@ def _readable(files: list[Path], name: str) -> list[Path]:
     """The text files among some files; the others are named in a warning."""
     others = [file for file in files if not (file.is_file() and _kind(file) in KINDS)]
     if others:
-        logger.warning(f"{name}: {len(others):,} files are not read, as they are no text: {_listed(map(str, others))}")
+        logger.warning(
+            f"{name}: {counted(len(others), 'file')} not read, as this is no text: {_listed(map(str, others))}"
+        )
     return [file for file in files if file not in set(others)]
 
 

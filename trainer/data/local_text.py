@@ -72,7 +72,8 @@ class LocalText(Source):
         else:
             check_trainable_size(self.vocab_size or self.model_vocab_size, size_option(self.vocab_size))
         try:
-            train, val = find_files(self.train_files), find_files(self.val_files or [])
+            train = find_files(self.train_files)
+            val = find_files(self.val_files or [], "--data.source.val_files")
         except UserError as error:
             if Manifest.read(self.folder) is None:
                 raise

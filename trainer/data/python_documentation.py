@@ -4,10 +4,11 @@ import ast
 import hashlib
 import itertools
 import os
+import sys
 import sysconfig
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,7 +23,7 @@ from trainer.errors import UserError
 from trainer.logging import counted, logger
 from trainer.progress_display import open_display
 
-MAX_READERS = 4  # processes; each imports the main module, which on many cores takes longer than the reading
+MAX_READERS = 4  # processes; to start more takes longer than the reading
 
 
 class PythonDocumentation(Source):
@@ -102,7 +103,9 @@ class PythonDocumentation(Source):
         with closing(display), ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             for batch in _batches(files, 128 * workers):
                 display.update_task("collecting", min(total, self.max_bytes), self.max_bytes)
-                for docstrings in pool.map(docstrings_of, batch, chunksize=32):
+                with _hidden_main():
+                    found = pool.map(docstrings_of, batch, chunksize=32)
+                for docstrings in found:
                     fresh = [text for text in docstrings if text not in seen]
                     seen.update(fresh)
                     if sum(map(len, fresh)) >= 200:
@@ -111,6 +114,22 @@ class PythonDocumentation(Source):
                     if total >= self.max_bytes:
                         pool.shutdown(cancel_futures=True)
                         return
+
+
+@contextmanager
+def _hidden_main() -> Iterator[None]:
+    """Start processes that do not run the main module again, as `spawn` lets them.
+
+    A user's script that trains at its top level would train again in each of them, and wait for itself.
+    """
+    main = vars(sys.modules["__main__"])
+    saved: dict[str, object] = {name: main[name] for name in ("__spec__", "__file__") if name in main}
+    main["__spec__"] = None
+    main.pop("__file__", None)
+    try:
+        yield
+    finally:
+        main.update(saved)
 
 
 def _join_neighbors(docstrings: list[str], max_length: int = 1000) -> Iterator[str]:

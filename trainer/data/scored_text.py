@@ -36,11 +36,10 @@ class ScoredText:
         """
         pieces, sources = [], []
         try:
-            texts = TextFiles(find_files(self.files), self.field, self.source_field)
+            texts = TextFiles(find_files(self.files, "--text"), self.field, self.source_field)
             for text in texts:
                 pieces.append(np.array([BOS, *tokenizer.encode(text)], dtype=np.uint16))
                 sources.append(texts.source)
-        except UserError as error:  # it names the options of a source
-            words = str(error).replace("--data.source.field", "--text_field").replace("data.source", "--text")
-            raise UserError(words) from error
+        except UserError as error:  # it may name an option of a source
+            raise UserError(str(error).replace("--data.source.field", "--text_field")) from error
         return np.concatenate(pieces), sources

@@ -135,6 +135,11 @@ def train_tokenizer(
                 f"this text is enough for a vocabulary of {int(most[1]):,} tokens, not of {vocab_size:,}; give more "
                 f"text, or {option} {most[1]}"
             ) from error
+        if needed := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
+            raise UserError(
+                f"this text has so many different characters that it needs a vocabulary of at least {int(needed[1]):,} "
+                f"tokens, not {vocab_size:,}; give {option} {needed[1]}"
+            ) from error
         reason = str(error).splitlines()[-1].rpartition("] ")[2]  # after the place in SentencePiece's sources
         reason = reason or "it is empty"
         raise UserError(f"this text is too short to train a tokenizer ({reason}); give more text") from error

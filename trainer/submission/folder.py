@@ -170,11 +170,10 @@ def _readme(entry: Entry, runs: list[RunData], record: dict[str, Any]) -> str:
         for each in record.get("ancestry", [])
     )
     settings = "\n".join(f"{name}: {value}" for name, value in best.config.items() if value is not None)
+    blurb = f"{entry.blurb}\n\n" if entry.blurb else ""
     return f"""# {entry.name}
 
-{entry.blurb}
-
-**{record["val_bpb"]:.5f}{spread} bits per byte**, {record["bytes_total"]:,} of {SIZE_CAP:,} bytes
+{blurb}**{record["val_bpb"]:.5f}{spread} bits per byte**, {record["bytes_total"]:,} of {SIZE_CAP:,} bytes
 ({record["bytes_model"]:,} model, {record["bytes_code"]:,} code), on {record["hardware"]}.
 {entry.author} (@{entry.github_id}).
 {ancestry}
