@@ -3,10 +3,12 @@
 import errno
 import io
 import os
+import subprocess
 import sys
 from contextlib import nullcontext
 from difflib import get_close_matches
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from trainer import __version__
@@ -22,6 +24,7 @@ COMMANDS = {
     "export": ("make the artifact again", "export --ckpt runs/quickstart/1/checkpoints/last.ckpt"),
     "generate": ("write text with a model", "generate --artifact runs/quickstart/1/artifact.zst --prompt The"),
     "report": ("draw a run, or compare several", "report runs/quickstart/1 runs/quickstart/2"),
+    "runs": ("list runs, or remove old ones", "runs --sort bpb"),
     "compare": ("test whether a change helps", "compare runs/frontier/base-seed* runs/frontier/wide-seed*"),
     "sprint": ("train several seeds and compare", "sprint --config frontier --data data/mine8192"),
     "submit": ("make a submission and prove it", 'submit runs/int5mlp_10l/1 --name "10 layers" ...'),
@@ -60,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
             else:  # of a command, or of a part of fit's options
                 _run(*((args[0], ["--help", *args[1:]]) if args[0] in COMMANDS else ("fit", ["--help", *args])))
         elif command == "--version":
-            print(f"trainer {__version__}")
+            print(f"trainer {__version__}{_commit()}")
         elif command.partition("=")[0] == "--print_completion":
             _print_completion(argv)
         elif command in COMMANDS:
@@ -89,6 +92,18 @@ def main(argv: list[str] | None = None) -> int:
         print(f"trainer: {error.filename or 'a file'}: {error.strerror}{hint}", file=sys.stderr)
         return 1
     return 0
+
+
+def _commit() -> str:
+    """The commit of the checkout that runs, where it is one; `+` marks changes."""
+    root = Path(__file__).resolve().parents[1]
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*"]
+    if not (root / ".git").exists():
+        return ""
+    try:
+        return f" ({subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()})"
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def _run(command: str, args: list[str]) -> None:

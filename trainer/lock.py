@@ -85,6 +85,12 @@ def _state(path: Path) -> tuple[str, int]:
         return "", 0
 
 
+def is_held(path: Path) -> bool:
+    """Whether a living process holds a lock, as far as its last sign of life tells."""
+    owner, touched = _state(path)
+    return bool(owner) and not _is_dead(owner) and time.time() - touched / 1e9 < STALE
+
+
 def _is_dead(owner: str) -> bool:
     """Whether the owner ran on this machine and is gone."""
     try:

@@ -127,6 +127,15 @@ class RunFolder:
         with atomic_write(self.summary) as file:
             file.write(json.dumps(summary, indent=2, allow_nan=False).encode())
 
+    def read_summary(self) -> dict[str, Any] | None:
+        """The summary of a finished run; None where there is none, or it cannot be used."""
+        try:
+            summary = json.loads(self.summary.read_text(), parse_constant=_refuse_constant)
+            _check_types(summary)
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+            return None
+        return dict(summary)
+
     def read(self) -> "RunData":
         """What the folder says of its run.
 
