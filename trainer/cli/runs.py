@@ -81,8 +81,8 @@ def runs(
     """List runs, or remove old ones.
 
     Args:
-        action: What to do. list prints a table. prune removes the oldest runs of each recipe, but never one that trains,
-            or whose artifact or checkpoint another run names.
+        action: What to do. list prints a table. prune removes the oldest runs of each recipe, but never one that
+            trains, or whose artifact or checkpoint another run names.
         root: Folder of all runs.
         recipe: Only the runs of this recipe.
         state: Only the runs in this state.
