@@ -16,27 +16,23 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from trainer.callbacks.checkpoint import Checkpoints
-from trainer.callbacks.metrics_file import MetricsFile
-from trainer.callbacks.warm_start import WarmStart
-from trainer.checkpoint import METADATA_KEY, stored_checksum
 from trainer.cli.env_aliases import alias_options
 from trainer.cli.help import first_help, help_of, parts_named, take_help
 from trainer.cli.lightning_cli import TrainerCLI, first_line, make_parser
 from trainer.cli.parser import split_options
+from trainer.cli.resume import last_checkpoint, resume, start_from
 from trainer.cli.trusted_settings import settings_beside
-from trainer.data.local_text import LocalText
 from trainer.data.scored_text import ScoredText
 from trainer.distributed import is_lost_process
 from trainer.errors import UserError
 from trainer.evaluation.metric import Score
 from trainer.evaluation.per_document import DocumentScores, by_source, write_csv
-from trainer.loading import load_run, stored_weights
+from trainer.loading import stored_weights
 from trainer.lock import exclusive
 from trainer.logging import counted, logger, logging_to, quiet_libraries
 from trainer.quantize.artifact import Artifact
 from trainer.recipes import find_recipe, load_recipe
-from trainer.run_folder import RunFolder, flatten, newest_checkpoint
+from trainer.run_folder import RunFolder, flatten
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # that a run handles
 
@@ -231,13 +227,13 @@ def fit(cli: TrainerCLI, ckpt: str | None, log: Path) -> None:
         UserError: If the user has to correct something.
     """
     if ckpt == "last":
-        ckpt = _last_checkpoint(cli)
+        ckpt = last_checkpoint(cli)
     else:
         cli.config.ckpt = ckpt  # config.yaml then repeats a resumed run, too
     if cli.config.init_from is not None:
-        _start_from(cli, resumes=ckpt is not None)
+        start_from(cli, resumes=ckpt is not None)
     if ckpt is not None:
-        _resume(cli, ckpt)
+        resume(cli, ckpt)
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         _log_settings(cli)
@@ -294,79 +290,6 @@ def _log_settings(cli: TrainerCLI) -> None:
             if not isinstance(each, WandbLogger):
                 raise
             raise UserError(f"--wandb {cli.config.wandb}: {first_line(error)}") from error
-
-
-def _last_checkpoint(cli: TrainerCLI) -> str | None:
-    """The checkpoint that `--ckpt last` means; None if the run of the given name has saved nothing yet."""
-    name = cli.config.run_name
-    newest = newest_checkpoint(cli.folder_of_runs, name)
-    if newest is None:
-        logger.info(f"--ckpt last: the run {name} has no checkpoint yet, and starts")
-        return None
-    if name is None:
-        cli.config.ckpt = str(newest)
-    return str(newest)
-
-
-def _start_from(cli: TrainerCLI, resumes: bool) -> None:
-    """Take the weights of another run, unless a run that began with them is resumed, and its tokenizer.
-
-    Raises:
-        UserError: If they do not fit.
-    """
-    path = Path(cli.config.init_from)
-    source, tokenizer = cli.datamodule.source, RunFolder.containing(path).tokenizer
-    if isinstance(source, LocalText) and source.given_tokenizer is None and tokenizer.is_file():
-        source.given_tokenizer = tokenizer
-    if resumes:
-        return
-    warm_start = next(each for each in cli.trainer.callbacks if isinstance(each, WarmStart))  # type: ignore[attr-defined]
-    cli.datamodule.expected_tokenizer = warm_start.load(cli.model).tokenizer_sha256
-    cli.config.init_from_sha256 = warm_start.sha256
-
-
-def _resume(cli: TrainerCLI, ckpt: str) -> None:
-    """Check a checkpoint before any data is prepared.
-
-    Raises:
-        UserError: If it is damaged, or of another model or another run's text. Where other programs have started the
-            processes, `Checkpoints` raises it on all of them: the others may see another file, and would wait.
-    """
-    environment = getattr(cli.trainer.strategy, "cluster_environment", None)
-    checkpoints = next(each for each in cli.trainer.callbacks if isinstance(each, Checkpoints))  # type: ignore[attr-defined]
-    try:
-        checkpoint = load_run(ckpt)
-        _check_source(cli, RunFolder.containing(Path(ckpt)))
-        cli.model.check_resumable(checkpoint[METADATA_KEY], cli.datamodule)
-        checkpoints.resumed = stored_checksum(ckpt)
-        for each in cli.trainer.loggers:
-            if isinstance(each, MetricsFile):
-                each.resumed_step = checkpoint["global_step"]
-    except UserError as error:
-        if cli.trainer.world_size == 1 or environment is None or not environment.creates_processes_externally:
-            raise
-        checkpoints.problem = error
-    cli.datamodule.resumes = True
-
-
-def _check_source(cli: TrainerCLI, run: RunFolder) -> None:
-    """Refuse to prepare other text than the one that a resumed run read, which could take minutes.
-
-    Raises:
-        UserError: If the source is of another class than that of the run, and has no shards yet.
-    """
-    if not run.config.is_file():
-        return
-    source, now = (load_recipe(run.config).get("data") or {}).get("source") or {}, type(cli.datamodule.source).__name__
-    before = str(source.get("class_path") if isinstance(source, dict) else source).rpartition(".")[2]
-    try:
-        cli.datamodule.source.prepared()
-    except UserError as error:
-        if before not in ("None", now):
-            raise UserError(
-                f"--ckpt: its run read its text with --data.source {before}, not {now}; give its config, --config "
-                f"{run.config}"
-            ) from error
 
 
 @contextmanager

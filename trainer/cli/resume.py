@@ -1,0 +1,88 @@
+"""What a run begins with: a checkpoint of its own, or the weights of another run."""
+
+from pathlib import Path
+
+from trainer.callbacks.checkpoint import Checkpoints
+from trainer.callbacks.metrics_file import MetricsFile
+from trainer.callbacks.warm_start import WarmStart
+from trainer.checkpoint import METADATA_KEY, stored_checksum
+from trainer.cli.lightning_cli import TrainerCLI
+from trainer.data.local_text import LocalText
+from trainer.errors import UserError
+from trainer.loading import load_run
+from trainer.logging import logger
+from trainer.recipes import load_recipe
+from trainer.run_folder import RunFolder, newest_checkpoint
+
+
+def last_checkpoint(cli: TrainerCLI) -> str | None:
+    """The checkpoint that `--ckpt last` means; None if the run of the given name has saved nothing yet."""
+    name = cli.config.run_name
+    newest = newest_checkpoint(cli.folder_of_runs, name)
+    if newest is None:
+        logger.info(f"--ckpt last: the run {name} has no checkpoint yet, and starts")
+        return None
+    if name is None:
+        cli.config.ckpt = str(newest)
+    return str(newest)
+
+
+def start_from(cli: TrainerCLI, resumes: bool) -> None:
+    """Take the weights of another run, unless a run that began with them is resumed, and its tokenizer.
+
+    Raises:
+        UserError: If they do not fit.
+    """
+    path = Path(cli.config.init_from)
+    source, tokenizer = cli.datamodule.source, RunFolder.containing(path).tokenizer
+    if isinstance(source, LocalText) and source.given_tokenizer is None and tokenizer.is_file():
+        source.given_tokenizer = tokenizer
+    if resumes:
+        return
+    warm_start = next(each for each in cli.trainer.callbacks if isinstance(each, WarmStart))  # type: ignore[attr-defined]
+    cli.datamodule.expected_tokenizer = warm_start.load(cli.model).tokenizer_sha256
+    cli.config.init_from_sha256 = warm_start.sha256
+
+
+def resume(cli: TrainerCLI, ckpt: str) -> None:
+    """Check a checkpoint before any data is prepared.
+
+    Raises:
+        UserError: If it is damaged, or of another model or another run's text. Where other programs have started the
+            processes, `Checkpoints` raises it on all of them: the others may see another file, and would wait.
+    """
+    environment = getattr(cli.trainer.strategy, "cluster_environment", None)
+    checkpoints = next(each for each in cli.trainer.callbacks if isinstance(each, Checkpoints))  # type: ignore[attr-defined]
+    try:
+        checkpoint = load_run(ckpt)
+        _check_source(cli, RunFolder.containing(Path(ckpt)))
+        cli.model.check_resumable(checkpoint[METADATA_KEY], cli.datamodule)
+        checkpoints.resumed = stored_checksum(ckpt)
+        for each in cli.trainer.loggers:
+            if isinstance(each, MetricsFile):
+                each.resumed_step = checkpoint["global_step"]
+    except UserError as error:
+        if cli.trainer.world_size == 1 or environment is None or not environment.creates_processes_externally:
+            raise
+        checkpoints.problem = error
+    cli.datamodule.resumes = True
+
+
+def _check_source(cli: TrainerCLI, run: RunFolder) -> None:
+    """Refuse to prepare other text than the one that a resumed run read, which could take minutes.
+
+    Raises:
+        UserError: If the source is of another class than that of the run, and has no shards yet.
+    """
+    if not run.config.is_file():
+        return
+    source, now = (load_recipe(run.config).get("data") or {}).get("source") or {}, type(cli.datamodule.source).__name__
+    before = str(source.get("class_path") if isinstance(source, dict) else source).rpartition(".")[2]
+    try:
+        cli.datamodule.source.prepared()
+    except UserError as error:
+        if before not in ("None", now):
+            raise UserError(
+                f"--ckpt: its run read its text with --data.source {before}, not {now}; give its config, --config "
+                f"{run.config}"
+            ) from error
