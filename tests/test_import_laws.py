@@ -30,6 +30,7 @@ LIGHTNING_ROOMS = (
     "trainer.datamodule",
     "trainer.callbacks",
     "trainer.cli.lightning_cli",
+    "trainer.cli.resume",
     "trainer.cli.train",
 )
 FORBIDDEN = {  # what a room must not import, and no floor forbids
