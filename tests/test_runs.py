@@ -95,6 +95,23 @@ def test_prune_keeps_a_run_that_trains(root: Path, tmp_path: Path):
     assert sorted(path.name for path in root.glob("small/*")) == ["3", "4"]
 
 
+def test_prune_keeps_what_is_needed_from_wherever_it_is_called_and_follows_no_link(root: Path, tmp_path: Path):
+    """The relative path in the config counts from the folder in which that run was started."""
+    elsewhere = tmp_path / "elsewhere/other"
+    make_run(elsewhere.parent, "other/7", 70, 2.0)
+    (root / "linked").symlink_to(elsewhere)
+    (root / "small/best").symlink_to("2")
+    result = trainer_here("runs", "prune", "--keep=1", "--yes", f"--root={root}", cwd=tmp_path / "elsewhere")
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in root.glob("small/*")) == ["4", "best"]
+    make_run(root, "small/1", 50, 1.5)
+    make_run(root, "small/5", 5, 1.2, data={"source": {"init_args": {"tokenizer": "runs/small/1/tokenizer.model"}}})
+    result = trainer_here("runs", "prune", "--keep=1", "--yes", "--root=.", cwd=root)
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in root.glob("small/*")) == ["1", "5", "best"]
+    assert (elsewhere / "7/artifact.zst").is_file()
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

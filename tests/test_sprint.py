@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,24 @@ def test_jobs_are_spread_over_the_gpus_and_failures_counted(
     assert result.stderr == "trainer: 1 of 6 runs failed; trainer compare shows the others\n"
     assert sorted(name for name, _ in used) == [f"sprint-seed{seed}" for seed in range(1, 7)]
     assert {device for _, device in used} == {"0", "1"}
+
+
+def test_only_a_script_that_was_asked_for_the_sprint_runs_again(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Another one would start a sprint in each run of the sprint, and so on."""
+    script = types.ModuleType("__main__")
+    script.__file__ = "mine.py"
+    ours = [sys.executable, "-m", "trainer"]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "__main__", script)
+        for argv, expected in ((["mine.py", "sprint"], [sys.executable, "mine.py"]), (["mine.py"], ours)):
+            patch.setattr(sys, "argv", argv)
+            assert module.program() == expected
+    monkeypatch.setenv(module.INSIDE, "1")
+    refused = trainer_here("sprint", "--config=quickstart", f"--data={data}", cwd=tmp_path)
+    assert "must not start a sprint itself" in refused.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

@@ -621,7 +621,7 @@ def test_validation_text_without_a_byte_is_refused_before_training(tmp_path: Pat
     write_shard(tmp_path / "shards/words_val_000000.bin", np.ones(400, dtype=np.uint16))
     result = trainer_here(*small(tmp_path / "shards"), cwd=tmp_path)
     assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
-    assert "the validation text has no bytes" in result.stderr
+    assert "the text to score has no bytes" in result.stderr
     assert not (tmp_path / RUNS / "1").exists()
 
 

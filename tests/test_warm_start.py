@@ -83,17 +83,33 @@ def test_only_the_weights_are_taken(parent: RunFolder, tmp_path: Path, shard_fol
     args = small(shard_folder, f"--init_from={last}", *rate, "--trainer.max_steps=1", "--export.enabled=false")
     result = trainer_here(*args, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    checkpoint = load_checkpoint(tmp_path / RUNS / "1/checkpoints/last.ckpt")
+    run = RunFolder(tmp_path / RUNS / "1")
+    checkpoint = load_checkpoint(run.last_checkpoint)
     assert checkpoint["global_step"] == 1
     expected = stored_weights(last, "best").state
     for name, tensor in stored_weights(tmp_path / RUNS / "1/checkpoints/last.ckpt").state.items():
         assert torch.equal(tensor, expected[name]), name
-    assert checkpoint[METADATA_KEY]["ancestry"][0]["sha256"] == sha256_of(last)
+    [origin] = checkpoint[METADATA_KEY]["ancestry"]
+    before = json.loads(parent.summary.read_text())
+    assert origin["sha256"] == sha256_of(last)
+    assert [origin[key] for key in ("steps", "train_tokens", "shards_fingerprint")] == [
+        before[key] for key in ("steps", "train_tokens", "shards_fingerprint")
+    ]
+    # The origin of a run is what it is: resuming takes no other one, and keeps the hash of its own.
+    other = trainer_here(*args, f"--ckpt={run.last_checkpoint}", f"--init_from={parent.artifact}", cwd=tmp_path)
+    assert (other.returncode, other.stderr.count("\n")) == (1, 1), other.stderr
+    assert "did not begin with this file" in other.stderr
+    again = trainer_here(*args, f"--ckpt={run.last_checkpoint}", "--trainer.max_steps=2", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert f"init_from_sha256: {sha256_of(last)}" in (tmp_path / RUNS / "2/config.yaml").read_text()
 
 
 def test_what_does_not_fit_is_refused_in_one_line(parent: RunFolder, tmp_path: Path, shard_folder: Path):
-    folder = tmp_path / "copy"
+    folder, strange = tmp_path / "copy", tmp_path / "strange"
     shutil.copytree(parent.path, folder)
+    shutil.copytree(parent.path, strange)
+    summary = json.loads(parent.summary.read_text())
+    (strange / "summary.json").write_text(json.dumps({**summary, "ancestry": [5, None]}))
     (folder / "tokenizer.model").unlink()
     text = other_text(tmp_path / "texts")
     for args, message in (
@@ -106,3 +122,8 @@ def test_what_does_not_fit_is_refused_in_one_line(parent: RunFolder, tmp_path: P
         assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
         assert message in result.stderr
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
+    args = small(
+        shard_folder, f"--init_from={strange / 'artifact.zst'}", "--trainer.max_steps=1", "--export.enabled=false"
+    )
+    assert trainer_here(*args, cwd=tmp_path).returncode == 0
+    assert len(json.loads((tmp_path / RUNS / "1/summary.json").read_text())["ancestry"]) == 1

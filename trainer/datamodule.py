@@ -129,10 +129,11 @@ class TokenData(pl.LightningDataModule):
             )
         self._check_tokenizer_of_shards()
         self.table = ByteTable.from_tokenizer(tokenizer)
-        val = TokenFiles(self.text.val if self.split == "val" else self.text.train)
+        scored = self.text.val if self.split == "val" else self.text.train
+        val = TokenFiles(scored)
         needed = self.evaluation.max_tokens + 1 if stage == "validate" and self.evaluation.max_tokens else len(val)
         tokens = val.read(0, min(needed, len(val)))
-        check_vocabulary(self.text.val[0], tokens, vocab_size)
+        check_vocabulary(scored[0], tokens, vocab_size)
         if stage == "fit":
             if self.evaluation.adapt_rate is not None:
                 raise UserError("eval.adapt_rate belongs to trainer validate; leave it out of fit")
@@ -141,7 +142,7 @@ class TokenData(pl.LightningDataModule):
             if self.trainer is not None:
                 self._agree_on_shards(self.trainer)
         if self.table.total(tokens) == 0:
-            raise UserError(f"{self.text.val[0].parent}: the validation text has no bytes; give another one")
+            raise UserError(f"{scored[0].parent}: the text to score has no bytes; give another one")
         self.val_tokens = torch.from_numpy(tokens.astype(np.int32))
         self._evaluations()  # an unusable split fails now
 

@@ -43,7 +43,7 @@ def stored_weights(path: Path, weights: str = "live") -> Artifact:
         )
     if not path.is_file():
         raise UserError(f"{path}: there is no such file; give an artifact or a checkpoint")
-    if _is_artifact(path):
+    if is_artifact(path):
         return read_artifact(path)
     with path.open("rb") as file:
         if file.read(2) != b"PK":  # torch's checkpoints are zip files
@@ -66,7 +66,7 @@ def load_run(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: If it is an artifact, which has neither an optimizer's state nor full weights, or cannot be read.
     """
-    if Path(path).is_file() and _is_artifact(Path(path)):
+    if Path(path).is_file() and is_artifact(Path(path)):
         raise UserError(
             f"{path}: is an artifact, which only holds rounded weights; give a checkpoint, such as "
             "checkpoints/last.ckpt of its run"
@@ -83,7 +83,8 @@ def load_run(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _is_artifact(path: Path) -> bool:
+def is_artifact(path: Path) -> bool:
+    """Whether a file begins as an artifact does."""
     with path.open("rb") as file:
         return file.read(len(MAGIC)) == MAGIC
 

@@ -42,11 +42,11 @@ def write_open_format(weights: Artifact, tokenizer: Path, folder: Path, dtype: D
             raise UserError(f"--out {folder}: holds other files; choose another --out or remove it")
     except OSError as error:
         raise UserError(f"--out {folder}: cannot be made ({error.strerror}); choose another --out") from error
+    copy_file(tokenizer, folder / tokenizer.name, weights.tokenizer_sha256)  # first: it may be another one
     tensors = {name: tensor.to(getattr(torch, dtype)).contiguous() for name, tensor in weights.state.items()}
     data = save(tensors, {"format": "pt"})
     config = {**weights.model.to_dict(), "tokenizer_sha256": weights.tokenizer_sha256, "dtype": dtype}
     for name, content in ((MODEL, data), (CONFIG, (json.dumps(config, indent=2) + "\n").encode())):
         with atomic_write(folder / name) as file:
             file.write(content)
-    copy_file(tokenizer, folder / tokenizer.name, weights.tokenizer_sha256)
     return len(data)

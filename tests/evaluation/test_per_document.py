@@ -14,7 +14,7 @@ from tests.helpers import RUNS, small, trainer_here
 from trainer.data.shards import open_shard
 from trainer.data.tokenizer import BOS
 from trainer.errors import UserError
-from trainer.evaluation.per_document import document_of_targets
+from trainer.evaluation.per_document import document_of_targets, write_csv
 from trainer.loading import load_artifact
 from trainer.paired import compare_documents, read_table
 from trainer.run_folder import RunFolder
@@ -93,6 +93,8 @@ def test_any_text_is_scored_and_grouped_by_its_source(runs: list[RunFolder], tmp
     (tmp_path / "texts").mkdir()
     for n, text in enumerate(documents):
         (tmp_path / f"texts/{n}.txt").write_text(text)
+    whole = trainer_here(*args[:3], "--text=mixed.jsonl", f"--config={runs[0].config}", cwd=tmp_path)
+    assert whole.stdout.splitlines()[-1] == result.stdout.splitlines()[-1]  # not cut as the run's own split
     folder = trainer_here(*args[:3], "--text=texts", cwd=tmp_path)
     assert folder.stdout.splitlines()[-1] == result.stdout.splitlines()[-1]
     assert "1 document, " in folder.stdout
@@ -108,6 +110,7 @@ def test_any_text_is_scored_and_grouped_by_its_source(runs: list[RunFolder], tmp
         (["--text=a.jsonl", "--text_field=words"], "`words` field; it has text: name one with --text_field"),
         (["--text=a.jsonl", "--split=train"], "--split and --text both say what is scored"),
         (["--source_field=origin"], "--source_field belongs to --text"),
+        (["--text=a.jsonl", "--source_field=orign"], "--source_field orign: no document has it"),
         (["--per_document=scores"], "choose a name that ends in .csv"),
     ],
 )
@@ -143,6 +146,12 @@ def test_the_interval_is_that_of_the_normal_approximation_for_many_documents_of_
     assert paired.high == pytest.approx(per_byte.mean() + error, abs=0.05 * error)
     assert (paired.wins, paired.losses) == ((changes < 0).sum(), (changes > 0).sum())
     assert paired.moved() == sorted(range(count), key=lambda n: -abs(changes[n]))[:10]
+
+
+def test_a_source_may_be_any_text(tmp_path: Path):
+    sources = ["a,b", 'quo"te', "line\rend", "two\nlines", "\ud800", ""]
+    write_csv(tmp_path / "a.csv", sources, [1] * 6, [10] * 6, [0.5] * 6)
+    assert read_table(tmp_path / "a.csv").sources == [*sources[:4], "\\ud800", ""]
 
 
 def test_large_documents_count_for_their_bytes(tmp_path: Path):

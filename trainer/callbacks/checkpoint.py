@@ -168,7 +168,8 @@ class Checkpoints(Checkpoint):
                 self._log_saved()
 
     def _log_saved(self) -> None:
-        command = f"--config {self.run.config} --ckpt {self.run.last_checkpoint}"
+        ckpt = self.run.last_checkpoint if self.run.path.name.isdecimal() else "last"  # a name stands in the config
+        command = f"--config {self.run.config} --ckpt {ckpt}"
         logger.info(f"step {self.saved_step:,} is saved; resume with {command}")
 
     @override

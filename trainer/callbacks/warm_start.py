@@ -1,5 +1,6 @@
 """Starts a run from the weights of another one: new schedule, new optimizer state, and other text if that is given."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -7,17 +8,17 @@ from typing import Any
 import lightning.pytorch as pl
 from typing_extensions import override
 
-from trainer.checkpoint import METADATA_KEY
+from trainer.checkpoint import METADATA_KEY, load_checkpoint
 from trainer.errors import UserError
 from trainer.evaluation.metric import Score
 from trainer.files import sha256_of
 from trainer.lightning_module import LanguageModel
-from trainer.loading import stored_weights
+from trainer.loading import is_artifact, stored_weights
 from trainer.logging import logger
 from trainer.quantize.artifact import Artifact
 from trainer.run_folder import RunFolder
 
-FROM_SUMMARY = ("steps", "train_tokens", "val_bpb", "text_fingerprint", "shards_fingerprint")
+FROM_SUMMARY = ("steps", "train_tokens", "text_fingerprint", "shards_fingerprint")
 
 
 class WarmStart(pl.Callback):
@@ -64,10 +65,13 @@ class WarmStart(pl.Callback):
                 f"init_from {path}: holds another model ({different}); give the options of its run,{hint} or another "
                 "file"
             )
-        module.model.load_state_dict(weights.state)
+        try:
+            module.model.load_state_dict(weights.state)
+        except RuntimeError as error:
+            raise UserError(f"init_from {path}: its tensors do not fit its model; give another file") from error
         self.sha256 = sha256
-        self.ancestry = [{"file": str(path), "sha256": sha256, **_of_summary(run)}]
-        self.ancestry += self.ancestry[0].pop("ancestry", [])
+        facts, before = _origin(path, run)
+        self.ancestry = [{"file": str(path), "sha256": sha256, **facts}, *before]
         return weights
 
     @override
@@ -89,15 +93,25 @@ class WarmStart(pl.Callback):
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: LanguageModel, checkpoint: dict[str, Any]) -> None:
         """A resumed run has the origin of the run that it continues."""
         metadata = checkpoint[METADATA_KEY]
-        self.ancestry = metadata.get("ancestry", [])
+        self.ancestry = _ancestry(metadata.get("ancestry"))
         score = metadata.get("parent_score")
         self.score = None if score is None else Score(**score)
 
 
-def _of_summary(run: RunFolder) -> dict[str, Any]:
-    """What the summary beside a file says of the training, and its own ancestry; nothing if there is none."""
-    try:
-        summary = json.loads(run.summary.read_text())
-        return {name: summary[name] for name in (*FROM_SUMMARY, "ancestry") if name in summary}
-    except (OSError, ValueError, TypeError):
-        return {}
+def _origin(path: Path, run: RunFolder) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What a checkpoint, or the summary beside an artifact, says of the training, and of what came before it."""
+    if not is_artifact(path):
+        checkpoint = load_checkpoint(path)
+        metadata, steps = checkpoint[METADATA_KEY], checkpoint["global_step"]
+        shards = hashlib.sha256(json.dumps(metadata.get("shards")).encode()).hexdigest()[:16]
+        facts = {"steps": steps, "train_tokens": steps * metadata.get("batch_tokens", 0), "shards_fingerprint": shards}
+        return facts, _ancestry(metadata.get("ancestry"))
+    # `trainer export` writes into a folder of the run.
+    summary = run.read_summary() or RunFolder(run.path.parent).read_summary() or {}
+    return {name: summary[name] for name in FROM_SUMMARY if name in summary}, _ancestry(summary.get("ancestry"))
+
+
+def _ancestry(value: Any) -> list[dict[str, Any]]:
+    """The ancestry in a file, as far as it is one."""
+    entries = value if isinstance(value, list) else []
+    return [each for each in entries if isinstance(each, dict) and {"file", "sha256"} <= set(each)]

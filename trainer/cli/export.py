@@ -16,7 +16,7 @@ from trainer.data.sources import Shards
 from trainer.device import default_device
 from trainer.errors import UserError
 from trainer.files import copy_file
-from trainer.loading import load_run, stored_weights
+from trainer.loading import is_artifact, load_run, stored_weights
 from trainer.logging import logger
 from trainer.model.transformer import Transformer, TransformerConfig
 from trainer.open_format import Dtype, write_open_format
@@ -54,11 +54,18 @@ def export(
         UserError: If the checkpoint cannot be read, the shards are missing, or the files exceed the cap.
     """
     if format == "safetensors":
+        if cap != SIZE_CAP or shrink_to_cap or data is not None:
+            raise UserError("--cap, --shrink_to_cap and --data belong to the format artifact; leave them out")
         run = RunFolder.containing(Path(ckpt))
         folder = Path(out) if out else run.path / format
-        size_in_bytes = write_open_format(stored_weights(Path(ckpt), "best"), run.tokenizer, folder, dtype)
+        weights = "best"
+        if Path(ckpt).is_file() and not is_artifact(Path(ckpt)) and _takes_live(load_run(ckpt)[METADATA_KEY], run):
+            weights = "live"
+        size_in_bytes = write_open_format(stored_weights(Path(ckpt), weights), run.tokenizer, folder, dtype)
         print(f"{folder}: {size_in_bytes:,} bytes of {dtype} tensors, config.json and tokenizer.model")
         return
+    if dtype != "float32":
+        raise UserError("--dtype belongs to the format safetensors; leave it out")
     checkpoint = load_run(ckpt)
     metadata = checkpoint[METADATA_KEY]
     run = RunFolder.containing(Path(ckpt))

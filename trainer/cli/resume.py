@@ -1,6 +1,7 @@
 """What a run begins with: a checkpoint of its own, or the weights of another run."""
 
 from pathlib import Path
+from typing import Any
 
 from trainer.callbacks.checkpoint import Checkpoints
 from trainer.callbacks.metrics_file import MetricsFile
@@ -9,6 +10,7 @@ from trainer.checkpoint import METADATA_KEY, stored_checksum
 from trainer.cli.lightning_cli import TrainerCLI
 from trainer.data.local_text import LocalText
 from trainer.errors import UserError
+from trainer.files import sha256_of
 from trainer.loading import load_run
 from trainer.logging import logger
 from trainer.recipes import load_recipe
@@ -37,8 +39,16 @@ def start_from(cli: TrainerCLI, resumes: bool) -> None:
     source, tokenizer = cli.datamodule.source, RunFolder.containing(path).tokenizer
     if isinstance(source, LocalText) and source.given_tokenizer is None and tokenizer.is_file():
         source.given_tokenizer = tokenizer
+        cli.config.data.source.init_args.tokenizer = str(tokenizer)
     if resumes:
         return
+    try:
+        _load_parent(cli)
+    except UserError as error:
+        _raise_together(cli, error)
+
+
+def _load_parent(cli: TrainerCLI) -> None:
     warm_start = next(each for each in cli.trainer.callbacks if isinstance(each, WarmStart))  # type: ignore[attr-defined]
     cli.datamodule.expected_tokenizer = warm_start.load(cli.model).tokenizer_sha256
     cli.config.init_from_sha256 = warm_start.sha256
@@ -51,21 +61,53 @@ def resume(cli: TrainerCLI, ckpt: str) -> None:
         UserError: If it is damaged, or of another model or another run's text. Where other programs have started the
             processes, `Checkpoints` raises it on all of them: the others may see another file, and would wait.
     """
-    environment = getattr(cli.trainer.strategy, "cluster_environment", None)
-    checkpoints = next(each for each in cli.trainer.callbacks if isinstance(each, Checkpoints))  # type: ignore[attr-defined]
+    checkpoints = _checkpoints_of(cli)
     try:
         checkpoint = load_run(ckpt)
         _check_source(cli, RunFolder.containing(Path(ckpt)))
+        _check_parent(cli, checkpoint[METADATA_KEY].get("ancestry") or [])
         cli.model.check_resumable(checkpoint[METADATA_KEY], cli.datamodule)
         checkpoints.resumed = stored_checksum(ckpt)
         for each in cli.trainer.loggers:
             if isinstance(each, MetricsFile):
                 each.resumed_step = checkpoint["global_step"]
     except UserError as error:
-        if cli.trainer.world_size == 1 or environment is None or not environment.creates_processes_externally:
-            raise
-        checkpoints.problem = error
+        _raise_together(cli, error)
     cli.datamodule.resumes = True
+
+
+def _check_parent(cli: TrainerCLI, ancestry: list[dict[str, Any]]) -> None:
+    """Refuse a resumed run another origin than the one it has, which would be recorded and not be true.
+
+    Raises:
+        UserError: If it is another one.
+    """
+    path = cli.config.init_from
+    if path is None:
+        return
+    origin = ancestry[0]["sha256"] if ancestry else None
+    if Path(path).is_file() and sha256_of(path) != origin:
+        raise UserError(
+            f"--init_from {path}: the run of --ckpt did not begin with this file, and resuming keeps its own weights; "
+            "leave one of the two out"
+        )
+    cli.config.init_from_sha256 = origin
+
+
+def _checkpoints_of(cli: TrainerCLI) -> Checkpoints:
+    return next(each for each in cli.trainer.callbacks if isinstance(each, Checkpoints))  # type: ignore[attr-defined]
+
+
+def _raise_together(cli: TrainerCLI, error: UserError) -> None:
+    """Raise an error here, or where other programs have started the processes, later on all of them.
+
+    Raises:
+        UserError: The error.
+    """
+    environment = getattr(cli.trainer.strategy, "cluster_environment", None)
+    if cli.trainer.world_size == 1 or environment is None or not environment.creates_processes_externally:
+        raise error
+    _checkpoints_of(cli).problem = error
 
 
 def _check_source(cli: TrainerCLI, run: RunFolder) -> None:

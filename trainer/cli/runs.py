@@ -21,7 +21,8 @@ from trainer.run_folder import RunFolder, flatten
 
 State = Literal["finished", "running", "interrupted", "failed"]
 COLUMNS = ("run", "state", "text", "steps", "bpb", "bytes", "last change")
-NAMES_A_RUN = ("ckpt", "init_from")  # settings by which one run needs the files of another
+# Settings by which one run needs the files of another.
+NAMES_A_RUN = ("ckpt", "init_from", "data.source.init_args.tokenizer")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Listed:
         bpb: Score of a finished run.
         bytes: Size of code and model of a finished run that stored an artifact.
         changed: Time of the last change of its log, its summary or its checkpoint, in seconds.
-        needs: Files of other runs that its config names.
+        needs: Files of other runs that its config names, as it names them.
     """
 
     folder: RunFolder
@@ -150,7 +151,7 @@ def _listed(run: RunFolder) -> Listed:
         summary.get("val_bpb"),
         summary.get("bytes_total"),
         max((path.stat().st_mtime for path in files), default=0.0),
-        [Path(config[name]).resolve() for name in NAMES_A_RUN if isinstance(config.get(name), str)],
+        [Path(config[name]) for name in NAMES_A_RUN if isinstance(config.get(name), str)],
     )
 
 
@@ -168,6 +169,8 @@ def _prune(chosen: list[Listed], found: list[Listed], keep: int | None, dry_run:
     kept: dict[str, int] = {}
     removed: list[Listed] = []
     for run in sorted(chosen, key=lambda run: -run.changed):
+        if run.folder.path.is_symlink() or run.folder.path.parent.is_symlink():
+            continue  # it lies somewhere else, or is another name of a run
         kept[run.recipe] = kept.get(run.recipe, 0) + 1
         if kept[run.recipe] > keep and run.state != "running":
             removed.append(run)
@@ -190,14 +193,22 @@ def _prune(chosen: list[Listed], found: list[Listed], keep: int | None, dry_run:
             print("nothing was removed")
             return
     for run in removed:
+        if is_held(run.folder.lock):  # since the question
+            print(f"{run.folder}: a process trains in it now, so it stays")
+            continue
         rmtree(run.folder.path)
     print(f"removed {what} ({size / 1e6:,.1f} MB)")
 
 
 def _is_needed(run: Listed, others: list[Listed]) -> bool:
-    """Whether another run names a file in the folder of a run."""
+    """Whether another run names a file in the folder of a run.
+
+    A relative path counts from whatever folder that run was started in, so its parts are looked at.
+    """
     folder = run.folder.path.resolve()
-    return any(folder in path.parents for other in others if other is not run for path in other.needs)
+    paths = [path for other in others if other is not run for path in other.needs]
+    tail = "/".join(("", *folder.parts[-2:], ""))
+    return any(folder in path.resolve().parents or tail in f"/{path.as_posix()}" for path in paths)
 
 
 def make_parser() -> CommandParser:

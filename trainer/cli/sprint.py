@@ -16,6 +16,7 @@ from trainer.logging import logger
 from trainer.recipes import find_recipe
 from trainer.run_folder import RunFolder
 
+INSIDE = "GOLF_TRAINER_SPRINT"  # set for the runs of a sprint
 SECONDS = 300.0  # of training, the yardstick of docs/ablations.md
 
 
@@ -46,6 +47,8 @@ def sprint(
     Raises:
         UserError: If an option cannot be used or a run fails.
     """
+    if INSIDE in os.environ:
+        raise UserError("a script that a sprint runs for each seed must not start a sprint itself; let it call main()")
     if seeds < 1:
         raise UserError(f"--seeds must be at least 1, not {seeds}")
     if steps is not None and steps < 1:
@@ -87,6 +90,7 @@ def program() -> list[str]:
     main = sys.modules["__main__"]
     script = getattr(main, "__file__", None)
     is_script = getattr(main, "__spec__", None) is None and str(script).endswith(".py")
+    is_script &= sys.argv[1:2] == ["sprint"]  # else it would not understand `fit`
     return [sys.executable, str(script)] if is_script else [sys.executable, "-m", "trainer"]
 
 
@@ -116,7 +120,7 @@ def _run_all(jobs: list[list[str]]) -> None:
         device = devices.get()
         title = f"seed {number} of {len(jobs)}: {job[-1].partition('=')[2]}"
         logger.info(f"{title} {'on GPU ' + device if device else 'starts'}")
-        env = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
+        env = os.environ | {INSIDE: "1"} | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
         try:
             command = [*program(), "fit", *job, *quiet]
             code = subprocess.run(command, env=env, check=False).returncode

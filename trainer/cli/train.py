@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,6 +35,8 @@ from trainer.quantize.artifact import Artifact
 from trainer.recipes import find_recipe, load_recipe
 from trainer.run_folder import RunFolder, flatten
 
+TRAIN_TOKENS = 1_048_576  # of the training split that are scored unless more are asked for
+SOURCES = 30  # that are printed
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # that a run handles
 
 
@@ -87,7 +90,7 @@ def run(command: str, args: Sequence[str]) -> RunFolder | dict[str, Score] | Non
         _print_help(command, about, paths, [*recipes, *aliases, *rest])
         return None
     if stored is not None and not configs and ckpt is not None:
-        recipes = settings_beside(ckpt, rest, has_source, bool(text_options["text"]))
+        recipes = settings_beside(ckpt, rest, has_source)
     weights = split_options(rest, "--weights")[0]["weights"][-1:] or ["live"]
     try:
         cli = TrainerCLI(command, recipe, [*recipes, *aliases, *rest], stored, reopens=ckpt == "last")
@@ -98,7 +101,8 @@ def run(command: str, args: Sequence[str]) -> RunFolder | dict[str, Score] | Non
             raise UserError(
                 f"weights {cli.config.weights} in a config has no effect; give --weights {cli.config.weights}"
             )
-        return validate(cli, stored, RunFolder.containing(Path(ckpt)).tokenizer)
+        is_cut = any(arg.startswith("--eval.max_tokens") for arg in rest)
+        return validate(cli, stored, RunFolder.containing(Path(ckpt)).tokenizer, is_cut)
     run_folder = RunFolder(str(cli.trainer.log_dir))
     with ExitStack() as stack:
         if cli.trainer.is_global_zero:
@@ -156,20 +160,21 @@ def _recipe(path: Path, has_source: bool) -> str:
     return yaml.safe_dump(recipe, sort_keys=False)
 
 
-def validate(cli: TrainerCLI, stored: Artifact, tokenizer: Path) -> dict[str, Score]:
+def validate(cli: TrainerCLI, stored: Artifact, tokenizer: Path, is_cut: bool) -> dict[str, Score]:
     """Score stored weights and print the scores, which are returned by name; the last line is for scripts.
 
     Args:
         cli: The configured objects.
         stored: The weights.
         tokenizer: Their tokenizer, where `--text` is scored.
+        is_cut: Whether the command line limits the tokens; the run's own limit does not hold for another text.
     """
     try:
         cli.model.model.load_state_dict(stored.state)
     except RuntimeError as error:
         raise UserError(f"its tensors do not fit its model ({' '.join(str(error).split())[:200]})") from error
     cli.datamodule.expected_tokenizer = stored.tokenizer_sha256
-    _choose_text(cli, tokenizer)
+    _choose_text(cli, tokenizer, is_cut)
     cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
     if not all(math.isfinite(score.bpb) for score in cli.model.scores):
         raise UserError("the score is not a number: these weights are not usable")
@@ -183,7 +188,7 @@ def validate(cli: TrainerCLI, stored: Artifact, tokenizer: Path) -> dict[str, Sc
     return scores
 
 
-def _choose_text(cli: TrainerCLI, tokenizer: Path) -> None:
+def _choose_text(cli: TrainerCLI, tokenizer: Path, is_cut: bool) -> None:
     """Take what `validate` is asked to score.
 
     Raises:
@@ -196,22 +201,31 @@ def _choose_text(cli: TrainerCLI, tokenizer: Path) -> None:
         if config.source_field is not None:
             raise UserError("--source_field belongs to --text; shards do not say where a document comes from")
         data.split, data.scores_documents = config.split, config.per_document is not None
+        if data.split == "train" and not is_cut:
+            data.evaluation = replace(data.evaluation, max_tokens=TRAIN_TOKENS)
+            logger.info(f"--split train: its first {TRAIN_TOKENS:,} tokens; --eval.max_tokens sets another number")
         return
     if config.split != "val":
         raise UserError("--split and --text both say what is scored; leave one out")
     files = [config.text] if isinstance(config.text, str) else config.text
     data.scored_text = ScoredText(files, config.text_field, config.source_field)
     data.tokenizer = tokenizer
+    if not is_cut:
+        data.evaluation = replace(data.evaluation, max_tokens=None)
     data.scores_documents = True
 
 
 def _report_documents(path: Path, sources: list[str], documents: DocumentScores) -> None:
     """Log the score of each source, and write the documents' scores if there is a path for them."""
     columns = documents.compute()
-    for name, count, score in by_source(sources[: len(columns[0])], *columns):
-        logger.info(f"{score.bpb:.4f} bpb  {counted(count, 'document')}, {score.bytes:,} bytes  {name}")
     if path.name:
         write_csv(path, sources, *columns)
+    rows = by_source(sources[: len(columns[0])], *columns)
+    for name, count, score in rows[:SOURCES]:
+        logger.info(f"{score.bpb:.4f} bpb  {counted(count, 'document')}, {score.bytes:,} bytes  {name}")
+    if len(rows) > SOURCES:
+        logger.info(f"and {len(rows) - SOURCES:,} more sources")
+    if path.name:
         logger.info(f"{counted(len(columns[0]), 'document')} in {path}")
 
 

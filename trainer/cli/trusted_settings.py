@@ -24,14 +24,13 @@ TRUSTED_SOURCES = [
 DATA_OPTIONS = ("batch_tokens", "sequence_length", "order", "seed", "held_out_tokens", "vocab_size")
 
 
-def settings_beside(ckpt: str, rest: list[str], has_source: bool, has_text: bool = False) -> list[str]:
+def settings_beside(ckpt: str, rest: list[str], has_source: bool) -> list[str]:
     """How to score a file, and on which text, as an argument of the command; nothing that runs code.
 
     Args:
         ckpt: The file.
         rest: The other arguments.
         has_source: Whether they name a source.
-        has_text: Whether they name a text, which is scored whole.
 
     Raises:
         UserError: If the config sets more than plain values, or there is none and nothing names the text.
@@ -42,8 +41,6 @@ def settings_beside(ckpt: str, rest: list[str], has_source: bool, has_text: bool
             return []
         raise UserError(f"--ckpt {ckpt}: its run folder has no config.yaml; name its recipe with --config")
     settings = {key: value for key, value in load_recipe(config).items() if key in TRUSTED_SETTINGS}
-    if has_text and isinstance(settings.get("eval"), dict):
-        settings["eval"].pop("max_tokens", None)
     source = settings["data"].pop("source", None) if isinstance(settings.get("data"), dict) else None
     for problem in _untrusted(settings, None if has_source else source):
         raise UserError(

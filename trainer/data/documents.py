@@ -195,7 +195,11 @@ def _text_of(path: Path, number: int, line: bytes, field: str, source_field: str
         text.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a character
         raise UserError(f"{path}: the `{field}` of line {number} holds a lone surrogate; repair it first") from error
-    return text, str(values.get(source_field, "")) if source_field else None
+    return text, _as_source(values.get(source_field)) if source_field else None
+
+
+def _as_source(value: object) -> str:
+    return "" if value is None else str(value)
 
 
 def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
@@ -273,7 +277,7 @@ def _rows(path: Path, file: BinaryIO, field: str, source_field: str | None) -> I
                 texts = batch.column(field).to_pylist()
                 sources = batch.column(source_field).to_pylist() if has_source else [""] * len(texts)
                 pairs = zip(texts, sources, strict=True)
-                yield from ((text, str(source) if source_field else None) for text, source in pairs if text)
+                yield from ((text, _as_source(source) if source_field else None) for text, source in pairs if text)
         except pyarrow.ArrowException as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{path}: is not a parquet file with a `{field}` column ({reason})") from error

@@ -88,13 +88,13 @@ def write_csv(
         UserError: If the file cannot be written.
     """
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)  # a source may hold a line end
     writer.writerow(COLUMNS)
     names = [*sources, *[""] * (len(tokens) - len(sources))]
     writer.writerows(zip(range(1, len(tokens) + 1), names, tokens, num_bytes, nats, strict=False))
     try:
         with atomic_write(path) as file:
-            file.write(text.getvalue().encode())
+            file.write(text.getvalue().encode(errors="backslashreplace"))
     except OSError as error:
         raise UserError(f"--per_document {path}: cannot be written ({error.strerror})") from error
 
@@ -103,13 +103,14 @@ def by_source(
     sources: Sequence[str], tokens: Sequence[int], num_bytes: Sequence[int], nats: Sequence[float]
 ) -> list[tuple[str, int, Score]]:
     """Name, documents and score of each source, in the order in which they begin; none where there is only one."""
-    names = list(dict.fromkeys(sources))
-    if len(names) < 2:
+    chosen: dict[str, list[int]] = {}
+    for index, name in enumerate(sources):
+        if num_bytes[index]:
+            chosen.setdefault(name, []).append(index)
+    if len(chosen) < 2:
         return []
     rows = []
-    for name in names:
-        chosen = [index for index, each in enumerate(sources) if each == name and num_bytes[index]]
-        if chosen:
-            columns = ([column[index] for index in chosen] for column in (tokens, num_bytes, nats))
-            rows.append((name, len(chosen), total(*columns)))  # type: ignore[arg-type]
+    for name, indices in chosen.items():
+        columns = ([column[index] for index in indices] for column in (tokens, num_bytes, nats))
+        rows.append((name, len(indices), total(*columns)))  # type: ignore[arg-type]
     return rows

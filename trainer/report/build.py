@@ -42,11 +42,13 @@ def build_report(folders: list[RunFolder], path: Path) -> None:
         )
         if first.tokenizer.is_file():
             samples = _samples(first.artifact)
-    pairs = [
-        compare_documents(read_table(first.documents), read_table(folder.documents))
-        for folder in folders[1:]
-        if first.documents.is_file() and folder.documents.is_file()
-    ]
+    pairs = []
+    for folder in folders[1:]:
+        if first.documents.is_file() and folder.documents.is_file():
+            try:
+                pairs.append(compare_documents(read_table(first.documents), read_table(folder.documents)))
+            except UserError as error:
+                logger.warning(f"no comparison of documents: {error}")
     command = f"trainer fit --config {first.config}"
     with atomic_write(path) as file:
         file.write(page(runs, uses, samples, command, pairs).encode())

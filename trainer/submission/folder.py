@@ -146,7 +146,7 @@ def _record(entry: Entry, runs: list[RunData], sizes: dict[str, int]) -> dict[st
         "versions": summaries[0]["versions"],
     }
     if "ancestry" in summaries[0]:
-        record["ancestry"] = summaries[0]["ancestry"]
+        record["ancestry"] = [{**each, "file": Path(each["file"]).name} for each in summaries[0]["ancestry"]]
     if len(runs) > 1:
         record["val_bpb_deviation"] = statistics.stdev(summary["val_bpb"] for summary in summaries)
         keys = ("val_bpb", "val_loss", "bytes_total", "steps", "train_seconds")
@@ -169,6 +169,7 @@ def _readme(entry: Entry, runs: list[RunData], record: dict[str, Any]) -> str:
         f"{each.get('train_tokens', 'unknown')} tokens of text {each.get('text_fingerprint') or 'unknown'}.\n"
         for each in record.get("ancestry", [])
     )
+    parent = "To train it again, name the first of these files with `--init_from FILE`. " if ancestry else ""
     settings = "\n".join(f"{name}: {value}" for name, value in best.config.items() if value is not None)
     blurb = f"{entry.blurb}\n\n" if entry.blurb else ""
     return f"""# {entry.name}
@@ -192,7 +193,7 @@ python train_gpt.py fit --config config.yaml \\
     --data.source Shards --data.source.folder DATA --data.source.tokenizer tokenizer.model
 ```
 
-`DATA` is a folder with the token shards, which `tokenizer.model` made.
+{parent}`DATA` is a folder with the token shards, which `tokenizer.model` made.
 
 <details><summary>Settings</summary>
 
