@@ -62,7 +62,8 @@ def test_training_on_other_text_begins_with_the_parents_weights_and_lowers_its_s
     assert f"init_from_sha256: {origin['sha256']}" in run.config.read_text()
     submission = tmp_path / "submission"
     make_folder(Entry("name", "author", "id", "track", ""), [run.path], submission)
-    assert json.loads((submission / "submission.json").read_text())["ancestry"] == [origin]
+    shipped = json.loads((submission / "submission.json").read_text())["ancestry"]
+    assert shipped == [{**origin, "file": "artifact.zst"}]
     assert f"(sha256 {origin['sha256']}), trained on {before['train_tokens']} tokens" in (
         (submission / "README.md").read_text()
     )

@@ -151,7 +151,8 @@ def _listed(run: RunFolder) -> Listed:
         summary.get("val_bpb"),
         summary.get("bytes_total"),
         max((path.stat().st_mtime for path in files), default=0.0),
-        [Path(config[name]) for name in NAMES_A_RUN if isinstance(config.get(name), str)],
+        [Path(config[name]) for name in NAMES_A_RUN if isinstance(config.get(name), str)]
+        + ([run.artifact.resolve()] if run.path.is_symlink() else []),  # a link names the run behind it
     )
 
 
