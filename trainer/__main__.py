@@ -60,8 +60,10 @@ def main(argv: list[str] | None = None) -> int:
         if command in ("-h", "--help"):
             if not args:
                 print(usage(), end="")
-            else:  # of a command, or of a part of fit's options
-                _run(*((args[0], ["--help", *args[1:]]) if args[0] in COMMANDS else ("fit", ["--help", *args])))
+            elif args[0] in COMMANDS:
+                _run(args[0], ["--help", *args[1:]])
+            else:  # a part of fit's options
+                _run("fit", ["--help", *args])
         elif command == "--version":
             print(f"trainer {__version__}{_commit()}")
         elif command.partition("=")[0] == "--print_completion":

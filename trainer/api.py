@@ -33,7 +33,8 @@ class TrainedRun(NamedTuple):
         run_folder: Its folder, with the artifact, `metrics.csv` and `report.html`.
         val_bpb: Score of the artifact as it is on disk, in bits per byte; of the weights if none was stored.
         bytes_total: Bytes of code and model together, or None if no artifact was stored.
-        scores: The score of every stage: `live_plain`, `averaged_plain`, `artifact_plain`, `artifact_sliding`.
+        scores: The score of every stage: `live_plain`, `averaged_plain`, `artifact_plain`, `artifact_sliding`; before
+            them `parent_plain` with `init_from`.
         summary: All of `summary.json`.
     """
 

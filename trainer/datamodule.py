@@ -121,12 +121,7 @@ class TokenData(pl.LightningDataModule):
                 f"{self.text.tokenizer}: its vocabulary size is {vocab_size:,}, but the model's {self.vocab_size:,}; "
                 f"set --model.vocab_size {vocab_size} or use another tokenizer"
             )
-        self.tokenizer_sha256 = sha256_of(self.text.tokenizer)
-        if self.expected_tokenizer not in (None, self.tokenizer_sha256):
-            raise UserError(
-                f"{self.text.tokenizer}: is not the tokenizer this model was trained with "
-                f"(sha256 {self.tokenizer_sha256[:12]}..., expected {str(self.expected_tokenizer)[:12]}...)"
-            )
+        self._check_tokenizer(self.text.tokenizer)
         self._check_tokenizer_of_shards()
         self.table = ByteTable.from_tokenizer(tokenizer)
         scored = self.text.val if self.split == "val" else self.text.train
@@ -150,16 +145,21 @@ class TokenData(pl.LightningDataModule):
         """Tokenize a text with the tokenizer of the weights; no shards are needed."""
         assert self.tokenizer is not None
         tokenizer = load_tokenizer(self.tokenizer)
-        if (sha256 := sha256_of(self.tokenizer)) != self.expected_tokenizer:
-            raise UserError(
-                f"{self.tokenizer}: is not the tokenizer this model was trained with (sha256 {sha256[:12]}..., "
-                f"expected {str(self.expected_tokenizer)[:12]}...); give the artifact in its run folder"
-            )
+        self._check_tokenizer(self.tokenizer)
         self.table = ByteTable.from_tokenizer(tokenizer)
         tokens, self.document_sources = text.read(tokenizer)
         if self.table.total(tokens) == 0:
             raise UserError(f"{', '.join(text.files)}: has no bytes to score; give another text")
         self.val_tokens = torch.from_numpy(tokens.astype(np.int32))
+
+    def _check_tokenizer(self, path: Path) -> None:
+        """Refuse another tokenizer than that of the weights, where those are known."""
+        self.tokenizer_sha256 = sha256_of(path)
+        if self.expected_tokenizer not in (None, self.tokenizer_sha256):
+            raise UserError(
+                f"{path}: is not the tokenizer this model was trained with "
+                f"(sha256 {self.tokenizer_sha256[:12]}..., expected {str(self.expected_tokenizer)[:12]}...)"
+            )
 
     def _agree_on_shards(self, trainer: pl.Trainer) -> None:
         """Take the shards of rank 0 as the run's, and refuse a node that has others in a folder of its own.

@@ -89,6 +89,8 @@ def read_table(path: Path) -> DocumentTable:
             if tuple(reader.fieldnames or ()) != COLUMNS:
                 raise ValueError(f"its columns are not {', '.join(COLUMNS)}")
             rows = list(reader)
+        if any(None in row.values() for row in rows):
+            raise ValueError("a row is cut")
         numbers = np.array([[float(row["bytes"]), float(row["nats"])] for row in rows]).reshape(-1, 2)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error

@@ -1,13 +1,11 @@
 """The summary of a finished run: `summary.json`, and its last lines."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from trainer.data.identity import Identity
+from trainer.data.identity import Identity, fingerprint
 from trainer.data.manifest import Manifest
 from trainer.data.shards import TokenFiles
 from trainer.evaluation.metric import Score
@@ -54,7 +52,7 @@ def make_summary(
         "train_tokens": steps * batch_tokens,
         "epochs": steps * batch_tokens / len(TokenFiles(shards)),
         "text_fingerprint": manifest.text_fingerprint if manifest else None,
-        "shards_fingerprint": hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16],
+        "shards_fingerprint": fingerprint(identity),
         "tokenizer_sha256": tokenizer_sha256,
         "train_seconds": train_seconds,
         **more,

@@ -167,7 +167,13 @@ def test_only_the_same_documents_are_compared(tmp_path: Path):
         other = read_table(write(tmp_path / "b.csv", num_bytes, [1.0] * len(num_bytes)))
         with pytest.raises(UserError, match=message):
             compare_documents(first, other)
-    for text in ("", "a,b\n1,2\n", "document,source,tokens,bytes,nats\n1,,2,3,nan\n", "\udcff"):
+    for text in (
+        "",
+        "a,b\n1,2\n",
+        "document,source,tokens,bytes,nats\n1,,3\n",
+        "document,source,tokens,bytes,nats\n1,,2,3,nan\n",
+        "\udcff",
+    ):
         (tmp_path / "c.csv").write_text(text, errors="surrogateescape")
         with pytest.raises(UserError):
             read_table(tmp_path / "c.csv")

@@ -1,7 +1,5 @@
 """Starts a run from the weights of another one: new schedule, new optimizer state, and other text if that is given."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +7,7 @@ import lightning.pytorch as pl
 from typing_extensions import override
 
 from trainer.checkpoint import METADATA_KEY, load_checkpoint
+from trainer.data.identity import fingerprint
 from trainer.errors import UserError
 from trainer.evaluation.metric import Score
 from trainer.files import sha256_of
@@ -103,8 +102,8 @@ def _origin(path: Path, run: RunFolder) -> tuple[dict[str, Any], list[dict[str, 
     if not is_artifact(path):
         checkpoint = load_checkpoint(path)
         metadata, steps = checkpoint[METADATA_KEY], checkpoint["global_step"]
-        shards = hashlib.sha256(json.dumps(metadata.get("shards")).encode()).hexdigest()[:16]
-        facts = {"steps": steps, "train_tokens": steps * metadata.get("batch_tokens", 0), "shards_fingerprint": shards}
+        facts = {"steps": steps, "train_tokens": steps * metadata.get("batch_tokens", 0)}
+        facts["shards_fingerprint"] = fingerprint(metadata.get("shards"))
         return facts, _ancestry(metadata.get("ancestry"))
     # `trainer export` writes into a folder of the run.
     summary = run.read_summary() or RunFolder(run.path.parent).read_summary() or {}

@@ -1,7 +1,7 @@
 """What a run begins with: a checkpoint of its own, or the weights of another run."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from trainer.callbacks.checkpoint import Checkpoints
 from trainer.callbacks.metrics_file import MetricsFile
@@ -15,6 +15,8 @@ from trainer.loading import load_run
 from trainer.logging import logger
 from trainer.recipes import load_recipe
 from trainer.run_folder import RunFolder, newest_checkpoint
+
+C = TypeVar("C", Checkpoints, WarmStart)
 
 
 def last_checkpoint(cli: TrainerCLI) -> str | None:
@@ -49,7 +51,7 @@ def start_from(cli: TrainerCLI, resumes: bool) -> None:
 
 
 def _load_parent(cli: TrainerCLI) -> None:
-    warm_start = next(each for each in cli.trainer.callbacks if isinstance(each, WarmStart))  # type: ignore[attr-defined]
+    warm_start = _callback(cli, WarmStart)
     cli.datamodule.expected_tokenizer = warm_start.load(cli.model).tokenizer_sha256
     cli.config.init_from_sha256 = warm_start.sha256
 
@@ -61,7 +63,7 @@ def resume(cli: TrainerCLI, ckpt: str) -> None:
         UserError: If it is damaged, or of another model or another run's text. Where other programs have started the
             processes, `Checkpoints` raises it on all of them: the others may see another file, and would wait.
     """
-    checkpoints = _checkpoints_of(cli)
+    checkpoints = _callback(cli, Checkpoints)
     try:
         checkpoint = load_run(ckpt)
         _check_source(cli, RunFolder.containing(Path(ckpt)))
@@ -94,8 +96,8 @@ def _check_parent(cli: TrainerCLI, ancestry: list[dict[str, Any]]) -> None:
     cli.config.init_from_sha256 = origin
 
 
-def _checkpoints_of(cli: TrainerCLI) -> Checkpoints:
-    return next(each for each in cli.trainer.callbacks if isinstance(each, Checkpoints))  # type: ignore[attr-defined]
+def _callback(cli: TrainerCLI, kind: type[C]) -> C:
+    return next(each for each in cli.trainer.callbacks if isinstance(each, kind))  # type: ignore[attr-defined]
 
 
 def _raise_together(cli: TrainerCLI, error: UserError) -> None:
@@ -107,7 +109,7 @@ def _raise_together(cli: TrainerCLI, error: UserError) -> None:
     environment = getattr(cli.trainer.strategy, "cluster_environment", None)
     if cli.trainer.world_size == 1 or environment is None or not environment.creates_processes_externally:
         raise error
-    _checkpoints_of(cli).problem = error
+    _callback(cli, Checkpoints).problem = error
 
 
 def _check_source(cli: TrainerCLI, run: RunFolder) -> None:

@@ -100,10 +100,10 @@ def runs(
         raise UserError(
             f"--root {root}: there is no such folder; name the folder that holds the folders of the recipes"
         )
-    found = [_listed(RunFolder(path)) for path in sorted(Path(root).glob("*/*/")) if _is_run(RunFolder(path))]
-    chosen = [run for run in found if recipe in (None, run.recipe) and state in (None, run.state)]
+    all_runs = [_listed(RunFolder(path)) for path in sorted(Path(root).glob("*/*/")) if _is_run(RunFolder(path))]
+    chosen = [run for run in all_runs if recipe in (None, run.recipe) and state in (None, run.state)]
     if action == "prune":
-        _prune(chosen, found, keep, dry_run, yes)
+        _prune(chosen, all_runs, keep, dry_run, yes)
         return
     if keep is not None or dry_run or yes:
         raise UserError("--keep, --dry_run and --yes belong to trainer runs prune")
@@ -163,7 +163,7 @@ def _write_csv(path: Path, rows: list[list[str]]) -> None:
         file.write(text.getvalue().encode())
 
 
-def _prune(chosen: list[Listed], found: list[Listed], keep: int | None, dry_run: bool, yes: bool) -> None:
+def _prune(chosen: list[Listed], all_runs: list[Listed], keep: int | None, dry_run: bool, yes: bool) -> None:
     """Remove the oldest runs of each recipe."""
     if keep is None or keep < 1:
         raise UserError(f"--keep: prune needs the number of runs to keep of each recipe, at least 1, not {keep}")
@@ -176,7 +176,7 @@ def _prune(chosen: list[Listed], found: list[Listed], keep: int | None, dry_run:
         if kept[run.recipe] > keep and run.state != "running":
             removed.append(run)
     # A run that stays may need files of one that goes; then that one stays, too, and what it needs.
-    while needed := [run for run in removed if _is_needed(run, [other for other in found if other not in removed])]:
+    while needed := [run for run in removed if _is_needed(run, [other for other in all_runs if other not in removed])]:
         removed = [run for run in removed if run not in needed]
     if not removed:
         print("nothing to remove")
@@ -195,8 +195,7 @@ def _prune(chosen: list[Listed], found: list[Listed], keep: int | None, dry_run:
             return
     for run in removed:
         if is_held(run.folder.lock):  # since the question
-            print(f"{run.folder}: a process trains in it now, so it stays")
-            continue
+            raise UserError(f"{run.folder}: a process trains in it now; the runs above it are removed")
         rmtree(run.folder.path)
     print(f"removed {what} ({size / 1e6:,.1f} MB)")
 

@@ -1,5 +1,7 @@
 """Which token shards a run reads: their names, lengths and content, for a run that resumes."""
 
+import hashlib
+import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +13,11 @@ from trainer.errors import UserError
 from trainer.files import sha256_of
 
 Identity = dict[str, list[tuple[str, int, str]]]  # of each split: name, tokens and sha256 of its shards in order
+
+
+def fingerprint(identity: Identity) -> str:
+    """A short hash of an identity."""
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
 
 def identify(text: PreparedText) -> Identity:

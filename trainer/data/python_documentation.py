@@ -104,8 +104,8 @@ class PythonDocumentation(Source):
             for batch in _batches(files, 128 * workers):
                 display.update_task("collecting", min(total, self.max_bytes), self.max_bytes)
                 with _hidden_main():
-                    found = pool.map(docstrings_of, batch, chunksize=32)
-                for docstrings in found:
+                    results = pool.map(docstrings_of, batch, chunksize=32)
+                for docstrings in results:
                     fresh = [text for text in docstrings if text not in seen]
                     seen.update(fresh)
                     if sum(map(len, fresh)) >= 200:

@@ -11,7 +11,6 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from trainer.data.tokenizer import BOS
-from trainer.errors import UserError
 from trainer.evaluation.metric import Score
 from trainer.files import atomic_write
 
@@ -92,11 +91,8 @@ def write_csv(
     writer.writerow(COLUMNS)
     names = [*sources, *[""] * (len(tokens) - len(sources))]
     writer.writerows(zip(range(1, len(tokens) + 1), names, tokens, num_bytes, nats, strict=False))
-    try:
-        with atomic_write(path) as file:
-            file.write(text.getvalue().encode(errors="backslashreplace"))
-    except OSError as error:
-        raise UserError(f"--per_document {path}: cannot be written ({error.strerror})") from error
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode(errors="backslashreplace"))
 
 
 def by_source(
