@@ -29,6 +29,7 @@ LIGHTNING_ROOMS = (
     "trainer.lightning_module",
     "trainer.datamodule",
     "trainer.callbacks",
+    "trainer.cli.dry_run",
     "trainer.cli.lightning_cli",
     "trainer.cli.resume",
     "trainer.cli.train",

@@ -1,5 +1,6 @@
 """What is asked of a GPU's runtime outside of the kernels; torch serves AMD's under the names of NVIDIA's."""
 
+import os
 import platform
 
 import torch
@@ -40,6 +41,14 @@ def record_event(device: torch.device) -> torch.cuda.Event | None:
     event = torch.cuda.Event()
     event.record()
     return event
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that this process can have: what is free on a GPU, and all memory of a machine."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return min(free, int(total * torch.cuda.get_per_process_memory_fraction(device)))
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -30,7 +30,9 @@ from trainer.model.transformer import Transformer, TransformerConfig
 from trainer.optim.muon_adamw import MuonAdamW, OptimizerConfig, parameter_groups
 from trainer.optim.schedule import ScheduleConfig, lr_multiplier, muon_momentum
 from trainer.progress_display import ProgressDisplay
-from trainer.step import GradientNorms, StepFence, clip_gradients, train_step
+from trainer.step import GradientNorms, StepFence, clip_gradients, micro_batch_count, train_step
+
+DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "64-true": torch.float64}  # of activations
 
 
 class LanguageModel(pl.LightningModule):
@@ -96,9 +98,7 @@ class LanguageModel(pl.LightningModule):
         """Choose the kernels and the compiled functions for this device."""
         device = self.trainer.strategy.root_device
         config = self.model.config
-        dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "64-true": torch.float64}.get(
-            str(self.trainer.precision), torch.float32
-        )
+        dtype = DTYPES.get(str(self.trainer.precision), torch.float32)
         fused = choose_fused(config, device, dtype)
         attention = choose_attention(config, self.sequence_length, device, dtype, fused.heads)
         # Each process measures for itself and could choose another kernel.
@@ -136,8 +136,7 @@ class LanguageModel(pl.LightningModule):
         """Number of micro-batches of a step with so many sequences on this device."""
         if self.micro_batch_tokens == "auto":
             return 1
-        size = max(1, self.micro_batch_tokens // self.sequence_length)
-        return -(-sequences // size)
+        return micro_batch_count(sequences, self.sequence_length, self.micro_batch_tokens)
 
     @override
     def training_step(self, batch: Tensor, batch_idx: int) -> None:

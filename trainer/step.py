@@ -45,6 +45,11 @@ def train_step(
     return mean(total)
 
 
+def micro_batch_count(sequences: int, sequence_length: int, tokens: int) -> int:
+    """Number of micro-batches of at most so many tokens, but at least one sequence, that a step is cut into."""
+    return -(-sequences // max(1, tokens // sequence_length))
+
+
 class GradientNorms(NamedTuple):
     """Norms of the gradients before clipping, on the device.
 

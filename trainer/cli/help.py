@@ -17,8 +17,10 @@ from jsonargparse import ArgumentParser
 
 # What the first help shows, by heading: names of options, or where they begin. A name counts before a beginning.
 FIT = {
-    "the run": ("config", "ckpt", "run_name", "seed_everything", "precision", "trainer.devices"),
-    "its length": ("wallclock.", "trainer.max_steps"),
+    "the run and its length": (
+        *("config", "ckpt", "run_name", "dry_run", "seed_everything", "precision", "trainer.devices"),
+        *("wallclock.", "trainer.max_steps"),
+    ),
     "text": ("data.",),
     "model": ("model.",),
     "optimizer": ("model.optimizer.", "model.schedule."),

@@ -96,6 +96,7 @@ class TrainerCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the given arguments; Lightning would warn about `sys.argv`."""
         self.config = parser.parse_args(args)
+        self.is_dry_run = self.config.pop("dry_run", False)  # no setting of the run
         seed = self.config.seed_everything
         if not isinstance(seed, bool) and seed is not None and not 0 <= seed < 2**32:
             raise UserError(f"seed_everything must be between 0 and {2**32 - 1}, not {seed}")
@@ -130,6 +131,8 @@ class TrainerCLI(LightningCLI):
         parser.link_arguments("init_from", "warm_start.path")
         parser.link_arguments("init_from_sha256", "warm_start.sha256")
         if self.command == "fit":
+            text = "Train nothing; say what the run would take: bytes, memory, time and epochs."
+            parser.add_argument("--dry_run", type=bool, default=False, nargs="?", const=True, help=text)
             text = "Checkpoint to resume from; last: the newest one of this recipe. With --run_name, last continues "
             text += "the run of that name in its folder, or starts it if it has saved nothing yet."
         else:
@@ -171,7 +174,7 @@ class TrainerCLI(LightningCLI):
         if SLURMEnvironment.detect():  # Lightning would save, in the middle of an update, what it later loads unasked
             kwargs["plugins"].append(SLURMEnvironment(auto_requeue=False))
         run: RunFolder | None = None
-        if self.command == "fit":
+        if self.command == "fit" and not self.is_dry_run:
             name = self.config.run_name
             run = RunFolder.claim(self.folder_of_runs, name, self.reopens and name is not None)
             try:
@@ -180,7 +183,9 @@ class TrainerCLI(LightningCLI):
                 run.remove_if_unused()
                 raise
         else:
-            kwargs |= {"logger": False, "enable_checkpointing": False, **WHOLE_SPLIT}
+            kwargs["logger"] = False
+        if self.command == "validate":
+            kwargs |= {"enable_checkpointing": False, **WHOLE_SPLIT}
             self.parser.callback_keys = ["progress"]
         try:
             trainer = super().instantiate_trainer(**kwargs)

@@ -17,6 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from trainer.cli.dry_run import dry_run
 from trainer.cli.env_aliases import alias_options
 from trainer.cli.help import first_help, help_of, parts_named, take_help
 from trainer.cli.lightning_cli import TrainerCLI, first_line, make_parser
@@ -103,6 +104,9 @@ def run(command: str, args: Sequence[str]) -> RunFolder | dict[str, Score] | Non
             )
         is_cut = any(arg.startswith("--eval.max_tokens") for arg in rest)
         return validate(cli, stored, RunFolder.containing(Path(ckpt)).tokenizer, is_cut)
+    if cli.is_dry_run:
+        dry_run(cli)
+        return None
     run_folder = RunFolder(str(cli.trainer.log_dir))
     with ExitStack() as stack:
         if cli.trainer.is_global_zero:

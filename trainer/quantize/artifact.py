@@ -68,7 +68,7 @@ def write_artifact(
     """
     rounded = rounded or {}
     stored = {
-        name: rounded[name] if name in rounded else _store(tensor.detach().cpu(), storage_dtypes[name])
+        name: rounded[name] if name in rounded else to_stored(tensor.detach().cpu(), storage_dtypes[name])
         for name, tensor in state.items()
     }
     return write_container(path, {"model": model.to_dict(), "tokenizer_sha256": tokenizer_sha256}, stored, codec)
@@ -94,7 +94,8 @@ def read_artifact(path: str | Path, content: bytes | None = None) -> Artifact:
     return Artifact(model, {name: torch.from_numpy(tensor.floats()) for name, tensor in stored.items()}, fingerprint)
 
 
-def _store(tensor: Tensor, dtype: str) -> StoredTensor:
+def to_stored(tensor: Tensor, dtype: str) -> StoredTensor:
+    """Round a tensor on the CPU to its storage type."""
     if dtype in INTEGERS:
         symbols, scale = quantize_rows(tensor, INTEGERS[dtype])
         return StoredTensor(dtype, symbols.numpy(), scale.numpy())

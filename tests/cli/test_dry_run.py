@@ -1,0 +1,134 @@
+"""The forecast of a run against what a run really takes; it writes nothing and refuses what cannot fit."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests.conftest import TINY, TINY_OPTIONS
+from tests.helpers import trainer_here
+from trainer.cli import dry_run
+from trainer.kernels.fusion import Fused
+from trainer.model.attention import AttentionConfig
+from trainer.model.embedding import BigramConfig
+from trainer.model.memory import TrainingMemory, saved_bytes, training_memory
+from trainer.model.transformer import LoopConfig, MLPConfig, Transformer, TransformerConfig
+from trainer.quantize.artifact import write_artifact
+from trainer.quantize.policy import QuantizationConfig, storage_dtype
+from trainer.quantize.rounding import prune_smallest
+from trainer.quantize.size_forecast import BITS_AT_FINEST, TRAINED, forecast_bytes
+
+INT5 = TransformerConfig()
+FRONTIER = replace(
+    INT5,
+    vocab_size=8192,
+    num_layers=9,
+    attention=AttentionConfig(num_heads=4, num_kv_heads=2, xsa=True, gate_dims=12, window=256),
+    mlp=MLPConfig(4),
+    bigram=BigramConfig(buckets=None),
+    value_embedding_blocks=3,
+)
+LOOPED = replace(FRONTIER, loop=LoopConfig(repeats=1, first=3, last=4))
+
+
+def forecast(folder: Path, cwd: Path, *args: str) -> tuple[int, str]:
+    options = [*TINY_OPTIONS, "--data.source=Shards", f"--data.source.folder={folder}", *args]
+    result = trainer_here("fit", "--config=int5mlp_10l_parity", *options, "--dry_run", cwd=cwd)
+    return result.returncode, result.stdout + result.stderr
+
+
+def test_a_forecast_says_what_the_run_takes_and_writes_nothing(shard_folder, tmp_path):
+    code, text = forecast(shard_folder, tmp_path, "--trainer.max_steps=50", "--wallclock.seconds=1000")
+    assert code == 0, text
+    assert f"{sum(each.numel() for each in Transformer(TINY).parameters()):,} parameters" in text
+    tokens = sum((path.stat().st_size - 1024) // 2 for path in shard_folder.glob("*_train_*.bin"))
+    assert "about 50 steps in" in text
+    assert f"12,800 tokens, {12_800 / tokens:.2f} epochs of {tokens:,}" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_text_that_is_not_prepared_has_no_epochs_and_is_not_made(tmp_path):
+    code, text = forecast(tmp_path / "none", tmp_path, "--trainer.max_steps=5")
+    assert code == 0, text
+    assert "not prepared yet" in text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("args", "refusal"),
+    [
+        (("--export.cap=160000",), "bytes over the cap of 160,000; set --export.shrink_to_cap true"),
+        (("--export.cap=1000", "--export.shrink_to_cap=true"), "over the cap of 1,000; lower --model.num_layers"),
+    ],
+)
+def test_what_is_over_the_cap_is_refused_with_what_to_change(shard_folder, tmp_path, args, refusal):
+    code, text = forecast(shard_folder, tmp_path, *args)
+    assert code == 1
+    assert refusal in text
+
+
+def test_what_exceeds_the_memory_is_refused_with_a_micro_batch_that_fits(shard_folder, tmp_path, monkeypatch):
+    args = ("--trainer.max_steps=5",)
+    monkeypatch.setattr(dry_run, "available_memory", lambda device: 3 * 2**20)
+    code, text = forecast(shard_folder, tmp_path, *args)
+    assert code == 1
+    option = text.strip().rpartition("set ")[2]
+    assert option.startswith("--model.micro_batch_tokens")
+    assert forecast(shard_folder, tmp_path, *args, *option.split())[0] == 0
+    monkeypatch.setattr(dry_run, "available_memory", lambda device: 2**20)
+    assert "one sequence of 32 tokens needs" in forecast(shard_folder, tmp_path, *args)[1]
+
+
+@pytest.mark.parametrize("codec", ["zstd-22", "ans"])
+@pytest.mark.parametrize("prune_frac", [0.0, 0.3])
+def test_the_size_is_that_of_a_file_of_normal_weights(tmp_path, codec, prune_frac):
+    config = replace(INT5, num_layers=4, model_dim=256, bigram=BigramConfig(buckets=2048, dim=128))
+    choice = QuantizationConfig(codec=codec, prune_frac=prune_frac)
+    state = {name: torch.randn_like(tensor) for name, tensor in Transformer(config).state_dict().items()}
+    pruned = {
+        name: prune_smallest(tensor, prune_frac) if tensor.ndim == 2 and tensor.numel() > 65536 else tensor
+        for name, tensor in state.items()
+    }
+    dtypes = {name: storage_dtype(name, tensor, config, choice) for name, tensor in state.items()}
+    size = write_artifact(tmp_path / "artifact.zst", config, pruned, dtypes, "0" * 64, codec=codec)
+    assert forecast_bytes(state, config, choice, 10**9, False) / TRAINED == pytest.approx(size, rel=0.02)
+
+
+def test_loss_aware_rounding_fills_the_cap_or_stops_at_its_finest_step():
+    choice = QuantizationConfig(rounding="loss_aware", codec="ans")
+    state = Transformer(TINY).state_dict()
+    parameters = sum(tensor.numel() for tensor in state.values())
+    assert 0 < 20_000 - forecast_bytes(state, TINY, choice, 20_000, True) <= 20_000
+    assert forecast_bytes(state, TINY, choice, 10**9, True) == round(parameters * BITS_AT_FINEST / 8)
+    assert forecast_bytes(state, TINY, choice, 10**9, False) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters", "tokens", "low", "high"),
+    [
+        (INT5, 25_517_137, 131_072, 18.0, 18.0),
+        (INT5, 25_517_137, 393_216, 53.3, 53.3),
+        (FRONTIER, 32_265_191, 131_072, 24.3, 24.3),
+        (LOOPED, 32_265_191, 131_072, 27.0, 28.8),
+    ],
+)
+def test_memory_is_what_runs_took_on_an_h200(config, parameters, tokens, low, high):
+    """`max_memory_allocated` of the runs of 2026-11-26 to 2026-11-29 in docs/log.md, in GiB."""
+    total = training_memory(config, parameters, Fused(True, True, True), 2).total(tokens) / 2**30
+    assert low / 1.15 < total < high * 1.15
+
+
+def test_what_an_uncompiled_model_keeps_is_counted_once_and_without_its_weights():
+    model = nn.Sequential(nn.Linear(10, 20, bias=False), nn.ReLU(), nn.Linear(20, 5, bias=False))
+    x = torch.randn(7, 10)  # the products keep their inputs; ReLU keeps its output, which is the second input
+    assert saved_bytes(lambda: model(x), model) == 4 * 7 * (10 + 20)
+
+
+def test_the_largest_part_of_a_step_that_fits():
+    memory = TrainingMemory(1000, 10)
+    assert memory.largest(12, 8, 1000 + 10 * 96) == 96
+    assert memory.largest(12, 8, 1000 + 10 * 95) == 48
+    assert memory.largest(12, 8, 1000 + 10 * 8) == 8
+    assert memory.largest(12, 8, 1000 + 10 * 7) is None

@@ -1,0 +1,238 @@
+"""`trainer fit --dry_run`: what a run would take, before anything is trained. It reads, and never writes."""
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from trainer.callbacks.export import PostTrainExport
+from trainer.callbacks.wallclock import WallclockCutoff
+from trainer.cli.lightning_cli import TrainerCLI
+from trainer.data.shards import TokenFiles
+from trainer.device import available_memory, device_name, synchronize
+from trainer.errors import UserError
+from trainer.lightning_module import DTYPES, LanguageModel
+from trainer.logging import logger
+from trainer.model.flops import forward_flops
+from trainer.model.kernel_choice import choose_fused
+from trainer.model.memory import TrainingMemory, saved_bytes, training_memory
+from trainer.quantize.size_forecast import forecast_bytes
+from trainer.source_bundle import source_bundle
+from trainer.step import clip_gradients, micro_batch_count, train_step
+
+# Share of the speed of a large matrix product that a compiled step reaches: 0.47 on H200, 0.39 to 0.42 on H100.
+REACHED = 0.44
+PRODUCT = 8192  # rows and columns of that product
+MEASURED_TOKENS = 512  # longest sequences of the steps that are timed
+SECONDS = 2.0  # that such a step may take
+SIZE_ERROR = 0.03  # share by which the estimated size may be wrong
+FEW_BITS = 3.5  # per parameter; with so few, rounding cost 0.006 bpb (docs/ablations.md)
+GIB = 2**30
+
+Each = TypeVar("Each")
+Context = Callable[[], AbstractContextManager[object]]
+
+
+def dry_run(cli: TrainerCLI) -> None:
+    """Print the forecast of a run.
+
+    Args:
+        cli: The configured objects.
+
+    Raises:
+        UserError: If the run cannot fit into the memory or into the cap.
+    """
+    module, data = cli.model, cli.datamodule
+    device = cli.trainer.strategy.root_device
+    config, length = module.model.config, data.sequence_length
+    parameters = sum(parameter.numel() for parameter in module.model.parameters())
+    logger.info(f"forecast for {cli.recipe}; nothing is trained or written")
+    _log("model", f"{parameters:,} parameters")
+    _forecast_size(cli, parameters)
+    fast, slow = (3 * forward_flops(config, length, is_looped) for is_looped in (False, True))
+    flops = " to ".join(f"{data.batch_tokens * each / 1e12:.3g}" for each in sorted({fast, slow}))
+    _log("step", f"{data.batch_tokens:,} tokens, {flops} TFLOP")
+    is_compiled = module.compile_choice == "on" or (module.compile_choice == "auto" and device.type == "cuda")
+    if is_compiled and device.type == "cuda":
+        dtype = DTYPES.get(str(cli.trainer.precision), torch.float32)
+        fused = choose_fused(config, device, dtype)
+        memory = training_memory(config, parameters, fused, dtype.itemsize)
+        _forecast_memory(cli, memory, device)
+        rate = _product_speed(device, dtype)
+        speed = REACHED * rate / slow
+        source = f"{REACHED:.0%} of the {rate / 1e12:,.0f} TFLOP/s of a large matrix product"
+    else:
+        steps = _Steps(module, device, length, cli.trainer.precision_plugin.forward_context)
+        _forecast_memory(cli, steps.memory(parameters), device)
+        speed = steps.tokens_per_second(data.batch_tokens // cli.trainer.world_size)
+        source = "measured" + (", not compiled" if is_compiled else "")
+    _forecast_budget(cli, speed * cli.trainer.world_size, slow / fast, f"{source} on {device_name(device)}")
+
+
+def _log(name: str, text: str) -> None:
+    logger.info(f"  {name:<10}{text}")
+
+
+def _callback(cli: TrainerCLI, kind: type[Each]) -> Each:
+    return next(each for each in cli.trainer.callbacks if isinstance(each, kind))  # type: ignore[attr-defined]
+
+
+def _forecast_size(cli: TrainerCLI, parameters: int) -> None:
+    export = _callback(cli, PostTrainExport)
+    if not export.enabled:
+        return
+    model, code = cli.model.model, len(source_bundle())
+    room = export.cap - code
+    size = forecast_bytes(model.state_dict(), model.config, export.quantization, room, export.shrink_to_cap)
+    if size is None:
+        _log("size", "unknown until it is trained; --export.shrink_to_cap true holds it under the cap")
+        return
+    bits = 8 * size / parameters
+    total = f"{size:,} model + {code:,} code = {size + code:,} of {export.cap:,} bytes"
+    _log("size", f"about {total}, {bits:.2f} bits per parameter")
+    if export.shrink_to_cap and bits < FEW_BITS:
+        logger.warning(f"{bits:.2f} bits per parameter are few, and rounding costs more with fewer")
+    if size <= room:
+        return
+    remedy = "" if export.shrink_to_cap else "set --export.shrink_to_cap true, or "
+    remedy += "lower --model.num_layers or --model.model_dim"
+    if size - room > SIZE_ERROR * size:
+        raise UserError(f"the artifact would be about {size - room:,} bytes over the cap of {export.cap:,}; {remedy}")
+    logger.warning(f"the artifact may be over the cap: this estimate can be {SIZE_ERROR:.0%} off; {remedy}")
+
+
+def _forecast_memory(cli: TrainerCLI, memory: TrainingMemory, device: torch.device) -> None:
+    """Print the memory of a step.
+
+    Raises:
+        UserError: If it does not fit.
+    """
+    module, length = cli.model, cli.datamodule.sequence_length
+    sequences = cli.datamodule.batch_tokens // cli.trainer.world_size // length
+    available = available_memory(device)
+    largest = memory.largest(sequences, length, available)
+    if largest is None:
+        raise UserError(
+            f"one sequence of {length:,} tokens needs about {memory.total(length) / GIB:.1f} GiB, and {device} has "
+            f"{available / GIB:.1f}; lower --data.sequence_length or --model.model_dim"
+        )
+    chooses = module.micro_batch_tokens == "auto" and device.type == "cuda"
+    requested = sequences * length if module.micro_batch_tokens == "auto" else module.micro_batch_tokens
+    slices = micro_batch_count(sequences, length, requested)
+    tokens = largest if chooses else -(-sequences // slices) * length
+    if tokens > largest and memory.total(tokens) > available:
+        raise UserError(
+            f"micro-batches of {tokens:,} tokens need about {memory.total(tokens) / GIB:.1f} GiB, and {device} has "
+            f"{available / GIB:.1f}; set --model.micro_batch_tokens {largest}"
+        )
+    _log(
+        "memory",
+        f"about {memory.total(tokens) / GIB:.1f} of {available / GIB:.1f} GiB on {device}, "
+        f"with micro-batches of {tokens:,} tokens",
+    )
+
+
+def _forecast_budget(cli: TrainerCLI, speed: float, loop_factor: float, source: str) -> None:
+    """Print how far the budget goes.
+
+    Args:
+        cli: The configured objects.
+        speed: Tokens per second with the loop.
+        loop_factor: How many times as fast a step is without it.
+        source: Where the speed comes from.
+    """
+    trainer, data = cli.trainer, cli.datamodule
+    cutoff = _callback(cli, WallclockCutoff)
+    share = cli.model.model.config.loop.start_frac if loop_factor > 1 else 0.0  # of the training without the loop
+    budget = cutoff.clock.budget
+    if budget is not None:
+        speed *= share * loop_factor + 1 - share
+    else:
+        speed /= share / loop_factor + 1 - share
+    _log("speed", f"about {speed:,.0f} tokens/s ({source})")
+    limits = [] if budget is None else [int(budget * speed / data.batch_tokens)]
+    if trainer.max_steps > 0:
+        limits.append(trainer.max_steps)
+    if not limits:
+        _log("budget", "none: set --wallclock.seconds or --trainer.max_steps")
+        return
+    steps = min(limits)
+    tokens = steps * data.batch_tokens
+    try:
+        count = len(TokenFiles(data.source.prepared().train, data.held_out_tokens or 0))
+        epochs = f"{tokens / count:.2f} epochs of {count:,}"
+    except UserError:
+        epochs = "of a text that is not prepared yet (trainer prepare does so)"
+    _log("budget", f"about {steps:,} steps in {tokens / speed:,.0f} s, {tokens:,} tokens, {epochs}")
+
+
+def _product_speed(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product."""
+    a = torch.randn(PRODUCT, PRODUCT, device=device, dtype=dtype)
+    for _ in range(3):
+        a @ a
+    synchronize(device)
+    started, count = time.perf_counter(), 0
+    while time.perf_counter() - started < SECONDS / 2:
+        for _ in range(5):
+            a @ a
+        synchronize(device)
+        count += 5
+    return count * 2 * PRODUCT**3 / (time.perf_counter() - started)
+
+
+class _Steps:
+    """Training steps on random tokens, in the model as it is; the run is not made."""
+
+    def __init__(
+        self,
+        module: LanguageModel,
+        device: torch.device,
+        length: int,
+        context: Context,
+    ) -> None:
+        self.module, self.device, self.context = module, device, context
+        self.model = module.model.to(device)
+        self.length = min(length, MEASURED_TOKENS)
+        # Longer sequences cost more in attention alone.
+        self.factor = forward_flops(self.model.config, self.length) / forward_flops(self.model.config, length)
+
+    def tokens(self, sequences: int) -> Tensor:
+        return torch.randint(self.model.config.vocab_size, (sequences, self.length + 1), device=self.device)
+
+    def memory(self, parameters: int) -> TrainingMemory:
+        """Memory of a step, from what one sequence keeps for its backward pass."""
+        x = self.tokens(1)
+        with self.context():
+            size = saved_bytes(lambda: self.model.nll(x[:, :-1], x[:, 1:]), self.model)
+        fixed = training_memory(self.model.config, parameters, self.module.fused, 4).fixed
+        return TrainingMemory(fixed, size // self.length)
+
+    def tokens_per_second(self, batch_tokens: int) -> float:
+        """Speed of whole steps of so many tokens on this device."""
+        optimizer = self.module.configure_optimizers()
+        update_seconds, sequences = 0.0, 1
+
+        def update() -> None:
+            nonlocal update_seconds
+            synchronize(self.device)
+            started = time.perf_counter()
+            clip_gradients(self.model.parameters(), self.module.optimizer_config.grad_clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            synchronize(self.device)
+            update_seconds = time.perf_counter() - started
+
+        while True:
+            x = self.tokens(sequences)
+            started = time.perf_counter()
+            with self.context():
+                train_step(self.model.nll, x, 1, lambda loss, last: loss.backward(), update)
+            seconds = time.perf_counter() - started - update_seconds
+            if seconds > SECONDS / 4 or 2 * sequences * self.length > batch_tokens:
+                break
+            sequences *= 2
+        return batch_tokens / (seconds / (sequences * self.length) * batch_tokens / self.factor + update_seconds)
