@@ -97,8 +97,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _commit() -> str:
-    """The commit of the checkout that runs, where it is one; `+` marks changes."""
-    root = Path(__file__).resolve().parents[1]
+    """The commit of the checkout that runs, or of the release that was built from one; `+` marks changes."""
+    package = Path(__file__).resolve().parent
+    root, built = package.parent, package / "commit.txt"
+    if built.is_file():
+        return f" ({built.read_text().strip()})"
     git = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*"]
     if not (root / ".git").exists():
         return ""
