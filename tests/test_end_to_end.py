@@ -224,6 +224,7 @@ CUT_DOWN = [
     "--eval.max_tokens=512",
     "--export.quantization.calibration_sequences=1",
     "--export.shrink_to_cap=false",
+    "--export.cap=40000000",  # an untrained reference model does not compress under the challenge's
     "--report.enabled=false",
 ]
 
@@ -237,13 +238,11 @@ def longer_follow_up() -> list[str]:
 
 @pytest.mark.parametrize("args", [*(["--config", name] for name in recipe_names()), longer_follow_up()])
 def test_every_recipe_runs_cut_down(args: list[str], tmp_path: Path, shard_folder: Path):
-    """Two steps, at most 4,096 tokens and 16 windows; the reference's own model, three blocks of the others'."""
-    fewer = [] if args[1] == RECIPE else ["--model.num_layers=3"]
+    """Two steps, at most 4,096 tokens and 16 windows; the reference's own model, three small blocks of the others'."""
+    fewer = [] if args[1] == RECIPE else ["--model.num_layers=3", "--model.model_dim=128"]
     fewer += ["--model.loop.first=1", "--model.loop.last=1"] if args[1] == "frontier" else []
     result = trainer("fit", *args, *CUT_DOWN, *fewer, f"--data.source.folder={shard_folder}", cwd=tmp_path)
-    # An untrained reference model does not compress under the cap, and says so.
-    assert result.returncode in (0, 1), result.stderr
-    assert result.returncode == 0 or "over the cap" in result.stderr
+    assert result.returncode == 0, result.stderr
     run = tmp_path / "runs" / args[1] / "1"
     assert (run / "artifact.zst").exists()
     assert (run / "checkpoints/last.ckpt").exists()
