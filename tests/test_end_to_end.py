@@ -52,6 +52,7 @@ def test_a_run_folder_holds_everything(finished, shard_folder: Path):
     assert summary["val_tokens"] == 300
     assert summary["val_bpb"] == pytest.approx(score_of(output)["val_bpb"], abs=1e-7)
     assert list(summary["stages"]) == ["live_plain", "averaged_plain", "artifact_plain", "artifact_sliding"]
+    assert f"this file, sliding windows | {summary['val_bpb']:.4f} |" in (run / "README.md").read_text()
     _, _, written = (run / "report.html").read_text().partition("What it writes")
     samples = re.findall("<pre>(.*?)</pre>", written.partition("Repeat it")[0], re.DOTALL)
     assert len(set(samples)) == len(samples) == 3

@@ -1,4 +1,4 @@
-"""Files of every released version: what docs/artifact.md promises of them, which is all that their version made of them."""
+"""Files of every released version do what docs/artifact.md promises: all that their own version made of them."""
 
 import csv
 import json
@@ -50,4 +50,11 @@ def test_a_run_of_an_older_version_is_resumed_exported_and_continued_on_other_te
     run(golden, "export", "--ckpt=step.ckpt", "--data=shards", "--out=exported")
     assert (golden / "exported/artifact.zst").is_file()
     for parent in ("step.ckpt", "nearest.zst"):
-        run(golden, "fit", "--config=golden.yaml", f"--init_from={parent}", f"--run_name={parent}", "--trainer.max_steps=1")
+        run(
+            golden,
+            "fit",
+            "--config=golden.yaml",
+            f"--init_from={parent}",
+            f"--run_name={parent}",
+            "--trainer.max_steps=1",
+        )

@@ -14,7 +14,7 @@ FLOORS = (
     "model evaluation",
     "optim",
     "quantize summary comparison paired",
-    "loading open_format",
+    "loading open_format model_card",
     "generation",
     "report",
     "submission",

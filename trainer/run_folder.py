@@ -32,6 +32,9 @@ NUMBERS = (
 NAMES = ("weights", "shards_fingerprint", "tokenizer_sha256")
 
 
+CARD = "README.md"  # beside a stored model, in a run folder or another one
+
+
 class RunFolder:
     """Paths of a run's files; nothing is read or made until a method says so."""
 
@@ -52,6 +55,7 @@ class RunFolder:
         self.summary = self.path / "summary.json"
         self.log = self.path / "train.log"
         self.report = self.path / "report.html"
+        self.card = self.path / CARD
         self.documents = self.path / "documents.csv"  # where `validate --per_document` may write
         self.lock = self.path / ".training"  # while a process trains in the folder
 
@@ -135,6 +139,13 @@ class RunFolder:
         except (OSError, ValueError, TypeError, AttributeError, RecursionError):
             return None
         return dict(summary)
+
+    def settings(self) -> dict[str, Any]:
+        """The settings of the run by dotted name; none where config.yaml is missing or holds none."""
+        try:
+            return dict(flatten(yaml.safe_load(self.config.read_text())))
+        except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError):
+            return {}
 
     def read(self) -> "RunData":
         """What the folder says of its run.

@@ -21,6 +21,7 @@ from trainer.files import copy_file
 from trainer.lightning_module import LanguageModel
 from trainer.logging import logger
 from trainer.model.transformer import Transformer
+from trainer.model_card import write_model_card
 from trainer.quantize.export import SIZE_CAP, export
 from trainer.quantize.policy import QuantizationConfig
 from trainer.report.build import build_report
@@ -224,6 +225,8 @@ class _Stages:
             self.module.model,
         )
         self.run.write_summary(summary)
+        if stored:
+            write_model_card(self.run.path, self.run, summary)
         for metrics_logger in self.trainer.loggers:
             if stored:
                 metrics = {"artifact/bpb": summary["val_bpb"], "artifact/bytes": stored["bytes_total"]}

@@ -15,10 +15,11 @@ from trainer.data.calibration import calibration_sequences
 from trainer.data.sources import Shards
 from trainer.device import default_device
 from trainer.errors import UserError
-from trainer.files import copy_file
+from trainer.files import copy_file, sha256_of
 from trainer.loading import is_artifact, load_run, stored_weights
 from trainer.logging import logger
 from trainer.model.transformer import Transformer, TransformerConfig
+from trainer.model_card import write_model_card
 from trainer.open_format import Dtype, write_open_format
 from trainer.quantize.export import SIZE_CAP
 from trainer.quantize.export import export as export_model
@@ -62,7 +63,9 @@ def export(
         if Path(ckpt).is_file() and not is_artifact(Path(ckpt)) and _takes_live(load_run(ckpt)[METADATA_KEY], run):
             weights = "live"
         size_in_bytes = write_open_format(stored_weights(Path(ckpt), weights), run.tokenizer, folder, dtype)
-        print(f"{folder}: {size_in_bytes:,} bytes of {dtype} tensors, config.json and tokenizer.model")
+        is_scored = Path(ckpt).resolve() == run.artifact.resolve()
+        write_model_card(folder, run, _summary(run), is_scored, open_format=True)
+        print(f"{folder}: {size_in_bytes:,} bytes of {dtype} tensors, config.json, tokenizer.model and README.md")
         return
     if dtype != "float32":
         raise UserError("--dtype belongs to the format safetensors; leave it out")
@@ -109,8 +112,15 @@ def export(
     )
     assert exported is not None
     size = exported.size
+    is_scored = run.artifact.is_file() and sha256_of(run.artifact) == sha256_of(target.artifact)
+    write_model_card(target.path, run, _summary(run), is_scored)
     logger.info(f"stored the {'averaged' if average else 'live'} weights of step {checkpoint['global_step']:,}")
     print(f"{target.artifact}: {size.model:,} model + {size.code:,} code = {size.total:,} of {cap:,} bytes")
+
+
+def _summary(run: RunFolder) -> dict[str, Any]:
+    """What a run says of itself; nothing if it has not ended."""
+    return run.read().summary if run.summary.is_file() else {}
 
 
 def _takes_live(metadata: dict[str, Any], run: RunFolder) -> bool:
