@@ -357,7 +357,9 @@ def test_a_second_run_in_the_same_folder_is_refused(finished, shard_folder: Path
     before = (folder / RUNS / "1/summary.json").read_bytes()
     result = trainer(*small(shard_folder, "--run_name=1"), cwd=folder)
     assert result.returncode == 1
-    assert "this run exists already; add --ckpt last to continue it, or choose another --run_name" in result.stderr
+    assert (
+        "this run exists already; choose another --run_name, or let fit continue it with --ckpt last" in result.stderr
+    )
     assert (folder / RUNS / "1/summary.json").read_bytes() == before
 
 

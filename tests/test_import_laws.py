@@ -31,6 +31,7 @@ LIGHTNING_ROOMS = (
     "trainer.callbacks",
     "trainer.cli.dry_run",
     "trainer.cli.lightning_cli",
+    "trainer.cli.rerun",
     "trainer.cli.resume",
     "trainer.cli.train",
 )

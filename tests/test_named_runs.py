@@ -65,7 +65,9 @@ def test_a_name_without_last_is_refused_where_a_run_has_it(undisturbed: Path, sh
     before = sorted(undisturbed.rglob("*"))
     refused = trainer_here(*small(shard_folder, "--run_name=1"), cwd=undisturbed.parents[2])
     assert refused.returncode == 1
-    assert "this run exists already; add --ckpt last to continue it, or choose another --run_name" in refused.stderr
+    assert (
+        "this run exists already; choose another --run_name, or let fit continue it with --ckpt last" in refused.stderr
+    )
     assert sorted(undisturbed.rglob("*")) == before
 
 

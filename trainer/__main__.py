@@ -24,6 +24,7 @@ COMMANDS = {
     "export": ("make the artifact again", "export --ckpt runs/quickstart/1/checkpoints/last.ckpt"),
     "generate": ("write text with a model", "generate --artifact runs/quickstart/1/artifact.zst --prompt The"),
     "report": ("draw a run, or compare several", "report runs/quickstart/1 runs/quickstart/2"),
+    "rerun": ("repeat a run and compare the losses", "rerun runs/int5mlp_10l_parity/1"),
     "runs": ("list runs, or remove old ones", "runs --sort bpb"),
     "compare": ("test whether a change helps", "compare runs/frontier/base-seed* runs/frontier/wide-seed*"),
     "sprint": ("train several seeds and compare", "sprint --config frontier --data data/mine8192"),

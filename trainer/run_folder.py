@@ -106,7 +106,7 @@ class RunFolder:
                     if reopens:
                         return run
                     if name:
-                        hint = "add --ckpt last to continue it, or choose another --run_name"
+                        hint = "choose another --run_name, or let fit continue it with --ckpt last"
                         raise UserError(f"{run}: this run exists already; {hint}") from error
         except OSError as error:
             raise UserError(f"{parent}: no run folder can be made there ({error.strerror})") from error

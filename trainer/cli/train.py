@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -107,12 +107,27 @@ def run(command: str, args: Sequence[str]) -> RunFolder | dict[str, Score] | Non
     if cli.is_dry_run:
         dry_run(cli)
         return None
+    return train(cli, ckpt or (None if ckpts else cli.config.ckpt))
+
+
+def train(cli: TrainerCLI, ckpt: str | None, check: Callable[[], object] = lambda: None) -> RunFolder:
+    """Train in the run's folder, which no other process may do meanwhile.
+
+    Args:
+        cli: The configured objects.
+        ckpt: Checkpoint to resume from.
+        check: Called before anything is trained; its UserError refuses the run.
+
+    Returns:
+        The folder of the run, which has ended.
+    """
     run_folder = RunFolder(str(cli.trainer.log_dir))
     with ExitStack() as stack:
         if cli.trainer.is_global_zero:
             stack.enter_context(_removed_if_refused(run_folder))
             stack.enter_context(exclusive(run_folder.lock, f"training {run_folder}", waits=False))
-        fit(cli, ckpt or (None if ckpts else cli.config.ckpt), run_folder.log)
+        check()
+        fit(cli, ckpt, run_folder.log)
     return run_folder
 
 

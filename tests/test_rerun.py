@@ -1,0 +1,73 @@
+"""A run is repeated from its folder: the same losses, or a line that says what has changed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TINY_OPTIONS
+from tests.helpers import trainer, trainer_here
+from trainer.run_folder import RunFolder
+from trainer.source_bundle import script_of, source_bundle, sources_of
+
+RUN = "runs/int5mlp_10l_parity/first"
+
+
+@pytest.fixture(scope="module")
+def place(shard_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rerun")
+    shutil.copytree(shard_folder, folder / "shards")
+    options = [*TINY_OPTIONS, "--trainer.max_steps=4", "--trainer.log_every_n_steps=1", "--report.enabled=false"]
+    source = ["--data.source=Shards", "--data.source.folder=shards", "--data.order=shuffled", "--seed_everything=7"]
+    result = trainer("fit", "--config=int5mlp_10l_parity", *options, *source, "--run_name=first", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_a_run_on_a_cpu_has_the_same_losses_again(place: Path):
+    before = (place / RUN / "summary.json").read_bytes()
+    result = trainer("rerun", RUN, MATRIX_LR="0.5", cwd=place)  # a variable of the published script has no effect
+    assert result.returncode == 0, result.stderr
+    assert "int5mlp_10l_parity/1 has the losses of int5mlp_10l_parity/first at all 4 logged steps" in result.stdout
+    assert "warning" not in result.stdout + result.stderr
+    losses = [RunFolder(place / name).read().curves["train/loss"] for name in (RUN, "runs/int5mlp_10l_parity/1")]
+    assert losses[0] == losses[1]
+    assert (place / RUN / "summary.json").read_bytes() == before
+
+
+def test_what_has_changed_is_said_before_the_losses_are_compared(place: Path, tmp_path: Path):
+    old = tmp_path / RUN
+    shutil.copytree(place / RUN, old)
+    sources = sources_of(source_bundle())
+    sources["trainer/step.py"] += b"# older\n"
+    (old / "train_gpt.py").write_bytes(script_of(sources))
+    summary = json.loads((old / "summary.json").read_text())
+    summary["code_sha256"], summary["versions"]["torch"] = "0" * 64, "2.10.0"
+    (old / "summary.json").write_text(json.dumps(summary))
+    rows = (old / "metrics.csv").read_text().splitlines()
+    column = rows[0].split(",").index("train/loss")
+    last = rows[-1].split(",")
+    if not last[column]:
+        rows, last = rows[:-1], rows[-2].split(",")
+    last[column] = "1.5"
+    (old / "metrics.csv").write_text("\n".join([*rows[:-1], ",".join(last)]) + "\n")
+    result = trainer("rerun", str(old), "--data", str(place / "shards"), "--run_name=again", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    said = result.stdout + result.stderr
+    assert "the trainer's code is not that of int5mlp_10l_parity/first: 1 file changed: trainer/step.py" in said
+    assert "torch 2.10.0 is " in said
+    assert "differ from those of int5mlp_10l_parity/first from step" in said
+
+
+def test_another_text_is_refused_and_leaves_nothing(place: Path, tmp_path: Path):
+    shutil.copytree(place / "shards", tmp_path / "shards")
+    shard = tmp_path / "shards/words_train_000001.bin"
+    content = bytearray(shard.read_bytes())
+    content[-2:] = content[-4:-2]
+    shard.write_bytes(content)
+    result = trainer_here("rerun", str(place / RUN), "--run_name=other", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "shards: is not the text of that run (fingerprint " in result.stderr
+    assert not list((tmp_path / "runs").iterdir())
+    assert "there is no such run folder" in trainer_here("rerun", "nowhere", cwd=tmp_path).stderr
