@@ -16,7 +16,7 @@ FLOORS = (
     "quantize summary comparison paired",
     "loading open_format model_card",
     "generation",
-    "report",
+    "harness report",
     "submission",
     "lightning_module datamodule",
     "callbacks",
