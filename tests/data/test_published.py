@@ -3,11 +3,14 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,6 +34,8 @@ class Hub:
         self.cut: set[str] = set()  # paths whose first answer ends half-way
         self.announced_longer: set[str] = set()  # paths that the metadata gives another size
         self.missing: set[str] = set()  # paths that are listed but not served
+        self.stalled: set[str] = set()  # paths whose first answer stops half-way and keeps the connection
+        self.altered: dict[str, bytes] = {}  # what is served instead of what is published
         self.served: list[tuple[str, str | None]] = []
         hub = self
 
@@ -73,7 +78,15 @@ class Hub:
                 etag = [("ETag", f'"{hashlib.sha256(body).hexdigest()}"'), ("X-Repo-Commit", COMMIT)]
                 if name in hub.announced_longer:
                     etag.append(("X-Linked-Size", str(len(body) + 100)))
+                body = hub.altered.get(name, body)
                 start = self.headers.get("Range")
+                if self.command == "GET" and name in hub.stalled:
+                    hub.stalled.remove(name)
+                    self.answer(200, body[: len(body) // 2], etag, promised=len(body))
+                    self.wfile.flush()
+                    time.sleep(5)
+                    self.close_connection = True
+                    return None
                 if self.command == "GET":
                     hub.served.append((name, start))
                 if self.command == "GET" and name in hub.cut:
@@ -189,6 +202,50 @@ def test_a_cut_connection_is_resumed_where_it_broke(hub, monkeypatch):
     half = len(hub.files[shard("train_000001")]) // 2
     starts = [start for name, start in hub.served if name == shard("train_000001")]
     assert starts == [None, f"bytes={half // 1000 * 1000}-"]
+
+
+def test_a_server_that_stalls_is_left_and_asked_again(hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    hub.stalled = {shard("val_000000")}
+    source().prepare()
+    assert_whole(hub, source().prepared())
+
+
+def test_another_content_than_the_published_one_is_removed(hub):
+    name = shard("train_000001")
+    body = bytearray(hub.files[name])
+    body[-2] ^= 1
+    hub.altered = {name: bytes(body)}
+    with pytest.raises(UserError, match=r"fineweb_train_000001\.bin: what was downloaded is not what someone/golf pub"):
+        source().prepare()
+    hub.altered = {}
+    source().prepare()
+    assert_whole(hub, source().prepared())
+
+
+def test_the_download_is_announced_and_refused_without_space(hub, monkeypatch, capsys, tmp_path):
+    size = sum(len(body) for name, body in hub.files.items() if name.endswith((".bin", ".model")))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size - 1))
+    with pytest.raises(UserError, match=r"GB free, and .* are to be downloaded; set HF_HOME"):
+        source().prepare()
+    assert not list(tmp_path.rglob("*.bin"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size))
+    source(train_shards=1).prepare()
+    source().prepare()
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("downloading")]
+    assert [line.partition(" of tiny")[0] for line in told[1:]] == [
+        "downloading 3 of 3 files",
+        "downloading 1 of 4 files",
+    ]
+    source().prepare()
+    assert "downloading" not in capsys.readouterr().out
+
+
+def test_each_variant_has_its_publisher():
+    assert PublishedFineWeb().repo_id == "willdepueoai/parameter-golf"
+    assert PublishedFineWeb("fineweb10B_sp8192").repo_id == "kevclark/parameter-golf"
+    assert PublishedFineWeb("fineweb10B_sp8192", repo_id="mine/own").repo_id == "mine/own"
 
 
 def test_a_file_damaged_in_the_cache_is_fetched_again(hub, capsys):

@@ -1,19 +1,33 @@
 """The published FineWeb export, fetched from the Hugging Face Hub into the Hub's own cache."""
 
 import json
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.hf_api import RepoFile
 
 from trainer.data.shards import open_shard
 from trainer.data.source import PreparedText, Source
 from trainer.errors import UserError
-from trainer.logging import logger
+from trainer.files import sha256_of
+from trainer.logging import counted, logger
 
 MANIFEST = "datasets/manifest.json"
+CHALLENGE = "willdepueoai/parameter-golf"
+# The challenge publishes the vocabulary of 1,024; an entrant, Kevin Clark, published larger ones of the same text.
+PUBLISHERS = dict.fromkeys(("fineweb10B_sp4096", "fineweb10B_sp8192"), "kevclark/parameter-golf")
+USUAL_SPEED = 20e6  # bytes per second, for a first idea of the time
+
+
+class Published(NamedTuple):
+    """What the Hub says of a file: its bytes, and its sha256 where it is a large one."""
+
+    size: int
+    sha256: str | None
 
 
 class PublishedFineWeb(Source):
@@ -27,7 +41,7 @@ class PublishedFineWeb(Source):
         self,
         variant: str = "fineweb10B_sp1024",
         train_shards: int | None = 10,
-        repo_id: str = "willdepueoai/parameter-golf",
+        repo_id: str | None = None,
         revision: str = "main",
         parallel_files: int = 8,
     ) -> None:
@@ -36,21 +50,24 @@ class PublishedFineWeb(Source):
         Args:
             variant: Name of the export, which determines its tokenizer.
             train_shards: Number of training shards, each of 100 million tokens (200 MB); null: all.
-            repo_id: Name of the dataset on the Hub.
+            repo_id: Name of the dataset on the Hub. null: the one that is known to have the variant.
             revision: Branch, tag or commit of the dataset.
             parallel_files: Number of files downloaded at once.
         """
         self.variant = variant
         self.train_shards = train_shards
-        self.repo_id = repo_id
+        self.repo_id = repo_id or PUBLISHERS.get(variant, CHALLENGE)
         self.revision = revision
         self.parallel_files = parallel_files
 
     def prepare(self, only_if_missing: bool = False) -> None:
-        """Download what is missing; check size and header of every shard, and download a damaged one again.
+        """Download what is missing, and compare it with the hashes that are published.
+
+        Size and header of every shard are checked each time, and a damaged one is downloaded again.
 
         Raises:
-            UserError: If the export or that number of shards does not exist, or the download fails.
+            UserError: If the export or that number of shards does not exist, the disk has no space for it, or the
+                download fails.
         """
         text = self._find(local=False)
         damaged = [path for path in [*text.train, *text.val] if not _is_whole(path)]
@@ -83,9 +100,14 @@ class PublishedFineWeb(Source):
             "val": [f"{self.variant}/fineweb_val_{number:06d}.bin" for number in range(validation)],
             "tokenizer": [tokenizer["model_path"]],
         }
+        wanted = [name for group in names.values() for name in group]
+        missing = [] if local else [name for name in wanted if not list(folder.rglob(name))]
+        published = self._announce(folder.name, missing, len(wanted)) if missing else {}
         # The snapshot's folder is named by its commit, so the files belong together even if the branch moves meanwhile.
-        self._fetch([f"*/{name}" for group in names.values() for name in group], folder.name, local)
+        self._fetch([f"*/{name}" for name in wanted], folder.name, local)
         paths = {group: [self._only(folder, name) for name in members] for group, members in names.items()}
+        for name, file in published.items():
+            self._check_content(folder / name, file)
         return PreparedText(paths["train"], paths["val"], paths["tokenizer"][0])
 
     def _entries(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -104,6 +126,51 @@ class PublishedFineWeb(Source):
             raise UserError(f"{path}: is not a manifest of the challenge's data ({error!r})") from error
         known = ", ".join(sorted(datasets)) or "none"
         raise UserError(f"data.source.variant {self.variant!r} is not in {self.repo_id}; there are: {known}")
+
+    def _announce(self, commit: str, missing: list[str], count: int) -> dict[str, Published]:
+        """Say how much is downloaded, and where to; what the Hub says of the files, by their path in the dataset.
+
+        Raises:
+            UserError: If the disk has no space for it.
+        """
+        try:
+            api = huggingface_hub.HfApi(endpoint=constants.ENDPOINT)
+            tree = api.list_repo_tree(self.repo_id, repo_type="dataset", revision=commit, recursive=True)
+            files = {
+                each.path: Published(each.size, each.lfs.sha256 if each.lfs else None)
+                for each in tree
+                if isinstance(each, RepoFile) and any(each.path.endswith(f"/{name}") for name in missing)
+            }
+        except Exception as error:  # the Hub's HTTP library, and with it the classes, differs between its versions
+            raise UserError(f"{self.repo_id}: its list of files cannot be read ({_first_line(error)})") from error
+        size, cache = sum(each.size for each in files.values()), Path(constants.HF_HUB_CACHE)
+        free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
+        logger.info(
+            f"downloading {len(missing)} of {counted(count, 'file')} of {self.variant} from {self.repo_id}: "
+            f"{size / 1e9:.2f} GB into {cache} ({free / 1e9:.0f} GB free); at 20 MB/s that takes "
+            f"{size / USUAL_SPEED / 60:.0f} minutes"
+        )
+        if size > free:
+            raise UserError(
+                f"{cache}: has {free / 1e9:.2f} GB free, and {size / 1e9:.2f} GB are to be downloaded; set HF_HOME to "
+                "a larger disk, or lower --data.source.train_shards"
+            )
+        return files
+
+    def _check_content(self, path: Path, published: Published) -> None:
+        """Compare a file that was just downloaded with what the Hub says of it.
+
+        Raises:
+            UserError: If it is another content; it is removed.
+        """
+        if published.sha256 is None or (found := sha256_of(path)) == published.sha256:
+            return
+        path.resolve().unlink()
+        path.unlink(missing_ok=True)
+        raise UserError(
+            f"{path.name}: what was downloaded is not what {self.repo_id} publishes (sha256 {found[:12]}..., "
+            f"published {published.sha256[:12]}...); it was removed, run the command again"
+        )
 
     def _only(self, folder: Path, name: str) -> Path:
         matches = list(folder.rglob(name))
@@ -138,11 +205,14 @@ class PublishedFineWeb(Source):
                 "check data.source.repo_id, or set HF_TOKEN"
             ) from error
         except Exception as error:  # the Hub's HTTP library, and with it the classes, differs between its versions
-            reason = str(error).strip().split("\n")[0]
             raise UserError(
-                f"{self.repo_id}: the download failed ({reason}); run it again, complete files are kept"
+                f"{self.repo_id}: the download failed ({_first_line(error)}); run it again, what has arrived is kept"
             ) from error
         return Path(folder)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 def _is_whole(path: Path) -> bool:
