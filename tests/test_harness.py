@@ -67,21 +67,29 @@ def ask(method, *requests):
 
 
 def test_a_continuation_has_the_sum_of_its_tokens(model: HarnessModel):
-    pairs = [("the model reads", " a token"), ("the cats ", "sleep"), ("", "warm stones"), ("one " * 60, "token")]
+    pairs = [
+        ("th", "e"),
+        ("the model reads", " a token"),
+        ("the cats ", "sleep"),
+        ("", "warm stones"),
+        ("one " * 60, "token"),
+    ]
     answers = ask(model.loglikelihood, *pairs)
     for (context, continuation), (value, is_best) in zip(pairs, answers, strict=True):
         tokens = [BOS, *model.processor.encode(context + continuation)]
-        count = len(tokens) - 1 - len(model.processor.encode(context.rstrip()))
+        before = [BOS, *model.processor.encode(context.rstrip())]
+        count = len(tokens) - next(n for n in range(len(tokens)) if tokens[: n + 1] != before[: n + 1])
         expected = log_probs(model, tokens[-33:])[-count:].sum()
         assert value == pytest.approx(expected, abs=1e-4)
         assert is_best is False
 
 
 def test_the_most_probable_continuation_is_greedy(model: HarnessModel):
-    text = ask(model.generate_until, ("the model", {"until": [], "max_gen_toks": 3}))[0]
-    assert text
-    if "\ufffd" not in text:  # bytes that are no character cannot be asked for
-        assert ask(model.loglikelihood, ("the model", text))[0][1]
+    starts = ["the model", "it", "cats", "then", "while 12", "on", "small"]
+    texts = ask(model.generate_until, *((start, {"until": [], "max_gen_toks": 1}) for start in starts))
+    pairs = [(start, text) for start, text in zip(starts, texts, strict=True) if text.strip() and "\ufffd" not in text]
+    assert pairs  # whole characters, of tokens that do not merge with the start
+    assert any(is_best for _, is_best in ask(model.loglikelihood, *pairs))
 
 
 def test_a_text_is_scored_whole(model: HarnessModel):

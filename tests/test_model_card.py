@@ -1,6 +1,7 @@
 """The card beside a stored model: every fact is the run's, and a score only where the file has it."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,8 @@ SUMMARY = {
     "train_seconds": 210.2,
     "steps": 992,
     "weights": "averaged",
+    "val_bytes": 2222,
+    "val_bpb": 1.91732,
     "versions": {"device": "NVIDIA H200"},
     "ancestry": [{"file": "/home/somebody/runs/parent/artifact.zst", "sha256": "0123abcd"}],
 }
@@ -63,6 +66,7 @@ def test_a_card_says_what_the_run_says(run: RunFolder):
         "| context | 128 tokens |",
     ):
         assert row in text
+    assert "It has read only this text and that of the model it started from, " in text
     assert "somebody" not in text  # a path is a machine's own
     front = next(yaml.safe_load_all(text.split("\n#")[0]))
     assert front["pipeline_tag"] == "text-generation"
@@ -70,12 +74,20 @@ def test_a_card_says_what_the_run_says(run: RunFolder):
 
 def test_the_score_by_source_sums_its_documents(run: RunFolder):
     write_csv(run.documents, ["a", "b", "a", "c"], [3, 4, 5, 1], [10, 20, 30, 0], [1.0, 2.0, 6.0, 0.5])
-    text = card(run)
+    same = {**SUMMARY, "val_bytes": 60, "val_bpb": 9.5 / math.log(2) / 60}
+    text = card(run, summary=same)
     assert "| a | 0.2525 | 2 | 40 |" in text  # 7 nats / ln 2 / 40 bytes
     assert "| b | 0.1443 | 1 | 20 |" in text
     assert "| c |" not in text  # it has no bytes
+    for other in ({"val_bytes": 61}, {"val_bpb": 0.3}):  # another text, other weights
+        assert "By source" not in card(run, summary=same | other)
     run.documents.write_text("of another program\n")
-    assert "By source" not in card(run)
+    assert "By source" not in card(run, summary=same)
+
+
+def test_a_readme_of_somebody_else_is_kept(run: RunFolder):
+    run.card.write_text("# My project\n")
+    assert card(run) == "# My project\n"
 
 
 def test_weights_that_were_not_scored_have_no_score(run: RunFolder):
@@ -88,4 +100,8 @@ def test_weights_that_were_not_scored_have_no_score(run: RunFolder):
 
 
 def test_files_for_other_programs_are_not_said_to_be_an_artifact(run: RunFolder):
-    assert "artifact.zst" not in card(run, summary={**SUMMARY, "ancestry": []}, open_format=True)
+    text = card(run, summary={**SUMMARY, "ancestry": []}, open_format=True)
+    assert "artifact.zst" not in text
+    assert "411,061" not in text
+    assert "| the artifact, sliding windows | 1.9173 |" in text
+    assert "It has read only this text, " in text

@@ -71,3 +71,18 @@ def test_another_text_is_refused_and_leaves_nothing(place: Path, tmp_path: Path)
     assert "shards: is not the text of that run (fingerprint " in result.stderr
     assert not list((tmp_path / "runs").iterdir())
     assert "there is no such run folder" in trainer_here("rerun", "nowhere", cwd=tmp_path).stderr
+
+
+def test_two_processes_repeat_a_run_together(place: Path, tmp_path: Path):
+    old = tmp_path / RUN
+    shutil.copytree(place / RUN, old)
+    shutil.copytree(place / "shards", tmp_path / "shards")
+    config = (old / "config.yaml").read_text()
+    assert "  devices: auto\n" in config
+    two = config.replace("  devices: auto\n", "  devices: 2\n").replace("accelerator: auto", "accelerator: cpu")
+    (old / "config.yaml").write_text(two + "dry_run: true\n")  # no setting of a run
+    result = trainer("rerun", str(old), "--run_name=two", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "no such run folder" not in result.stderr
+    assert "int5mlp_10l_parity/two" in result.stdout.splitlines()[-1]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["int5mlp_10l_parity"]

@@ -115,7 +115,7 @@ def _commit() -> str:
 def _run(command: str, args: list[str]) -> None:
     """Import a command and run it; the others, and Lightning with its seconds, stay out."""
     if (
-        command in ("fit", "sprint") and os.getcwd() not in sys.path
+        command in ("fit", "rerun", "sprint") and os.getcwd() not in sys.path
     ):  # they may name a class of the user's; last, so that it replaces nothing
         sys.path.append(os.getcwd())
     if command in ("fit", "validate"):
@@ -126,7 +126,9 @@ def _run(command: str, args: list[str]) -> None:
     else:
         module = import_module(f"trainer.cli.{command}")
         parser = module.make_parser()
-        getattr(module, command)(**parser.instantiate(parser.parse_args(args)).as_dict())
+        options = parser.instantiate(parser.parse_args(args)).as_dict()
+        with running_without_output() if command == "rerun" else nullcontext():
+            getattr(module, command)(**options)
 
 
 def _print_completion(argv: list[str]) -> None:

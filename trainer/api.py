@@ -68,11 +68,12 @@ def fit(recipe: str = DEFAULT_RECIPE, overrides: Mapping[str, Any] | None = None
     Raises:
         UserError: If an option or the text cannot be used.
     """
+    if "dry_run" in (overrides or {}):
+        raise UserError("dry_run: trainer.fit makes a run; for a forecast use the command trainer fit --dry_run")
     # The default is not named: variables of the published script count only for a recipe that somebody named.
     config = [] if recipe == DEFAULT_RECIPE else [f"--config={recipe}"]
     folder = _run("fit", [*config, *_arguments(overrides)], quiet)
-    if not isinstance(folder, RunFolder):
-        raise UserError("dry_run and help print; they are of the command trainer fit and make no run")
+    assert isinstance(folder, RunFolder)
     summary = folder.read().summary
     scores = {name: Score(**values) for name, values in summary["stages"].items()}
     return TrainedRun(folder.path, summary["val_bpb"], summary.get("bytes_total"), scores, summary)

@@ -59,8 +59,9 @@ class HarnessModel(LM):
         stripped = context.rstrip()
         if stripped:  # a space at its end belongs to the first word of the continuation
             context, continuation = stripped, context[len(stripped) :] + continuation
-        whole = self.processor.encode(context + continuation)
-        count = len(whole) - len(self.processor.encode(context))
+        whole, before = self.processor.encode(context + continuation), self.processor.encode(context)
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(whole, before, strict=False))
+        count = len(whole) - len(list(same))  # from the first token that the continuation changes
         tokens = [BOS, *whole][-self.context - 1 :]
         return tokens, min(count, len(tokens) - 1)
 

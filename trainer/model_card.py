@@ -6,6 +6,7 @@ from typing import Any
 
 from trainer.errors import UserError
 from trainer.files import atomic_write
+from trainer.logging import logger
 from trainer.paired import read_table
 from trainer.run_folder import CARD, RunFolder
 
@@ -14,12 +15,14 @@ STAGES = {
     "parent_plain": "the model it started from, plain windows",
     "live_plain": "last step, before it was stored, plain windows",
     "averaged_plain": "averaged weights, before they were stored, plain windows",
-    "artifact_plain": "this file, plain windows",
-    "artifact_sliding": "this file, sliding windows",
+    "artifact_plain": "{file}, plain windows",
+    "artifact_sliding": "{file}, sliding windows",
 }
+FRONT = "---\npipeline_tag: text-generation\ntags: [parameter-golf, golf-trainer]\n---\n"
+SAME = 1e-4  # bits per byte by which two evaluations of one model may differ
 LIMITS = """\
 - It continues text. It follows no instructions, knows nothing reliably and invents facts, names and numbers.
-- It has read only the text above, with whatever is wrong, private or offensive in it. Nothing was filtered here.
+- It has read only {text}, with whatever is wrong, private or offensive in it. Nothing was filtered here.
 - The scores are of one validation split. They compare only with scores of the same text, window and stride.
 - The text belongs to its authors, and its license decides what may be done with the model. This card names none."""
 
@@ -48,36 +51,40 @@ def write_model_card(
         is_scored: Whether the run's scores are those of this very model.
         open_format: Whether the model is stored for other programs.
     """
+    card = folder / CARD
+    if card.is_file() and not card.read_bytes().startswith(FRONT.encode()):
+        logger.warning(f"{card}: is not a model card, and is kept; none is written")
+        return
     settings = run.settings()
+    read = "this text and that of the model it started from" if summary.get("ancestry") else "this text"
     sections = [
-        _head(run, summary),
-        _scores(summary, settings, is_scored),
-        _by_source(run.documents) if is_scored else "",
+        _head(run, {**summary, "bytes_model": None} if summary and open_format else summary),
+        _scores(summary, settings, is_scored, "the artifact" if open_format else "this file"),
+        _by_source(run.documents, summary) if is_scored and summary else "",
         _training(summary, settings),
-        f"## Limits\n\n{LIMITS}",
+        "## Limits\n\n" + LIMITS.format(text=read),
         f"## Use\n\n{USE_OPEN if open_format else USE}",
     ]
-    with atomic_write(folder / CARD) as file:
+    with atomic_write(card) as file:
         file.write(("\n\n".join(each for each in sections if each) + "\n").encode())
 
 
 def _head(run: RunFolder, summary: dict[str, Any]) -> str:
     name = f"{run.path.resolve().parent.name}, run {run.path.resolve().name}"
-    front = "---\npipeline_tag: text-generation\ntags: [parameter-golf, golf-trainer]\n---\n"
     if not summary:
-        return f"{front}# {name}\n\nA small language model of a run that has not ended."
-    size = f" in {summary['bytes_model']:,} bytes" if "bytes_model" in summary else ""
+        return f"{FRONT}# {name}\n\nA small language model of a run that has not ended."
+    size = f" in {summary['bytes_model']:,} bytes" if summary.get("bytes_model") else ""
     origin = "trained further on one text" if summary.get("ancestry") else "trained from scratch on one text"
-    return f"{front}# {name}\n\nA language model of {summary['parameters']:,} parameters{size}, {origin}."
+    return f"{FRONT}# {name}\n\nA language model of {summary['parameters']:,} parameters{size}, {origin}."
 
 
-def _scores(summary: dict[str, Any], settings: dict[str, Any], is_scored: bool) -> str:
+def _scores(summary: dict[str, Any], settings: dict[str, Any], is_scored: bool, file: str) -> str:
     if not is_scored or not summary:
         return "## Score\n\nThese weights were not scored. `trainer validate --ckpt FILE` scores them."
-    rows = [
-        f"| {STAGES.get(name, name)} | {stage['bpb']:.4f} | {stage['tokens']:,} | {stage['bytes']:,} |"
-        for name, stage in summary["stages"].items()
-    ]
+    rows = []
+    for name, stage in summary["stages"].items():
+        title = STAGES.get(name, name).format(file=file)
+        rows.append(f"| {title} | {stage['bpb']:.4f} | {stage['tokens']:,} | {stage['bytes']:,} |")
     window, stride = settings.get("eval.window"), settings.get("eval.stride")
     windows = f" Windows have {window} tokens." if window else ""
     windows += f" Sliding ones move by {stride}." if stride else ""
@@ -85,13 +92,15 @@ def _scores(summary: dict[str, Any], settings: dict[str, Any], is_scored: bool) 
     return f"## Score\n\nBits per byte of text, lower is better.{windows}\n\n{head}" + "\n".join(rows)
 
 
-def _by_source(documents: Path) -> str:
-    """The score of each source, where `trainer validate --per_document` has written the file."""
+def _by_source(documents: Path, summary: dict[str, Any]) -> str:
+    """The score of each source, if `trainer validate --per_document` has written it of this model and this text."""
     if not documents.is_file():
         return ""
     try:
         table = read_table(documents)
     except UserError:  # of another program
+        return ""
+    if table.bytes.sum() != summary["val_bytes"] or abs(table.bpb - summary["val_bpb"]) > SAME:
         return ""
     sums: dict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
     for name, size, bits in zip(table.sources, table.bytes, table.bits, strict=True):

@@ -11,7 +11,9 @@ from torch import Tensor
 from trainer.callbacks.export import PostTrainExport
 from trainer.callbacks.wallclock import WallclockCutoff
 from trainer.cli.lightning_cli import TrainerCLI
+from trainer.cli.resume import start_from
 from trainer.data.shards import TokenFiles
+from trainer.data.stream import check_batch
 from trainer.device import available_memory, device_name, synchronize
 from trainer.errors import UserError
 from trainer.lightning_module import DTYPES, LanguageModel
@@ -45,8 +47,16 @@ def dry_run(cli: TrainerCLI) -> None:
     Raises:
         UserError: If the run cannot fit into the memory or into the cap.
     """
-    module, data = cli.model, cli.datamodule
+    if cli.config.ckpt is not None:
+        raise UserError("--dry_run forecasts whole runs, not what --ckpt leaves of one; leave one of them out")
+    module, data, processes = cli.model, cli.datamodule, cli.trainer.world_size
+    check_batch(data.batch_tokens, data.sequence_length, processes)
+    if cli.config.init_from is not None:
+        start_from(cli, resumes=False)
     device = cli.trainer.strategy.root_device
+    # The processes of a machine share its cores and its memory; each GPU is of one.
+    sharing = processes // cli.trainer.num_nodes if device.type == "cpu" else 1
+    available = available_memory(device) // sharing
     config, length = module.model.config, data.sequence_length
     parameters = sum(parameter.numel() for parameter in module.model.parameters())
     logger.info(f"forecast for {cli.recipe}; nothing is trained or written")
@@ -60,16 +70,16 @@ def dry_run(cli: TrainerCLI) -> None:
         dtype = DTYPES.get(str(cli.trainer.precision), torch.float32)
         fused = choose_fused(config, device, dtype)
         memory = training_memory(config, parameters, fused, dtype.itemsize)
-        _forecast_memory(cli, memory, device)
+        _forecast_memory(cli, memory, available)
         rate = _product_speed(device, dtype)
         speed = REACHED * rate / slow
         source = f"{REACHED:.0%} of the {rate / 1e12:,.0f} TFLOP/s of a large matrix product"
     else:
         steps = _Steps(module, device, length, cli.trainer.precision_plugin.forward_context)
-        _forecast_memory(cli, steps.memory(parameters), device)
-        speed = steps.tokens_per_second(data.batch_tokens // cli.trainer.world_size)
+        micro_batch = _forecast_memory(cli, steps.memory(parameters), available)
+        speed = steps.tokens_per_second(data.batch_tokens // processes, micro_batch) / sharing
         source = "measured" + (", not compiled" if is_compiled else "")
-    _forecast_budget(cli, speed * cli.trainer.world_size, slow / fast, f"{source} on {device_name(device)}")
+    _forecast_budget(cli, speed * processes, slow / fast, f"{source} on {device_name(device)}")
 
 
 def _log(name: str, text: str) -> None:
@@ -104,15 +114,15 @@ def _forecast_size(cli: TrainerCLI, parameters: int) -> None:
     logger.warning(f"the artifact may be over the cap: this estimate can be {SIZE_ERROR:.0%} off; {remedy}")
 
 
-def _forecast_memory(cli: TrainerCLI, memory: TrainingMemory, device: torch.device) -> None:
-    """Print the memory of a step.
+def _forecast_memory(cli: TrainerCLI, memory: TrainingMemory, available: int) -> int:
+    """Print the memory of a step; returns the tokens of its micro-batches.
 
     Raises:
         UserError: If it does not fit.
     """
     module, length = cli.model, cli.datamodule.sequence_length
     sequences = cli.datamodule.batch_tokens // cli.trainer.world_size // length
-    available = available_memory(device)
+    device = cli.trainer.strategy.root_device
     largest = memory.largest(sequences, length, available)
     if largest is None:
         raise UserError(
@@ -133,6 +143,7 @@ def _forecast_memory(cli: TrainerCLI, memory: TrainingMemory, device: torch.devi
         f"about {memory.total(tokens) / GIB:.1f} of {available / GIB:.1f} GiB on {device}, "
         f"with micro-batches of {tokens:,} tokens",
     )
+    return tokens
 
 
 def _forecast_budget(cli: TrainerCLI, speed: float, loop_factor: float, source: str) -> None:
@@ -162,10 +173,12 @@ def _forecast_budget(cli: TrainerCLI, speed: float, loop_factor: float, source: 
     steps = min(limits)
     tokens = steps * data.batch_tokens
     try:
-        count = len(TokenFiles(data.source.prepared().train, data.held_out_tokens or 0))
+        text = data.source.prepared().train
+    except UserError as error:
+        epochs = f"epochs unknown ({error})"
+    else:
+        count = len(TokenFiles(text, data.held_out_tokens or 0))
         epochs = f"{tokens / count:.2f} epochs of {count:,}"
-    except UserError:
-        epochs = "of a text that is not prepared yet (trainer prepare does so)"
     _log("budget", f"about {steps:,} steps in {tokens / speed:,.0f} s, {tokens:,} tokens, {epochs}")
 
 
@@ -211,8 +224,13 @@ class _Steps:
         fixed = training_memory(self.model.config, parameters, self.module.fused, 4).fixed
         return TrainingMemory(fixed, size // self.length)
 
-    def tokens_per_second(self, batch_tokens: int) -> float:
-        """Speed of whole steps of so many tokens on this device."""
+    def tokens_per_second(self, batch_tokens: int, micro_batch_tokens: int) -> float:
+        """Speed of whole steps on this device.
+
+        Args:
+            batch_tokens: Tokens of a step.
+            micro_batch_tokens: Tokens that fit at once.
+        """
         optimizer = self.module.configure_optimizers()
         update_seconds, sequences = 0.0, 1
 
@@ -232,7 +250,7 @@ class _Steps:
             with self.context():
                 train_step(self.model.nll, x, 1, lambda loss, last: loss.backward(), update)
             seconds = time.perf_counter() - started - update_seconds
-            if seconds > SECONDS / 4 or 2 * sequences * self.length > batch_tokens:
+            if seconds > SECONDS / 4 or 2 * sequences * self.length > micro_batch_tokens:
                 break
             sequences *= 2
         return batch_tokens / (seconds / (sequences * self.length) * batch_tokens / self.factor + update_seconds)

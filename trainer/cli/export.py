@@ -63,7 +63,7 @@ def export(
         if Path(ckpt).is_file() and not is_artifact(Path(ckpt)) and _takes_live(load_run(ckpt)[METADATA_KEY], run):
             weights = "live"
         size_in_bytes = write_open_format(stored_weights(Path(ckpt), weights), run.tokenizer, folder, dtype)
-        is_scored = Path(ckpt).resolve() == run.artifact.resolve()
+        is_scored = Path(ckpt).resolve() == run.artifact.resolve() and dtype == "float32"
         write_model_card(folder, run, _summary(run), is_scored, open_format=True)
         print(f"{folder}: {size_in_bytes:,} bytes of {dtype} tensors, config.json, tokenizer.model and README.md")
         return
@@ -120,7 +120,7 @@ def export(
 
 def _summary(run: RunFolder) -> dict[str, Any]:
     """What a run says of itself; nothing if it has not ended."""
-    return run.read().summary if run.summary.is_file() else {}
+    return run.read_summary() or {}
 
 
 def _takes_live(metadata: dict[str, Any], run: RunFolder) -> bool:

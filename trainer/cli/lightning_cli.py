@@ -130,9 +130,11 @@ class TrainerCLI(LightningCLI):
             parser.add_argument(f"--{name}", type=str | None, help=about)
         parser.link_arguments("init_from", "warm_start.path")
         parser.link_arguments("init_from_sha256", "warm_start.sha256")
-        if self.command == "fit":
-            text = "Train nothing; say what the run would take: bytes, memory, time and epochs."
-            parser.add_argument("--dry_run", type=bool, default=False, nargs="?", const=True, help=text)
+        is_fit = self.command == "fit"
+        text = "Train nothing; say what the run would take: bytes, memory, time and epochs."
+        text = text if is_fit else argparse.SUPPRESS  # for validate too, which reads recipes
+        parser.add_argument("--dry_run", type=bool, default=False, nargs="?", const=True, help=text)
+        if is_fit:
             text = "Checkpoint to resume from; last: the newest one of this recipe. With --run_name, last continues "
             text += "the run of that name in its folder, or starts it if it has saved nothing yet."
         else:

@@ -34,14 +34,16 @@ def rerun(run: str, run_name: str | None = None, data: str | None = None) -> Non
     first = RunFolder(run).read()
     # A name in the config is the first run's own.
     args = [f"--config={first.folder.config}", f"--run_name={'null' if run_name is None else run_name}"]
+    args.append("--dry_run=false")
     args += [] if data is None else [f"--data.source.folder={data}"]
     try:
         cli = TrainerCLI("fit", RunFolder.recipe_of(first.folder.config), args)
     except ValueError as error:  # a setting that this version refuses
         raise UserError(str(error)) from error
     _tell_changes(first, versions(cli.trainer.strategy.root_device))
-    again = train(cli, cli.config.ckpt, lambda: _check_text(first.summary, cli)).read()
-    logger.info(_compared(first, again))
+    again = train(cli, cli.config.ckpt, lambda: _check_text(first.summary, cli))
+    if cli.trainer.is_global_zero:
+        logger.info(_compared(first, again.read()))
 
 
 def _tell_changes(first: RunData, now: dict[str, str]) -> None:

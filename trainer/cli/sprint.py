@@ -81,7 +81,12 @@ def sprint(
         if run.path.exists():
             raise UserError(f"{run}: this run exists already; choose another --name")
     names = [run.path.name for run in new_runs]
-    _run_all([[*args, f"--seed_everything={seed}", f"--run_name={each}"] for seed, each in enumerate(names, 1)])
+    _run_all(
+        [
+            [*args, f"--seed_everything={seed}", "--dry_run=false", f"--run_name={each}"]
+            for seed, each in enumerate(names, 1)
+        ]
+    )
     print(as_markdown(table(group_runs([run.read() for run in [*base, *new_runs]]))))
 
 

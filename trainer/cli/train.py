@@ -105,6 +105,7 @@ def run(command: str, args: Sequence[str]) -> RunFolder | dict[str, Score] | Non
         is_cut = any(arg.startswith("--eval.max_tokens") for arg in rest)
         return validate(cli, stored, RunFolder.containing(Path(ckpt)).tokenizer, is_cut)
     if cli.is_dry_run:
+        cli.config.ckpt = ckpt or cli.config.ckpt
         dry_run(cli)
         return None
     return train(cli, ckpt or (None if ckpts else cli.config.ckpt))

@@ -142,7 +142,10 @@ class PublishedFineWeb(Source):
                 if isinstance(each, RepoFile) and any(each.path.endswith(f"/{name}") for name in missing)
             }
         except Exception as error:  # the Hub's HTTP library, and with it the classes, differs between its versions
-            raise UserError(f"{self.repo_id}: its list of files cannot be read ({_first_line(error)})") from error
+            raise UserError(
+                f"{self.repo_id}: is not completely in the Hub's cache, and its list of files cannot be read "
+                f"({_first_line(error)}); go online once and run `trainer prepare`, or use another data.source"
+            ) from error
         size, cache = sum(each.size for each in files.values()), Path(constants.HF_HUB_CACHE)
         free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
         logger.info(

@@ -18,6 +18,19 @@ from trainer.errors import UserError
 Order = Literal["sequential", "shuffled"]
 
 
+def check_batch(batch_tokens: int, sequence_length: int, world_size: int) -> None:
+    """Refuse a batch that is not a whole number of sequences for each process.
+
+    Raises:
+        UserError: If it is not.
+    """
+    if batch_tokens < 1 or batch_tokens % (sequence_length * world_size):
+        raise UserError(
+            f"data.batch_tokens {batch_tokens:,} is not a multiple of data.sequence_length {sequence_length:,} "
+            f"times {world_size} processes ({sequence_length * world_size:,}); change one of them"
+        )
+
+
 class TrainStream(Dataset[Tensor]):
     """Batches by step number: `stream[step]`."""
 
@@ -56,11 +69,7 @@ class TrainStream(Dataset[Tensor]):
         ):
             if value < minimum:
                 raise UserError(f"data.{name} must be at least {minimum}, not {value}")
-        if batch_tokens % (sequence_length * world_size):
-            raise UserError(
-                f"data.batch_tokens {batch_tokens:,} is not a multiple of data.sequence_length {sequence_length:,} "
-                f"times {world_size} processes ({sequence_length * world_size:,}); change one of them"
-            )
+        check_batch(batch_tokens, sequence_length, world_size)
         if batch_tokens >= len(files):
             raise UserError(
                 f"data.batch_tokens {batch_tokens:,} is more than the training tokens give ({max(len(files), 0):,}); "

@@ -39,12 +39,24 @@ def forecast_bytes(
         if not shrinks:
             return None
         parameters = sum(tensor.numel() for tensor in state.values())
-        return min(room - CAP_TOLERANCE // 2, round(parameters * BITS_AT_FINEST / 8))
+        finest = min(room - CAP_TOLERANCE // 2, round(parameters * BITS_AT_FINEST / 8))
+        return max(finest, _without_symbols(state, model, quantization))
     size = _size(state, model, quantization)
     if size > room and shrinks:
         for choice in smaller_configs(quantization):
             if (size := _size(state, model, choice)) <= room:
                 break
+    return size
+
+
+def _without_symbols(state: dict[str, Tensor], model: TransformerConfig, quantization: QuantizationConfig) -> int:
+    """Bytes of what no coarser step shortens: numbers that stay floats, scales of rows, exponents of columns."""
+    size = 0
+    for name, tensor in state.items():
+        if tensor.ndim == 2 and name.endswith(".weight"):
+            size += 2 * tensor.size(0) + tensor.size(1)
+        else:
+            size += tensor.numel() * (4 if storage_dtype(name, tensor, model, quantization) == "float32" else 2)
     return size
 
 
