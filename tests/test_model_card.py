@@ -52,7 +52,7 @@ def card(run: RunFolder, **options) -> str:
 def test_a_card_says_what_the_run_says(run: RunFolder):
     text = card(run)
     assert "# quickstart, run 7\n" in text
-    assert "417,101 parameters in 411,061 bytes, trained further on one text" in text
+    assert "417,101 parameters in 411,061 bytes, trained further on another text" in text
     assert "| this file, sliding windows | 1.9173 | 1,000 | 2,222 |" in text
     assert "Windows have 128 tokens. Sliding ones move by 32." in text
     for row in (
@@ -85,6 +85,15 @@ def test_the_score_by_source_sums_its_documents(run: RunFolder):
     assert "By source" not in card(run, summary=same)
 
 
+def test_names_cannot_break_the_page_and_a_changed_summary_makes_no_card(run: RunFolder):
+    run.config.write_text(run.config.read_text().replace("data/mine", "data/a|b`c"))
+    assert "| text | LocalText, folder `a/b'c` |" in card(run)
+    run.card.unlink()
+    for change in ({"bytes_model": "many"}, {"ancestry": ["x"]}, {"stages": 5}):
+        write_model_card(run.path, run, SUMMARY | change)
+        assert not run.card.exists()
+
+
 def test_a_readme_of_somebody_else_is_kept(run: RunFolder):
     run.card.write_text("# My project\n")
     assert card(run) == "# My project\n"
@@ -94,7 +103,7 @@ def test_weights_that_were_not_scored_have_no_score(run: RunFolder):
     for text in (card(run, is_scored=False), card(run, summary={})):
         assert "These weights were not scored" in text
         assert "1.9" not in text
-    assert "of a run that has not ended" in card(run, summary={})
+    assert "A small language model." in card(run, summary={})
     run.config.write_text("[not, settings]")
     assert "LocalText" not in card(run)
 

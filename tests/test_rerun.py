@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import TINY_OPTIONS
+from tests.conftest import TINY_OPTIONS, make_documents
 from tests.helpers import trainer, trainer_here
 from trainer.run_folder import RunFolder
 from trainer.source_bundle import script_of, source_bundle, sources_of
@@ -58,6 +58,31 @@ def test_what_has_changed_is_said_before_the_losses_are_compared(place: Path, tm
     assert "the trainer's code is not that of int5mlp_10l_parity/first: 1 file changed: trainer/step.py" in said
     assert "torch 2.10.0 is " in said
     assert "differ from those of int5mlp_10l_parity/first from step" in said
+
+
+def test_a_text_that_would_be_made_anew_stays_as_it_is(tmp_path: Path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number, document in enumerate(make_documents(300, 3)):
+        (texts / f"{number}.txt").write_text(document)
+    options = [*TINY_OPTIONS, "--trainer.max_steps=2", "--trainer.log_every_n_steps=1", "--report.enabled=false"]
+    source = ["--data.source=LocalText", "--data.source.train_files=texts", "--data.source.folder=mine"]
+    result = trainer("fit", "--config=int5mlp_10l_parity", *options, *source, "--run_name=first", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    shards = {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()}
+    (texts / "0.txt").write_text("another text")
+    result = trainer("rerun", RUN, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "has the losses of int5mlp_10l_parity/first at all 2 logged steps" in result.stdout
+    assert {path: path.read_bytes() for path in (tmp_path / "mine").iterdir()} == shards
+    (shard,) = (tmp_path / "mine").glob("*_train_*.bin")  # changed in place, which its manifest does not know
+    shard.write_bytes(shards[shard][:-2] + shards[shard][-4:-2])
+    assert "is not the text of that run" in trainer_here("rerun", RUN, cwd=tmp_path).stderr
+    assert (
+        "--data nothing: there is no such folder" in trainer_here("rerun", RUN, "--data=nothing", cwd=tmp_path).stderr
+    )
+    (tmp_path / RUN / "summary.json").unlink()
+    assert "has not ended; resume it with trainer fit" in trainer_here("rerun", RUN, cwd=tmp_path).stderr
 
 
 def test_another_text_is_refused_and_leaves_nothing(place: Path, tmp_path: Path):

@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
+
+try:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import LM
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("trainer.harness needs lm-eval; pip install 'golf-trainer[lm-eval]'") from error
 
 from trainer.data.tokenizer import BOS, ByteTable
 from trainer.device import default_device

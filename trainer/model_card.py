@@ -55,6 +55,16 @@ def write_model_card(
     if card.is_file() and not card.read_bytes().startswith(FRONT.encode()):
         logger.warning(f"{card}: is not a model card, and is kept; none is written")
         return
+    try:
+        text = _card(run, summary, is_scored, open_format)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        logger.warning(f"{card}: is not written, because {run.summary} or {run.config} was changed by hand ({error})")
+        return
+    with atomic_write(card) as file:
+        file.write(text.encode())
+
+
+def _card(run: RunFolder, summary: dict[str, Any], is_scored: bool, open_format: bool) -> str:
     settings = run.settings()
     read = "this text and that of the model it started from" if summary.get("ancestry") else "this text"
     sections = [
@@ -65,16 +75,20 @@ def write_model_card(
         "## Limits\n\n" + LIMITS.format(text=read),
         f"## Use\n\n{USE_OPEN if open_format else USE}",
     ]
-    with atomic_write(card) as file:
-        file.write(("\n\n".join(each for each in sections if each) + "\n").encode())
+    return "\n\n".join(each for each in sections if each) + "\n"
+
+
+def _cell(text: object) -> str:
+    """A text as part of a table or a heading."""
+    return " ".join(str(text).replace("|", "/").replace("`", "'").replace("*", "\\*").split())
 
 
 def _head(run: RunFolder, summary: dict[str, Any]) -> str:
-    name = f"{run.path.resolve().parent.name}, run {run.path.resolve().name}"
+    name = _cell(f"{run.path.resolve().parent.name}, run {run.path.resolve().name}")
     if not summary:
-        return f"{FRONT}# {name}\n\nA small language model of a run that has not ended."
+        return f"{FRONT}# {name}\n\nA small language model."
     size = f" in {summary['bytes_model']:,} bytes" if summary.get("bytes_model") else ""
-    origin = "trained further on one text" if summary.get("ancestry") else "trained from scratch on one text"
+    origin = "trained further on another text" if summary.get("ancestry") else "trained from scratch"
     return f"{FRONT}# {name}\n\nA language model of {summary['parameters']:,} parameters{size}, {origin}."
 
 
@@ -107,7 +121,7 @@ def _by_source(documents: Path, summary: dict[str, Any]) -> str:
         row = sums[name]
         row[0], row[1], row[2] = row[0] + 1, row[1] + size, row[2] + bits
     rows = [
-        f"| {name or 'unknown'} | {bits / size:.4f} | {count:,} | {int(size):,} |"
+        f"| {_cell(name) or 'unknown'} | {bits / size:.4f} | {count:,} | {int(size):,} |"
         for name, (count, size, bits) in sums.items()
         if size
     ]
@@ -120,17 +134,19 @@ def _training(summary: dict[str, Any], settings: dict[str, Any]) -> str:
     facts: list[tuple[str, str]] = []
     if source := settings.get("data.source.class_path"):
         folder = settings.get("data.source.init_args.folder")
-        facts.append(("text", str(source).rpartition(".")[2] + (f", folder `{Path(folder).name}`" if folder else "")))
+        facts.append(
+            ("text", str(source).rpartition(".")[2] + (f", folder `{_cell(Path(folder).name)}`" if folder else ""))
+        )
     if summary:
         facts.append(("text, fingerprint", f"`{summary['text_fingerprint'] or summary['shards_fingerprint']}`"))
         facts.append(("tokens read", f"{summary['train_tokens']:,}, {summary['epochs']:.2f} epochs"))
         facts.append(("tokenizer, sha256", f"`{summary['tokenizer_sha256']}`"))
         facts.append(("training time", f"{summary['train_seconds']:,.0f} s for {summary['steps']:,} steps"))
         facts.append(("device", str(summary["versions"].get("device", "unknown"))))
-        facts.append(("weights", str(summary["weights"])))
+        facts.append(("weights", "averaged" if summary["weights"] == "averaged" else "those of the last step"))
         facts += [("code, sha256", f"`{summary['code_sha256']}`")] if "code_sha256" in summary else []
         facts += [
-            ("started from", f"`{Path(each['file']).name}`, sha256 `{each['sha256']}`")
+            ("started from", f"`{_cell(Path(each['file']).name)}`, sha256 `{each['sha256']}`")
             for each in summary.get("ancestry", [])
         ]
     if budget := settings.get("wallclock.seconds"):

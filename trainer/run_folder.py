@@ -164,8 +164,11 @@ class RunFolder:
             _check_types(summary)
             rows = _rows(self.metrics)
         except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+            reason = (
+                f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else " ".join(str(error).split())
+            )
             raise UserError(
-                f"{self}: holds no finished run ({error}); one has summary.json, metrics.csv and config.yaml"
+                f"{self}: holds no finished run ({reason}); one has summary.json, metrics.csv and config.yaml"
             ) from error
         curves: dict[str, Series] = {}
         for row in rows:

@@ -21,6 +21,7 @@ from trainer.quantize.artifact import write_artifact
 from trainer.quantize.policy import QuantizationConfig, storage_dtype
 from trainer.quantize.rounding import prune_smallest
 from trainer.quantize.size_forecast import BITS_AT_FINEST, TRAINED, forecast_bytes
+from trainer.source_bundle import source_bundle
 
 INT5 = TransformerConfig()
 FRONTIER = replace(
@@ -61,14 +62,27 @@ def test_a_text_that_is_not_prepared_has_no_epochs_and_is_not_made(tmp_path):
 @pytest.mark.parametrize(
     ("args", "refusal"),
     [
-        (("--export.cap=160000",), "bytes over the cap of 160,000; set --export.shrink_to_cap true"),
-        (("--export.cap=1000", "--export.shrink_to_cap=true"), "over the cap of 1,000; lower --model.num_layers"),
+        (("--export.cap=CODE",), "; set --export.shrink_to_cap true, or lower --model.num_layers or --model.model_dim"),
+        (("--export.cap=1000",), "--export.cap 1,000: the code alone has"),
+        (("--export.cap=CODE", "--export.shrink_to_cap=true"), "bytes over the cap of"),
     ],
 )
 def test_what_is_over_the_cap_is_refused_with_what_to_change(shard_folder, tmp_path, args, refusal):
-    code, text = forecast(shard_folder, tmp_path, *args)
+    code, text = forecast(
+        shard_folder, tmp_path, *(each.replace("CODE", str(len(source_bundle()) + 500)) for each in args)
+    )
     assert code == 1
     assert refusal in text
+
+
+def test_a_budget_that_ends_before_the_first_step_is_refused(shard_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(dry_run._Steps, "tokens_per_second", lambda *args: 2.0)
+    code, text = forecast(shard_folder, tmp_path, "--wallclock.seconds=100")
+    assert code == 1
+    assert "a step takes about 128 s, and the budget is 100 s; raise --wallclock.seconds" in text
+    assert (
+        "no limit: it trains until it is interrupted" in forecast(shard_folder, tmp_path, "--trainer.max_steps=-1")[1]
+    )
 
 
 def test_what_exceeds_the_memory_is_refused_with_a_micro_batch_that_fits(shard_folder, tmp_path, monkeypatch):
@@ -110,9 +124,11 @@ def test_loss_aware_rounding_fills_the_cap_or_stops_at_its_finest_step():
 
 
 def test_what_would_not_be_forecast_is_refused(shard_folder, tmp_path):
+    (tmp_path / "runs/int5mlp_10l_parity/taken").mkdir(parents=True)
     for args, refusal in (
         (["--ckpt=last.ckpt"], "leave one of them out"),
         (["--init_from=nowhere.zst"], "nowhere.zst"),
+        (["--run_name=taken"], "this run exists already; choose another --run_name"),
         (["--data.batch_tokens=100"], "is not a multiple of data.sequence_length 32"),
     ):
         code, text = forecast(shard_folder, tmp_path, *args)
@@ -120,7 +136,7 @@ def test_what_would_not_be_forecast_is_refused(shard_folder, tmp_path):
         assert refusal in text
     with pytest.raises(UserError, match="trainer fit --dry_run"):
         trainer.fit(overrides={"dry_run": True})
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [tmp_path / "runs"]
 
 
 def test_processes_on_a_cpu_share_its_cores_and_its_memory(shard_folder, tmp_path, monkeypatch):

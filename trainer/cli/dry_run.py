@@ -49,6 +49,8 @@ def dry_run(cli: TrainerCLI) -> None:
     """
     if cli.config.ckpt is not None:
         raise UserError("--dry_run forecasts whole runs, not what --ckpt leaves of one; leave one of them out")
+    if cli.config.run_name is not None and (run := cli.folder_of_runs / cli.config.run_name).exists():
+        raise UserError(f"{run}: this run exists already; choose another --run_name")
     module, data, processes = cli.model, cli.datamodule, cli.trainer.world_size
     check_batch(data.batch_tokens, data.sequence_length, processes)
     if cli.config.init_from is not None:
@@ -82,6 +84,10 @@ def dry_run(cli: TrainerCLI) -> None:
     _forecast_budget(cli, speed * processes, slow / fast, f"{source} on {device_name(device)}")
 
 
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB // 10 else f"{size / 2**20:.1f} MiB"
+
+
 def _log(name: str, text: str) -> None:
     logger.info(f"  {name:<10}{text}")
 
@@ -96,9 +102,14 @@ def _forecast_size(cli: TrainerCLI, parameters: int) -> None:
         return
     model, code = cli.model.model, len(source_bundle())
     room = export.cap - code
+    if room <= 0:
+        raise UserError(f"--export.cap {export.cap:,}: the code alone has {code:,} bytes; raise it")
     size = forecast_bytes(model.state_dict(), model.config, export.quantization, room, export.shrink_to_cap)
     if size is None:
-        _log("size", "unknown until it is trained; --export.shrink_to_cap true holds it under the cap")
+        _log(
+            "size",
+            "follows from the trained weights; --export.shrink_to_cap true fits it under the cap",
+        )
         return
     bits = 8 * size / parameters
     total = f"{size:,} model + {code:,} code = {size + code:,} of {export.cap:,} bytes"
@@ -126,8 +137,8 @@ def _forecast_memory(cli: TrainerCLI, memory: TrainingMemory, available: int) ->
     largest = memory.largest(sequences, length, available)
     if largest is None:
         raise UserError(
-            f"one sequence of {length:,} tokens needs about {memory.total(length) / GIB:.1f} GiB, and {device} has "
-            f"{available / GIB:.1f}; lower --data.sequence_length or --model.model_dim"
+            f"one sequence of {length:,} tokens needs about {_gib(memory.total(length))}, and {device} has "
+            f"{_gib(available)}; lower --data.sequence_length or --model.model_dim"
         )
     chooses = module.micro_batch_tokens == "auto" and device.type == "cuda"
     requested = sequences * length if module.micro_batch_tokens == "auto" else module.micro_batch_tokens
@@ -135,13 +146,12 @@ def _forecast_memory(cli: TrainerCLI, memory: TrainingMemory, available: int) ->
     tokens = largest if chooses else -(-sequences // slices) * length
     if tokens > largest and memory.total(tokens) > available:
         raise UserError(
-            f"micro-batches of {tokens:,} tokens need about {memory.total(tokens) / GIB:.1f} GiB, and {device} has "
-            f"{available / GIB:.1f}; set --model.micro_batch_tokens {largest}"
+            f"micro-batches of {tokens:,} tokens need about {_gib(memory.total(tokens))}, and {device} has "
+            f"{_gib(available)}; set --model.micro_batch_tokens {largest}"
         )
     _log(
         "memory",
-        f"about {memory.total(tokens) / GIB:.1f} of {available / GIB:.1f} GiB on {device}, "
-        f"with micro-batches of {tokens:,} tokens",
+        f"about {_gib(memory.total(tokens))} of {_gib(available)} on {device}, micro-batches of {tokens:,} tokens",
     )
     return tokens
 
@@ -168,9 +178,16 @@ def _forecast_budget(cli: TrainerCLI, speed: float, loop_factor: float, source: 
     if trainer.max_steps > 0:
         limits.append(trainer.max_steps)
     if not limits:
-        _log("budget", "none: set --wallclock.seconds or --trainer.max_steps")
+        _log(
+            "budget", "no limit: it trains until it is interrupted; --wallclock.seconds or --trainer.max_steps sets one"
+        )
         return
     steps = min(limits)
+    if steps == 0:
+        raise UserError(
+            f"a step takes about {data.batch_tokens / speed:,.0f} s, and the budget is {budget:,.0f} s; raise "
+            "--wallclock.seconds, or lower --data.batch_tokens or the model"
+        )
     tokens = steps * data.batch_tokens
     try:
         text = data.source.prepared().train

@@ -1,13 +1,14 @@
 """`trainer rerun`: repeat a run from its folder, and say what has changed since."""
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 from trainer.cli.lightning_cli import TrainerCLI
 from trainer.cli.parser import CommandParser
 from trainer.cli.train import train
 from trainer.data.identity import fingerprint, identify
-from trainer.errors import UserError
+from trainer.errors import OptionError, UserError
 from trainer.logging import counted, logger, quiet_libraries
 from trainer.run_folder import RunData, RunFolder
 from trainer.source_bundle import source_bundle, sources_of
@@ -31,17 +32,25 @@ def rerun(run: str, run_name: str | None = None, data: str | None = None) -> Non
         UserError: If the run has not ended, or its text is no longer the same.
     """
     quiet_libraries()
-    first = RunFolder(run).read()
+    folder = RunFolder(run)
+    if folder.path.is_dir() and not folder.summary.is_file() and folder.last_checkpoint.is_file():
+        raise UserError(f"{run}: has not ended; resume it with trainer fit --config {folder.config} --ckpt last")
+    first = folder.read()
+    if data is not None and not Path(data).is_dir():
+        raise UserError(f"--data {data}: there is no such folder")
     # A name in the config is the first run's own.
     args = [f"--config={first.folder.config}", f"--run_name={'null' if run_name is None else run_name}"]
     args.append("--dry_run=false")
     args += [] if data is None else [f"--data.source.folder={data}"]
     try:
         cli = TrainerCLI("fit", RunFolder.recipe_of(first.folder.config), args)
+    except OptionError as error:  # of another version, or changed by hand
+        raise UserError(f"{first.folder.config}: {error.reason}") from error
     except ValueError as error:  # a setting that this version refuses
-        raise UserError(str(error)) from error
+        raise UserError(f"{first.folder.config}: {error}") from error
     _tell_changes(first, versions(cli.trainer.strategy.root_device))
-    again = train(cli, cli.config.ckpt, lambda: _check_text(first.summary, cli))
+    cli.datamodule.resumes = True  # the text is checked, and must stay as it is
+    again = train(cli, cli.config.ckpt, lambda: _check_text(first.summary, cli, may_make=data is None))
     if cli.trainer.is_global_zero:
         logger.info(_compared(first, again.read()))
 
@@ -55,6 +64,8 @@ def _tell_changes(first: RunData, now: dict[str, str]) -> None:
     changes = [f"{name} {before.get(name)} is {now[name]} now" for name in now if before.get(name) != now[name]]
     if changes:
         logger.warning(f"{first.name} had others: {', '.join(changes)}")
+    if LOSS not in first.curves:
+        logger.warning(f"{first.folder.metrics}: has no losses to compare with")
     if first.config.get("wallclock.seconds") is not None:
         logger.warning(
             "its learning rates follow the clock (wallclock.seconds), so its steps and losses are not exactly repeated"
@@ -70,12 +81,13 @@ def _changed_files(folder: RunFolder, code: bytes) -> str:
     return f"{counted(len(names), 'file')} changed: {', '.join(names[:NAMED])}{', ...' if len(names) > NAMED else ''}"
 
 
-def _check_text(summary: dict[str, Any], cli: TrainerCLI) -> None:
+def _check_text(summary: dict[str, Any], cli: TrainerCLI, may_make: bool) -> None:
     source = cli.datamodule.source
     if cli.trainer.is_global_zero:
-        source.prepare(only_if_missing=True)
+        if may_make:
+            source.prepare(only_if_missing=True)
         text = source.prepared()
-        if (found := fingerprint(identify(text))) != summary["shards_fingerprint"]:
+        if (found := fingerprint(identify(text, reads_all=True))) != summary["shards_fingerprint"]:
             raise UserError(
                 f"{text.train[0].parent}: is not the text of that run (fingerprint {found}, it was "
                 f"{summary['shards_fingerprint']}); name the folder of its shards with --data"

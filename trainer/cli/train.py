@@ -97,6 +97,10 @@ def run(command: str, args: Sequence[str]) -> RunFolder | dict[str, Score] | Non
         cli = TrainerCLI(command, recipe, [*recipes, *aliases, *rest], stored, reopens=ckpt == "last")
     except ValueError as error:  # a setting out of range, refused by the part it belongs to
         raise UserError(str(error)) from error
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):
+            raise
+        raise UserError("the model's weights do not fit into memory; lower --model.model_dim or num_layers") from error
     if stored is not None and ckpt is not None:
         if cli.config.weights != weights[0]:
             raise UserError(

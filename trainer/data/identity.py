@@ -20,15 +20,19 @@ def fingerprint(identity: Identity) -> str:
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
 
-def identify(text: PreparedText) -> Identity:
+def identify(text: PreparedText, reads_all: bool = False) -> Identity:
     """Identity of prepared text; shards without a manifest are read for it.
+
+    Args:
+        text: The shards.
+        reads_all: Read all shards instead of believing their manifest.
 
     Raises:
         UserError: If a training shard is a validation shard, too.
     """
     known: dict[Path, str] = {}
     for folder in {path.parent for path in (*text.train, *text.val)}:
-        manifest = Manifest.read(folder)
+        manifest = None if reads_all else Manifest.read(folder)
         known |= {folder / shard.file: shard.sha256 for shard in manifest.shards} if manifest else {}
     others = [path for path in (*text.train, *text.val) if path not in known]
     with ThreadPoolExecutor(min(len(others), os.cpu_count() or 1) or 1) as pool:
