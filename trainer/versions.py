@@ -23,7 +23,8 @@ PACKAGES = (
     "typing_extensions",
 )
 EXTRAS = {"jsonargparse": "[signatures]"}
-OPTIONAL = ("pyarrow", "triton", "flash_attn", "shtab", "brotli", "safetensors")  # imported only where they are there
+# Imported only where they are there.
+OPTIONAL = ("pyarrow", "triton", "flash_attn", "shtab", "brotli", "safetensors", "lm_eval")
 
 
 def versions(device: torch.device) -> dict[str, str]:
