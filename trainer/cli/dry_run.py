@@ -106,10 +106,7 @@ def _forecast_size(cli: TrainerCLI, parameters: int) -> None:
         raise UserError(f"--export.cap {export.cap:,}: the code alone has {code:,} bytes; raise it")
     size = forecast_bytes(model.state_dict(), model.config, export.quantization, room, export.shrink_to_cap)
     if size is None:
-        _log(
-            "size",
-            "follows from the trained weights; --export.shrink_to_cap true fits it under the cap",
-        )
+        _log("size", "follows from the trained weights; --export.shrink_to_cap true fits it under the cap")
         return
     bits = 8 * size / parameters
     total = f"{size:,} model + {code:,} code = {size + code:,} of {export.cap:,} bytes"

@@ -64,7 +64,7 @@ def export(
             weights = "live"
         size_in_bytes = write_open_format(stored_weights(Path(ckpt), weights), run.tokenizer, folder, dtype)
         is_scored = Path(ckpt).resolve() == run.artifact.resolve() and dtype == "float32"
-        write_model_card(folder, run, _summary(run), is_scored, open_format=True)
+        write_model_card(folder, run, run.read_summary() or {}, is_scored, open_format=True)
         print(f"{folder}: {size_in_bytes:,} bytes of {dtype} tensors, config.json, tokenizer.model and README.md")
         return
     if dtype != "float32":
@@ -113,14 +113,9 @@ def export(
     assert exported is not None
     size = exported.size
     is_scored = run.artifact.is_file() and sha256_of(run.artifact) == sha256_of(target.artifact)
-    write_model_card(target.path, run, _summary(run), is_scored)
+    write_model_card(target.path, run, run.read_summary() or {}, is_scored)
     logger.info(f"stored the {'averaged' if average else 'live'} weights of step {checkpoint['global_step']:,}")
     print(f"{target.artifact}: {size.model:,} model + {size.code:,} code = {size.total:,} of {cap:,} bytes")
-
-
-def _summary(run: RunFolder) -> dict[str, Any]:
-    """What a run says of itself; nothing if it has not ended."""
-    return run.read_summary() or {}
 
 
 def _takes_live(metadata: dict[str, Any], run: RunFolder) -> bool:

@@ -41,7 +41,7 @@ class TrainingMemory:
         return next((tokens for tokens in parts if self.total(tokens) <= available), None)
 
 
-def training_memory(config: TransformerConfig, parameters: int, fused: Fused, bytes_per_element: int) -> TrainingMemory:
+def training_memory(config: TransformerConfig, parameters: int, fused: Fused, itemsize: int) -> TrainingMemory:
     """Count what the compiled backward pass keeps: the operands of every matrix product and of every fused operator.
 
     Norms, gates and other element-wise work are computed again, unless a fused operator reads their result.
@@ -50,7 +50,7 @@ def training_memory(config: TransformerConfig, parameters: int, fused: Fused, by
         config: The model.
         parameters: Number of its parameters.
         fused: The fused operators that run.
-        bytes_per_element: Of the activations: 2 in 16-bit precision, else 4.
+        itemsize: Bytes of one activation: 2 in 16-bit precision, else 4.
     """
     dim = config.model_dim
     heads, kv_heads, head_dim = config.heads
@@ -67,10 +67,10 @@ def training_memory(config: TransformerConfig, parameters: int, fused: Fused, by
     )  # fmt: skip
     embedding = 2 * dim + (config.bigram.dim if config.bigram.buckets else 0)
     # Logits and their gradient; without the fused loss, in float32 besides.
-    logits = config.vocab_size * (2 * bytes_per_element if fused.loss else 3 * bytes_per_element + 4)
-    blocks = len(config.block_order()) * (block * bytes_per_element + 4 * heads)  # with the log-sum-exp of each head
-    gradients = dim * (4 + 2 * bytes_per_element) + config.mlp.ratio * dim * bytes_per_element  # of the block at work
-    return TrainingMemory(4 * COPIES * parameters, blocks + embedding * bytes_per_element + logits + gradients)
+    logits = config.vocab_size * (2 * itemsize if fused.loss else 3 * itemsize + 4)
+    blocks = len(config.block_order()) * (block * itemsize + 4 * heads)  # with the log-sum-exp of each head
+    gradients = dim * (4 + 2 * itemsize) + config.mlp.ratio * dim * itemsize  # of the block at work
+    return TrainingMemory(4 * COPIES * parameters, blocks + embedding * itemsize + logits + gradients)
 
 
 def saved_bytes(compute: Callable[[], Tensor], model: nn.Module) -> int:
