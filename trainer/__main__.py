@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         elif command in COMMANDS:
             _run(command, args)
         else:
-            near = get_close_matches(command, COMMANDS, n=1)
+            near = get_close_matches(command, [*COMMANDS, "--help", "--version"], n=1)
             hint = f"did you mean {near[0]}?" if near else f"use {', '.join(COMMANDS)}"
             print(f"trainer: there is no command {command!r}; {hint}", file=sys.stderr)
             return 2

@@ -130,6 +130,8 @@ def test_what_would_not_be_forecast_is_refused(shard_folder, tmp_path):
         (["--init_from=nowhere.zst"], "nowhere.zst"),
         (["--run_name=taken"], "this run exists already; choose another --run_name"),
         (["--data.batch_tokens=100"], "is not a multiple of data.sequence_length 32"),
+        (["--data.source=LocalText", "--data.source.train_files=[nothing.txt]"], "nothing.txt"),
+        (["--model.vocab_size=400"], "set --model.vocab_size 300"),
     ):
         code, text = forecast(shard_folder, tmp_path, *args)
         assert code == 1

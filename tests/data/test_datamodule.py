@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from trainer.data.calibration import calibration_sequences
-from trainer.data.manifest import Manifest, ShardRecord
+from trainer.data.local_text import LocalText
+from trainer.data.manifest import TOKENIZER, Manifest, ShardRecord
+from trainer.data.python_documentation import PythonDocumentation
 from trainer.data.shards import TokenFiles, write_shard
 from trainer.data.sources import Shards
 from trainer.data.stream import TrainStream
@@ -87,6 +89,19 @@ def test_a_vocabulary_of_another_size_than_the_models_is_refused(shard_folder: P
     module.vocab_size = 299
     with pytest.raises(UserError, match=r"vocabulary size is 300, but the model's 299; set --model\.vocab_size 300"):
         module.setup("fit")
+
+
+def test_a_vocabulary_that_the_model_lacks_is_refused_before_the_text_is_made(shard_folder: Path, tmp_path: Path):
+    (tmp_path / "a.txt").write_text("Some text. " * 100)
+    files, folder, tokenizer = [str(tmp_path / "a.txt")], str(tmp_path / "made"), str(shard_folder / TOKENIZER)
+    for source in (
+        LocalText(files, folder, tokenizer=tokenizer),
+        LocalText(files, folder, vocab_size=300),
+        PythonDocumentation(folder, vocab_size=300),
+    ):
+        with pytest.raises(UserError, match=r"size of 300, but the model's is 299; set --model\.vocab_size 300"):
+            TokenData(source, vocab_size=299).prepare_data()
+    assert not Path(folder).exists()
 
 
 @pytest.mark.parametrize("order", ["sequential", "shuffled"])

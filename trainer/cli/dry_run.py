@@ -53,6 +53,8 @@ def dry_run(cli: TrainerCLI) -> None:
         raise UserError(f"{run}: this run exists already; choose another --run_name")
     module, data, processes = cli.model, cli.datamodule, cli.trainer.world_size
     check_batch(data.batch_tokens, data.sequence_length, processes)
+    data.source.check()
+    data.check_vocabulary_of_source()
     if cli.config.init_from is not None:
         start_from(cli, resumes=False)
     device = cli.trainer.strategy.root_device
@@ -187,11 +189,12 @@ def _forecast_budget(cli: TrainerCLI, speed: float, loop_factor: float, source: 
         )
     tokens = steps * data.batch_tokens
     try:
-        text = data.source.prepared().train
+        data.source.prepared()
     except UserError as error:
         epochs = f"epochs unknown ({error})"
     else:
-        count = len(TokenFiles(text, data.held_out_tokens or 0))
+        data.open_text()
+        count = len(TokenFiles(data.text.train, data.held_out_tokens or 0))
         epochs = f"{tokens / count:.2f} epochs of {count:,}"
     _log("budget", f"about {steps:,} steps in {tokens / speed:,.0f} s, {tokens:,} tokens, {epochs}")
 

@@ -63,26 +63,44 @@ class LocalText(Source):
         self.vocab_size = vocab_size
         self.shard_tokens = shard_tokens
 
-    def prepare(self, only_if_missing: bool = False) -> None:
-        """Tokenize every file, unless the manifest says that this was done."""
+    def check(self) -> None:
+        """Refuse settings that cannot be used, and files that are not there."""
+        self._check_settings()
+        self._find_files()
+
+    def known_vocab_size(self) -> int | None:
+        """That of the tokenizer that is given, or that is asked for."""
+        return int(load_tokenizer(self.given_tokenizer).get_piece_size()) if self.given_tokenizer else self.vocab_size
+
+    def _check_settings(self) -> None:
         if self.val_every < 2:
             raise UserError(f"data.source.val_every must be at least 2, not {self.val_every}")
         if self.given_tokenizer:
             load_tokenizer(self.given_tokenizer)
         else:
             check_trainable_size(self.vocab_size or self.model_vocab_size, size_option(self.vocab_size))
+
+    def _find_files(self) -> tuple[list[Path], list[Path]]:
+        """The files for training and for validation."""
         try:
-            train = find_files(self.train_files)
-            val = find_files(self.val_files or [], "--data.source.val_files")
+            return find_files(self.train_files), find_files(self.val_files or [], "--data.source.val_files")
         except UserError as error:
             if Manifest.read(self.folder) is None:
                 raise
-            if only_if_missing:
-                return
             raise UserError(
                 f"{error}; the shards in {self.folder} were made before: to train on them as they are, use "
                 f"--data.source Shards --data.source.folder {self.folder}"
             ) from error
+
+    def prepare(self, only_if_missing: bool = False) -> None:
+        """Tokenize every file, unless the manifest says that this was done."""
+        self._check_settings()
+        try:
+            train, val = self._find_files()
+        except UserError:
+            if only_if_missing and Manifest.read(self.folder) is not None:
+                return
+            raise
         record: dict[str, object] = {
             "class": "LocalText",
             "train_files": [_file_state(path) for path in train],

@@ -56,11 +56,19 @@ class PythonDocumentation(Source):
         self.val_every = val_every
         self.roots = [Path(root) for root in (roots or [paths["stdlib"], paths["purelib"]])]
 
-    def prepare(self, only_if_missing: bool = False) -> None:
-        """Collect docstrings, train the tokenizer and tokenize, unless the manifest says that this was done."""
+    def check(self) -> None:
+        """Refuse settings that cannot be used."""
         if self.val_every < 2:
             raise UserError(f"data.source.val_every must be at least 2, not {self.val_every}")
         check_trainable_size(self.vocab_size or self.model_vocab_size, size_option(self.vocab_size))
+
+    def known_vocab_size(self) -> int | None:
+        """That of the tokenizer that is asked for."""
+        return self.vocab_size
+
+    def prepare(self, only_if_missing: bool = False) -> None:
+        """Collect docstrings, train the tokenizer and tokenize, unless the manifest says that this was done."""
+        self.check()
         record: dict[str, object] = {
             "class": "PythonDocumentation",
             "vocab_size": self.vocab_size or self.model_vocab_size,

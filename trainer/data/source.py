@@ -34,6 +34,17 @@ class Source(ABC):
 
     model_vocab_size = 1024
 
+    def check(self) -> None:  # noqa: B027 - a source may have nothing to check
+        """Refuse settings and files that cannot be used; reads no text and makes nothing.
+
+        Raises:
+            UserError: With what is wrong.
+        """
+
+    def known_vocab_size(self) -> int | None:
+        """Vocabulary size that the settings ask for; None where only the prepared text tells."""
+        return None
+
     @abstractmethod
     def prepare(self, only_if_missing: bool = False) -> None:
         """Make the shards if they do not exist yet.
