@@ -49,6 +49,14 @@ def test_frontier_gives_each_setting_its_gain_and_runs_or_says_that_it_was_not_i
             assert re.search(r"# .*[-+]0\.\d{4}.*, n=\d|# not isolated", line), line
 
 
+def test_t4_is_frontier_with_a_longer_budget_and_smaller_batches():
+    t4, frontier = settings("t4"), settings("frontier")
+    differing = {key for key in t4.keys() | frontier.keys() if t4.get(key) != frontier.get(key)}
+    assert differing == {
+        *("data.batch_tokens", "wallclock.seconds", "wallclock.reserve", "eval.batch_windows", "eval.max_tokens")
+    }
+
+
 def test_every_recipe_opens_with_its_purpose():
     for path in recipe_folder().glob("*.yaml"):
         assert path.read_text().startswith("# "), path

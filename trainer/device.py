@@ -57,6 +57,7 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def release_memory(device: torch.device) -> None:
-    """Give unused memory back to a GPU."""
+    """Give unused memory back to a GPU, and forget how much was taken."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()

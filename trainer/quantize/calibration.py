@@ -42,8 +42,10 @@ class _Sums:
 
     def add(self, x: Tensor, y: Tensor, scale: Tensor | None = None) -> None:
         """Add a product y = scale * (W x) now, and its gradient once it is computed."""
-        flat = x.detach().flatten(0, -2).float()
-        self.inputs += flat.mT @ flat
+        flat = x.detach().flatten(0, -2)
+        with torch.autocast(flat.device.type, enabled=False):
+            flat = flat.float() if flat.dtype == torch.float16 else flat  # whose range is too small for sums of squares
+            self.inputs += flat.mT @ flat
 
         def add_gradient(grad: Tensor) -> None:
             squares = grad.detach().flatten(0, -2).float().square().sum(0)
