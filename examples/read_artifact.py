@@ -100,6 +100,10 @@ def attend(n, w, p, config, letter, embeddings):
     heads, kv_heads, length = config["num_heads"], config["num_kv_heads"], len(n)
     q = rope(rms((n @ w[p + "q.weight"].T).reshape(length, heads, -1)), config) * w[p + "q_gain"][:, None]
     k = rope(rms((n @ w[p + "k.weight"].T).reshape(length, kv_heads, -1)), config)
+    if config.get("key_offset") and not (config["window"] and letter == "S"):
+        half, first = k.shape[-1] // 2, config["rope_dims"] // 2
+        taken = np.arange(2 * half) % half >= first
+        k = np.where(taken, np.concatenate((k[:1], k[:-1])), k)
     v = (n @ w[p + "v.weight"].T).reshape(length, kv_heads, -1)
     if p + "value_gain" in w:
         v = v + w[p + "value_gain"][:, None] * embeddings

@@ -31,7 +31,9 @@ TINY = TransformerConfig(
 # The same with every option of the model switched on.
 ALL_OPTIONS = replace(
     TINY,
-    attention=replace(TINY.attention, rope_dims=4, xsa=True, gate_dims=6, window=3, window_pattern="SL"),
+    attention=replace(
+        TINY.attention, rope_dims=4, key_offset=True, xsa=True, gate_dims=6, window=3, window_pattern="SL"
+    ),
     bigram=BigramConfig(buckets=None),
     smear=SmearConfig("per_token", 5),
     loop=LoopConfig(repeats=1, first=1, last=2),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trainer.kernels import fused_heads
 from trainer.kernels.attention_backends import SdpaBackend
-from trainer.model.attention import Attention, AttentionConfig, rotary_tables, rotate, xsa
+from trainer.model.attention import Attention, AttentionConfig, offset_keys, rotary_tables, rotate, xsa
 from trainer.model.layers import EPS
 
 CPU = torch.device("cpu")
@@ -22,18 +22,31 @@ CAN_RUN = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def qk_norm_rope(
-    qkv: Tensor, tables: Tensor, gain: Tensor, kv_heads: int, eps: float, copies: int
+    qkv: Tensor,
+    tables: Tensor,
+    gain: Tensor,
+    kv_heads: int,
+    eps: float,
+    copies: int,
+    offset_from: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the kernel computes, as formulas."""
     q, k, v = qkv.split((qkv.size(2) - 2 * kv_heads, kv_heads, kv_heads), dim=2)
     q, k = (rotate(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps), tables) for x in (q, k))
+    if offset_from is not None:
+        k = offset_keys(k, offset_from)
     return q * gain[:, None], k.repeat_interleave(copies, dim=2), v.repeat_interleave(copies, dim=2)
 
 
-def qk_norm_rope_backward(q_grad, k_grad, v_grad, qkv, tables, gain, eps):
+def qk_norm_rope_backward(q_grad, k_grad, v_grad, qkv, tables, gain, eps, offset_from=None):
     """Its derivative as the kernel computes it: rotated back, without the component along the vector."""
     kv_heads = (qkv.size(2) - q_grad.size(2)) // 2
     k_grad, v_grad = (each.unflatten(2, (kv_heads, -1)).sum(3) for each in (k_grad, v_grad))
+    if offset_from is not None:  # what the position after has taken; the first also keeps its own
+        taken = torch.arange(k_grad.size(-1), device=k_grad.device) % (k_grad.size(-1) // 2) >= offset_from
+        given = torch.cat((k_grad[:, 1:], torch.zeros_like(k_grad[:, :1])), dim=1)
+        given[:, 0] += k_grad[:, 0]
+        k_grad = torch.where(taken, given, k_grad)
     back = torch.stack((tables[0], -tables[1]))
     grads, gains = [], None
     for x, g in zip(qkv.split((q_grad.size(2), kv_heads, kv_heads), dim=2), (q_grad, k_grad, v_grad), strict=True):
@@ -74,8 +87,8 @@ def test_operators_pass_on_the_right_derivatives():
     tables = rotary_tables(5, 6, 100.0, CPU, 4).double()
     qkv = torch.randn(2, 5, 8, 6, dtype=torch.float64, requires_grad=True)  # four query heads, two key heads
     gain = torch.randn(4, dtype=torch.float64, requires_grad=True)
-    for eps, copies in ((EPS, 1), (EPS, 2), (0.5, 1)):
-        operator = partial(fused_heads.qk_norm_rope, kv_heads=2, eps=eps, copies=copies)
+    for eps, copies, offset_from in ((EPS, 1, None), (EPS, 2, None), (0.5, 1, None), (EPS, 2, 2)):
+        operator = partial(fused_heads.qk_norm_rope, kv_heads=2, eps=eps, copies=copies, offset_from=offset_from)
         assert torch.autograd.gradcheck(lambda x, g, run=operator: run(x, tables, g), (qkv, gain))
     y, v = (torch.randn(2, 5, heads, 6, dtype=torch.float64, requires_grad=True) for heads in (4, 2))
     assert torch.autograd.gradcheck(fused_heads.xsa, (y, v))
@@ -83,12 +96,14 @@ def test_operators_pass_on_the_right_derivatives():
 
 @pytest.mark.usefixtures("formulas")
 @pytest.mark.parametrize("start_pos", [0, 3])
+@pytest.mark.parametrize("has_key_offset", [False, True])
 @pytest.mark.parametrize(("has_value_embedding", "copies_kv"), [(True, True), (False, True), (False, False)])
 def test_attention_and_all_its_gradients_are_the_same_with_the_operators(
-    start_pos: int, has_value_embedding: bool, copies_kv: bool
+    start_pos: int, has_value_embedding: bool, copies_kv: bool, has_key_offset: bool
 ):
     torch.manual_seed(0)
-    attention = Attention(AttentionConfig(4, 2, rope_dims=4, xsa=True), 32, has_value_embedding).double()
+    config = AttentionConfig(4, 2, rope_dims=4, xsa=True)
+    attention = Attention(config, 32, has_value_embedding, has_key_offset).double()
     attention.backend = SdpaBackend("math", copies_kv)
     tables = rotary_tables(7, 8, 100.0, CPU, 4).double()
     x = torch.randn(2, 7, 32, dtype=torch.float64, requires_grad=True)
@@ -105,25 +120,28 @@ def test_attention_and_all_its_gradients_are_the_same_with_the_operators(
 
 @pytest.mark.skipif(not CAN_RUN, reason="the kernels need a GPU or Triton's interpreter")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize(("copies", "has_key_offset"), [(1, False), (2, False), (1, True), (2, True)])
 @pytest.mark.parametrize(("heads", "kv_heads", "width", "rotated"), [(8, 4, 64, None), (4, 2, 128, 32), (6, 1, 16, 4)])
 def test_kernels_equal_the_formulas_also_for_lengths_that_no_block_divides(
-    dtype, heads, kv_heads, width, rotated, copies
+    dtype, heads, kv_heads, width, rotated, copies, has_key_offset
 ):
+    if has_key_offset and rotated is None:
+        pytest.skip("RoPE leaves no channel alone")
+    offset_from = rotated // 2 if has_key_offset else None
     assert fused_heads.runs_on((heads, kv_heads, width), HERE, dtype)
     torch.manual_seed(0)
     tables = rotary_tables(11, width, 10000.0, HERE, rotated)
     qkv = torch.randn(3, 11, heads + 2 * kv_heads, width, device=HERE, dtype=dtype)
     gain = torch.randn(heads, device=HERE)
-    q, k, v = fused_heads.qk_norm_rope(qkv, tables, gain, kv_heads, EPS, copies)
-    exact = qk_norm_rope(qkv.double(), tables.double(), gain.double(), kv_heads, EPS, copies)
+    q, k, v = fused_heads.qk_norm_rope(qkv, tables, gain, kv_heads, EPS, copies, offset_from)
+    exact = qk_norm_rope(qkv.double(), tables.double(), gain.double(), kv_heads, EPS, copies, offset_from)
     for result, expected in zip((q, k, v), exact, strict=True):
         assert is_close(result, expected)
     grads = [torch.randn_like(each) for each in (q, k, v)]
     kernels = sys.modules[fused_heads.TRITON]
-    results = kernels.qk_norm_rope_backward(*grads, qkv, tables, gain, EPS)
+    results = kernels.qk_norm_rope_backward(*grads, qkv, tables, gain, EPS, offset_from)
     doubles = [each.double() for each in (*grads, qkv, tables, gain)]
-    for result, expected in zip(results, qk_norm_rope_backward(*doubles, EPS), strict=True):
+    for result, expected in zip(results, qk_norm_rope_backward(*doubles, EPS, offset_from), strict=True):
         assert is_close(result, expected)
     v = v[:, :, ::copies].contiguous()
     y, grad = (torch.randn(3, 11, heads, width, device=HERE, dtype=dtype) for _ in range(2))
@@ -142,7 +160,7 @@ def test_the_kernels_add_the_eps_they_are_given():
         results = fused_heads.qk_norm_rope(qkv, tables, gain, 1, eps)
         exact = qk_norm_rope(qkv.double(), tables.double(), gain.double(), 1, eps, 1)
         grads = [torch.randn_like(each) for each in results]
-        results += sys.modules[fused_heads.TRITON].qk_norm_rope_backward(*grads, qkv, tables, gain, eps)
+        results += sys.modules[fused_heads.TRITON].qk_norm_rope_backward(*grads, qkv, tables, gain, eps, None)
         exact += qk_norm_rope_backward(*[each.double() for each in (*grads, qkv, tables, gain)], eps)
         assert all(is_close(result, expected) for result, expected in zip(results, exact, strict=True))
 

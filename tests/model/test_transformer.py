@@ -28,6 +28,7 @@ def reference() -> Transformer:
 
 OPTIONS = {
     "rope_dims": {"attention": replace(TINY.attention, rope_dims=4)},
+    "key_offset": {"attention": replace(TINY.attention, rope_dims=4, key_offset=True)},
     "xsa": {"attention": replace(TINY.attention, xsa=True)},
     "gate_dims": {"attention": replace(TINY.attention, gate_dims=6)},
     "window": {"attention": replace(TINY.attention, window=3)},
@@ -143,6 +144,9 @@ def test_the_whole_model_equals_numpy(config: TransformerConfig):
     def attention(name, x, window):
         q = rope(norm((x @ p[name + "q.weight"].T).reshape(length, heads, d))) * p[name + "q_gain"][:, None]
         k = rope(norm((x @ p[name + "k.weight"].T).reshape(length, kv_heads, d)))
+        if options and window == length:  # all but the channels 0, 1, 4 and 5, which RoPE rotates
+            for t in range(length - 1, 0, -1):
+                k[t, :, [2, 3, 6, 7]] = k[t - 1, :, [2, 3, 6, 7]]
         v = (x @ p[name + "v.weight"].T).reshape(length, kv_heads, d)
         if name + "value_gain" in p:
             tokens = p["value_embedding.weight"][ids].reshape(length, kv_heads, d)
@@ -327,6 +331,12 @@ def test_a_config_survives_the_round_trip(config: TransformerConfig):
         ({"attention": {"rope_dims": 66}}, "rope_dims 66 is more than the head's 64"),
         ({"attention": {"rope_dims": 7}}, "rope_dims must be even and at least 2, or null for all, not 7"),
         ({"attention": {"rope_dims": 0}}, "rope_dims must be even and at least 2, or null for all, not 0"),
+        ({"attention": {"key_offset": True}}, "key_offset needs model.attention.rope_dims below the head's 64"),
+        ({"attention": {"key_offset": True, "rope_dims": 64}}, "key_offset needs .* below the head's 64"),
+        (
+            {"attention": {"key_offset": True, "rope_dims": 16, "window": 8, "window_pattern": "S"}},
+            "key_offset needs a block with full attention",
+        ),
         ({"attention": {"window": 0}}, "window must be at least 1, or null for none, not 0"),
         ({"attention": {"window_pattern": ""}}, r"window_pattern must consist of S \(window\) and L \(full\), not ''"),
         ({"attention": {"window_pattern": "SX"}}, "window_pattern must consist of S .*, not 'SX'"),

@@ -32,9 +32,15 @@ def runs_on(heads: tuple[int, int, int], device: torch.device, dtype: torch.dtyp
 
 @torch.library.custom_op("golf_trainer::qk_norm_rope", mutates_args=())
 def qk_norm_rope(
-    qkv: Tensor, tables: Tensor, gain: Tensor, kv_heads: int, eps: float, copies: int = 1
+    qkv: Tensor,
+    tables: Tensor,
+    gain: Tensor,
+    kv_heads: int,
+    eps: float,
+    copies: int = 1,
+    offset_from: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Split heads, apply QK-norm and RoPE to queries and keys, and scale the queries.
+    """Split heads, apply QK-norm and RoPE to queries and keys, scale the queries, and offset the keys.
 
     Args:
         qkv: (B, T, H + 2 K, d), 16-bit.
@@ -43,16 +49,25 @@ def qk_norm_rope(
         kv_heads: K, the number of key and value heads.
         eps: Added to the mean square before its root is taken.
         copies: How often each key and value head is written, one copy after the other.
+        offset_from: As of `model.attention.offset_keys`, behind the pairs that RoPE rotates; None: none are taken.
 
     Returns:
         Queries (B, T, H, d), keys and values (B, T, K copies, d).
     """
-    return import_module(TRITON).qk_norm_rope(qkv.contiguous(), tables.contiguous(), gain, kv_heads, eps, copies)
+    return import_module(TRITON).qk_norm_rope(
+        qkv.contiguous(), tables.contiguous(), gain, kv_heads, eps, copies, offset_from
+    )
 
 
 @qk_norm_rope.register_fake
 def _(
-    qkv: Tensor, tables: Tensor, gain: Tensor, kv_heads: int, eps: float, copies: int = 1
+    qkv: Tensor,
+    tables: Tensor,
+    gain: Tensor,
+    kv_heads: int,
+    eps: float,
+    copies: int = 1,
+    offset_from: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, every, width = qkv.shape
     heads = every - 2 * kv_heads, kv_heads * copies, kv_heads * copies
@@ -62,32 +77,48 @@ def _(
 
 @torch.library.custom_op("golf_trainer::qk_norm_rope_backward", mutates_args=())
 def _qk_norm_rope_backward(
-    q_grad: Tensor, k_grad: Tensor, v_grad: Tensor, qkv: Tensor, tables: Tensor, gain: Tensor, eps: float
+    q_grad: Tensor,
+    k_grad: Tensor,
+    v_grad: Tensor,
+    qkv: Tensor,
+    tables: Tensor,
+    gain: Tensor,
+    eps: float,
+    offset_from: int | None,
 ) -> tuple[Tensor, Tensor]:
-    return import_module(TRITON).qk_norm_rope_backward(q_grad, k_grad, v_grad, qkv, tables, gain, eps)
+    return import_module(TRITON).qk_norm_rope_backward(q_grad, k_grad, v_grad, qkv, tables, gain, eps, offset_from)
 
 
 @_qk_norm_rope_backward.register_fake
 def _(
-    q_grad: Tensor, k_grad: Tensor, v_grad: Tensor, qkv: Tensor, tables: Tensor, gain: Tensor, eps: float
+    q_grad: Tensor,
+    k_grad: Tensor,
+    v_grad: Tensor,
+    qkv: Tensor,
+    tables: Tensor,
+    gain: Tensor,
+    eps: float,
+    offset_from: int | None,
 ) -> tuple[Tensor, Tensor]:
     return qkv.new_empty(qkv.shape), gain.new_empty(gain.shape)
 
 
 def _save_heads(
-    ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int, float, int], output: tuple[Tensor, Tensor, Tensor]
+    ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int, float, int, int | None], output: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     ctx.save_for_backward(*inputs[:3])
-    ctx.eps = inputs[4]
+    ctx.eps, ctx.offset_from = inputs[4], inputs[6]
 
 
 def _differentiate_heads(
     ctx: Any, q_grad: Tensor, k_grad: Tensor, v_grad: Tensor
-) -> tuple[Tensor, None, Tensor, None, None, None]:
+) -> tuple[Tensor, None, Tensor, None, None, None, None]:
     qkv, tables, gain = ctx.saved_tensors
     grads = q_grad.contiguous(), k_grad.contiguous(), v_grad.contiguous()
-    qkv_grad, gain_grad = _qk_norm_rope_backward(*grads, qkv.contiguous(), tables.contiguous(), gain, ctx.eps)
-    return qkv_grad, None, gain_grad, None, None, None
+    qkv_grad, gain_grad = _qk_norm_rope_backward(
+        *grads, qkv.contiguous(), tables.contiguous(), gain, ctx.eps, ctx.offset_from
+    )
+    return qkv_grad, None, gain_grad, None, None, None, None
 
 
 qk_norm_rope.register_autograd(_differentiate_heads, setup_context=_save_heads)

@@ -29,6 +29,7 @@ def _qk_norm_rope(
     kv_heads: tl.constexpr,
     copies: tl.constexpr,
     half: tl.constexpr,
+    offset_from: tl.constexpr,
     rows: tl.constexpr,
     eps: tl.constexpr,
 ):
@@ -49,6 +50,13 @@ def _qk_norm_rope(
             if head < heads:
                 scale *= tl.load(gain + head)
             a, b = (a * cos + b * sin) * scale, (b * cos - a * sin) * scale
+            if head >= heads and offset_from < half:
+                before = source - tl.where(row % length > 0, (heads + 2 * kv_heads) * width, 0)
+                c = tl.load(before, inside, 0.0).to(tl.float32)
+                d = tl.load(before + half, inside, 0.0).to(tl.float32)
+                scale = tl.rsqrt((tl.sum(c * c, 1) + tl.sum(d * d, 1))[:, None] / width + eps)
+                is_taken = column >= offset_from  # RoPE does not rotate them
+                a, b = tl.where(is_taken, c * scale, a), tl.where(is_taken, d * scale, b)
         a, b = a.to(q.dtype.element_ty), b.to(q.dtype.element_ty)
         if head < heads:
             out = q + (row * heads + head) * width + column
@@ -78,6 +86,7 @@ def _qk_norm_rope_backward(
     kv_heads: tl.constexpr,
     copies: tl.constexpr,
     half: tl.constexpr,
+    offset_from: tl.constexpr,
     rows: tl.constexpr,
     eps: tl.constexpr,
 ):
@@ -101,6 +110,16 @@ def _qk_norm_rope_backward(
             for copy in tl.static_range(1, copies):
                 da += tl.load(grad + copy * width, inside, 0.0).to(tl.float32)
                 db += tl.load(grad + copy * width + half, inside, 0.0).to(tl.float32)
+            if head < heads + kv_heads and offset_from < half:
+                # The first position keeps its own channels, and all but the last also serve the position after.
+                is_taken = column >= offset_from
+                da = tl.where(is_taken & (row % length > 0), 0.0, da)
+                db = tl.where(is_taken & (row % length > 0), 0.0, db)
+                is_used = inside & is_taken & (row % length < length - 1)
+                for copy in tl.static_range(copies):
+                    after = grad + (kv_heads * copies + copy) * width
+                    da += tl.load(after, is_used, 0.0).to(tl.float32)
+                    db += tl.load(after + half, is_used, 0.0).to(tl.float32)
         offset = (row * (heads + 2 * kv_heads) + head) * width + column
         if head < heads + kv_heads:
             da, db = da * cos - db * sin, da * sin + db * cos  # rotated back
@@ -178,7 +197,7 @@ def _xsa_backward(
 
 
 def qk_norm_rope(
-    qkv: Tensor, tables: Tensor, gain: Tensor, kv_heads: int, eps: float, copies: int
+    qkv: Tensor, tables: Tensor, gain: Tensor, kv_heads: int, eps: float, copies: int, offset_from: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator `fused_heads.qk_norm_rope` on contiguous tensors."""
     batch, length, every, width = qkv.shape
@@ -186,13 +205,20 @@ def qk_norm_rope(
     q = qkv.new_empty(batch, length, heads, width)
     k, v = (qkv.new_empty(batch, length, kv_heads * copies, width) for _ in range(2))
     programs = triton.cdiv(batch * length, ROWS)
-    sizes = {"heads": heads, "kv_heads": kv_heads, "copies": copies, "half": width // 2, "rows": ROWS, "eps": eps}
+    sizes = _sizes(heads, kv_heads, copies, width, offset_from, eps)
     _qk_norm_rope[programs,](qkv, tables, gain, q, k, v, batch * length, length, **sizes, num_warps=WARPS)
     return q, k, v
 
 
 def qk_norm_rope_backward(
-    q_grad: Tensor, k_grad: Tensor, v_grad: Tensor, qkv: Tensor, tables: Tensor, gain: Tensor, eps: float
+    q_grad: Tensor,
+    k_grad: Tensor,
+    v_grad: Tensor,
+    qkv: Tensor,
+    tables: Tensor,
+    gain: Tensor,
+    eps: float,
+    offset_from: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `qkv` and `gain`; all tensors contiguous."""
     batch, length, heads, width = q_grad.shape
@@ -201,13 +227,21 @@ def qk_norm_rope_backward(
     gain_grads = gain.new_empty(programs, heads, dtype=torch.float32)
     kv_heads = (qkv.size(2) - heads) // 2
     copies = k_grad.size(2) // kv_heads
-    sizes = {"heads": heads, "kv_heads": kv_heads, "copies": copies, "half": width // 2, "rows": ROWS, "eps": eps}
+    sizes = _sizes(heads, kv_heads, copies, width, offset_from, eps)
     _qk_norm_rope_backward[programs,](
         *(q_grad, k_grad, v_grad, qkv, tables, gain, qkv_grad, gain_grads, batch * length, length),
         **sizes,
         num_warps=WARPS,
     )
     return qkv_grad, gain_grads.sum(0).to(gain.dtype)
+
+
+def _sizes(
+    heads: int, kv_heads: int, copies: int, width: int, offset_from: int | None, eps: float
+) -> dict[str, int | float]:
+    half = width // 2
+    sizes = {"heads": heads, "kv_heads": kv_heads, "copies": copies, "half": half, "rows": ROWS, "eps": eps}
+    return sizes | {"offset_from": half if offset_from is None else offset_from}
 
 
 def xsa(y: Tensor, v: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ class AttentionConfig:
         rope_base: Base of the RoPE frequencies (above 0; Su et al. 2021).
         rope_dims: Channels of each head that RoPE rotates (even, at least 2); null: all of them (partial RoPE,
             openai/parameter-golf #434).
+        key_offset: In blocks with full attention, take the channels of each key that RoPE leaves alone from the
+            position before; needs rope_dims below the head's width (partial key offset, modded-nanogpt #49).
         qk_gain_init: Initial value of each query head's learned gain (any number).
         xsa: Remove from each head's output its component along the position's own value (XSA, Zhai 2026,
             arXiv 2603.09078).
@@ -37,6 +39,7 @@ class AttentionConfig:
     num_kv_heads: int = 4
     rope_base: float = 10000.0
     rope_dims: int | None = None
+    key_offset: bool = False
     qk_gain_init: float = 1.5
     xsa: bool = False
     gate_dims: int | None = None
@@ -68,6 +71,10 @@ class AttentionConfig:
     def window_of(self, block: int) -> int | None:
         """Attention window of a block, counted from 0; None: full attention."""
         return self.window if self.window_pattern[block % len(self.window_pattern)] == "S" else None
+
+    def has_key_offset(self, block: int) -> bool:
+        """Whether a block, counted from 0, takes a part of its keys from the position before."""
+        return self.key_offset and self.window_of(block) is None
 
 
 @torch.compiler.assume_constant_result
@@ -103,6 +110,24 @@ def rotate(x: Tensor, tables: Tensor) -> Tensor:
     return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
 
+def offset_keys(k: Tensor, offset_from: int) -> Tensor:
+    """Take some channels of each key from the position before; the first position keeps its own.
+
+    A query then finds a position by the token before it, so that one block can continue a sequence of tokens that it
+    has seen.
+
+    Args:
+        k: (B, T, K, d).
+        offset_from: First pair of channels, (c, d / 2 + c), that is taken.
+
+    Returns:
+        (B, T, K, d).
+    """
+    before = torch.cat((k[:, :1], k[:, :-1]), dim=1)
+    pair = torch.arange(k.size(-1), device=k.device) % (k.size(-1) // 2)
+    return torch.where(pair >= offset_from, before, k)
+
+
 def xsa(y: Tensor, v: Tensor) -> Tensor:
     """Remove from each head's output its component along the value of the position itself (XSA).
 
@@ -122,11 +147,14 @@ def xsa(y: Tensor, v: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal self-attention of one block."""
 
-    def __init__(self, config: AttentionConfig, dim: int, has_value_embedding: bool = False) -> None:
+    def __init__(
+        self, config: AttentionConfig, dim: int, has_value_embedding: bool = False, has_key_offset: bool = False
+    ) -> None:
         super().__init__()
         self.config = config
         self.value_gain = nn.Parameter(torch.ones(config.num_kv_heads)) if has_value_embedding else None
         self.head_dim = dim // config.num_heads
+        self.offset_from = (config.rope_dims or self.head_dim) // 2 if has_key_offset else None  # pair of channels
         self.q = Linear(dim, config.num_heads * self.head_dim)
         self.k = Linear(dim, config.num_kv_heads * self.head_dim)
         self.v = Linear(dim, config.num_kv_heads * self.head_dim)
@@ -172,15 +200,15 @@ class Attention(nn.Module):
             qkv = self._project(x, self.q, self.k, self.v)
             if is_fused:
                 may_copy = self.backend.copies_kv and self.value_gain is None
-                return fused_heads.qk_norm_rope(
-                    qkv, rotary, self.q_gain, kv_heads, EPS, heads // kv_heads if may_copy else 1
-                )
+                copies = heads // kv_heads if may_copy else 1
+                return fused_heads.qk_norm_rope(qkv, rotary, self.q_gain, kv_heads, EPS, copies, self.offset_from)
             q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=2)
         else:
             q = self._project(x[:, start_pos:], self.q)
             k, v = self._project(x, self.k, self.v).split((kv_heads, kv_heads), dim=2)
         q = rotate(rms_norm(q), rotary[:, start_pos:]) * self.q_gain.to(q.dtype)[:, None]
-        return q, rotate(rms_norm(k), rotary), v
+        k = rotate(rms_norm(k), rotary)
+        return q, k if self.offset_from is None else offset_keys(k, self.offset_from), v
 
     def _project(self, x: Tensor, *matrices: Linear) -> Tensor:
         if self.has_hooks:

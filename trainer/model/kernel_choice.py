@@ -30,6 +30,7 @@ FUSED_HEADS = [
     "qk_gain_init",
     "rope_base",
     "rope_dims",
+    "key_offset",
     "xsa",
     "gate_dims",
     "window",

@@ -112,6 +112,17 @@ class TransformerConfig:
                 f"model.attention.rope_dims {self.attention.rope_dims} is more than the head's "
                 f"{self.model_dim // heads}"
             )
+        if self.attention.key_offset:
+            if self.attention.rope_dims in (None, self.model_dim // heads):
+                raise ValueError(
+                    f"model.attention.key_offset needs model.attention.rope_dims below the head's "
+                    f"{self.model_dim // heads}, since it takes the channels that RoPE leaves alone"
+                )
+            if not any(map(self.attention.has_key_offset, range(self.num_layers))):
+                raise ValueError(
+                    "model.attention.key_offset needs a block with full attention; set model.attention.window null, or "
+                    f"a window_pattern with L among its first {self.num_layers} letters"
+                )
         for name, value in (
             ("model.attention.gate_dims", self.attention.gate_dims),
             ("model.smear.dims", self.smear.dims),
@@ -175,7 +186,8 @@ class Block(nn.Module):
     def __init__(self, config: TransformerConfig, index: int) -> None:
         super().__init__()
         dim = config.model_dim
-        self.attention = Attention(config.attention, dim, config.has_value_embedding(index))
+        attention = config.attention
+        self.attention = Attention(attention, dim, config.has_value_embedding(index), attention.has_key_offset(index))
         self.mlp = MLP(config.mlp, dim)
         self.mix = nn.Parameter(torch.stack((torch.ones(dim), torch.zeros(dim))))
         self.attention_scale = nn.Parameter(torch.ones(dim))
