@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from importlib.util import find_spec
 from typing import TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from trainer.data.shards import TokenFiles
 from trainer.data.stream import check_batch
 from trainer.device import available_memory, device_name, synchronize
 from trainer.errors import UserError
+from trainer.kernels.fusion import Fused
 from trainer.lightning_module import DTYPES, LanguageModel
 from trainer.logging import logger
 from trainer.model.flops import forward_flops
@@ -73,7 +75,7 @@ def dry_run(cli: TrainerCLI) -> None:
     is_compiled = module.compile_choice == "on" or (module.compile_choice == "auto" and device.type == "cuda")
     if is_compiled and device.type == "cuda":
         dtype = DTYPES.get(str(cli.trainer.precision), torch.float32)
-        fused = choose_fused(config, device, dtype)
+        fused = choose_fused(config, device, dtype, dict.fromkeys(Fused._fields, find_spec("triton") is not None))
         memory = training_memory(config, parameters, fused, dtype.itemsize)
         _forecast_memory(cli, memory, available)
         rate = _product_speed(device, dtype)

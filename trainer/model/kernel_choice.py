@@ -60,7 +60,7 @@ def choose_fused(
         config: The model; its `fused` is the choice.
         device: Where the model runs.
         dtype: Type of the activations.
-        runs: Which operators run, by name; for tests, instead of trying them.
+        runs: Which operators run, by name, instead of trying them, which takes seconds.
 
     Raises:
         UserError: If they are demanded and one does not run.
