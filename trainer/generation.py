@@ -38,7 +38,14 @@ class CachedAttention(AttentionBackend):
         self.context = context
         self.lengths = [0] * passes
         self._caches: list[tuple[Tensor, Tensor]] = []
+        self._last_keys: list[Tensor | None] = [None] * passes  # before their offset
         self._next_pass = 0
+
+    @override
+    def key_before(self, k: Tensor) -> Tensor:
+        before = self._last_keys[self._next_pass]
+        self._last_keys[self._next_pass] = k[:, -1:]
+        return super().key_before(k) if before is None else before
 
     @override
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def qk_norm_rope(
     q, k, v = qkv.split((qkv.size(2) - 2 * kv_heads, kv_heads, kv_heads), dim=2)
     q, k = (rotate(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps), tables) for x in (q, k))
     if offset_from is not None:
-        k = offset_keys(k, offset_from)
+        k = offset_keys(k, k[:, :1], offset_from)
     return q * gain[:, None], k.repeat_interleave(copies, dim=2), v.repeat_interleave(copies, dim=2)
 
 

@@ -29,6 +29,17 @@ class AttentionBackend(Protocol):
         """Whether it copies keys and values for every query head; whoever makes them may hand over copies instead."""
         ...
 
+    def key_before(self, k: Tensor) -> Tensor:
+        """Key of the position before the first: that of the first itself, unless earlier ones are kept.
+
+        Args:
+            k: (B, T, K, d), before their offset.
+
+        Returns:
+            (B, 1, K, d).
+        """
+        return k[:, :1]
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend.
 

@@ -110,20 +110,21 @@ def rotate(x: Tensor, tables: Tensor) -> Tensor:
     return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
 
-def offset_keys(k: Tensor, offset_from: int) -> Tensor:
-    """Take some channels of each key from the position before; the first position keeps its own.
+def offset_keys(k: Tensor, key_before: Tensor, offset_from: int) -> Tensor:
+    """Take some channels of each key from the position before.
 
     A query then finds a position by the token before it, so that one block can continue a sequence of tokens that it
     has seen.
 
     Args:
         k: (B, T, K, d).
+        key_before: (B, 1, K, d), of the position before the first; at the start of a sequence the first itself.
         offset_from: First pair of channels, (c, d / 2 + c), that is taken.
 
     Returns:
         (B, T, K, d).
     """
-    before = torch.cat((k[:, :1], k[:, :-1]), dim=1)
+    before = torch.cat((key_before, k[:, :-1]), dim=1)
     pair = torch.arange(k.size(-1), device=k.device) % (k.size(-1) // 2)
     return torch.where(pair >= offset_from, before, k)
 
@@ -208,7 +209,9 @@ class Attention(nn.Module):
             k, v = self._project(x, self.k, self.v).split((kv_heads, kv_heads), dim=2)
         q = rotate(rms_norm(q), rotary[:, start_pos:]) * self.q_gain.to(q.dtype)[:, None]
         k = rotate(rms_norm(k), rotary)
-        return q, k if self.offset_from is None else offset_keys(k, self.offset_from), v
+        if self.offset_from is not None:
+            k = offset_keys(k, self.backend.key_before(k), self.offset_from)
+        return q, k, v
 
     def _project(self, x: Tensor, *matrices: Linear) -> Tensor:
         if self.has_hooks:
