@@ -55,6 +55,8 @@ def test_t4_is_frontier_with_a_longer_budget_and_smaller_batches():
     assert differing == {
         *("data.batch_tokens", "wallclock.seconds", "wallclock.reserve", "eval.batch_windows", "eval.max_tokens")
     }
+    commented = re.findall(r"^ +(\w+): .*  # ", find_recipe("t4").read_text(), re.MULTILINE)
+    assert sorted(commented) == sorted(key.rpartition(".")[2] for key in differing)
 
 
 def test_every_recipe_opens_with_its_purpose():

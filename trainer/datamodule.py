@@ -9,7 +9,6 @@ from typing import Literal
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
@@ -115,8 +114,8 @@ class TokenData(pl.LightningDataModule):
         size = self.source.known_vocab_size()
         if size not in (None, self.vocab_size):
             raise UserError(
-                f"the tokenizer of data.source has a vocabulary size of {size:,}, but the model's is "
-                f"{self.vocab_size:,}; set --model.vocab_size {size} or use another tokenizer"
+                f"data.source: its vocabulary size is {size:,}, but the model's {self.vocab_size:,}; set "
+                f"--model.vocab_size {size}, or change the source's tokenizer, vocab_size or variant"
             )
 
     @override
@@ -127,8 +126,15 @@ class TokenData(pl.LightningDataModule):
         if self.scored_text is not None:
             self._take_scored_text(self.scored_text)
             return
-        tokenizer = self.open_text()
-        vocab_size = self.vocab_size
+        self.text: PreparedText = self.source.prepared()
+        tokenizer = load_tokenizer(self.text.tokenizer)
+        vocab_size = tokenizer.get_piece_size()
+        check_vocab_size(self.text.tokenizer, vocab_size)
+        if vocab_size != self.vocab_size:
+            raise UserError(
+                f"{self.text.tokenizer}: its vocabulary size is {vocab_size:,}, but the model's {self.vocab_size:,}; "
+                f"set --model.vocab_size {vocab_size} or use another tokenizer"
+            )
         self._check_tokenizer(self.text.tokenizer)
         self._check_tokenizer_of_shards()
         self.table = ByteTable.from_tokenizer(tokenizer)
@@ -148,23 +154,6 @@ class TokenData(pl.LightningDataModule):
             raise UserError(f"{scored[0].parent}: the text to score has no bytes; give another one")
         self.val_tokens = torch.from_numpy(tokens.astype(np.int32))
         self._evaluations()  # an unusable split fails now
-
-    def open_text(self) -> SentencePieceProcessor:
-        """Find the shards as `text`, and open their tokenizer.
-
-        Raises:
-            UserError: If something is missing, or the vocabulary is not the model's.
-        """
-        self.text: PreparedText = self.source.prepared()
-        tokenizer = load_tokenizer(self.text.tokenizer)
-        size = tokenizer.get_piece_size()
-        check_vocab_size(self.text.tokenizer, size)
-        if size != self.vocab_size:
-            raise UserError(
-                f"{self.text.tokenizer}: its vocabulary size is {size:,}, but the model's {self.vocab_size:,}; "
-                f"set --model.vocab_size {size} or use another tokenizer"
-            )
-        return tokenizer
 
     def _take_scored_text(self, text: ScoredText) -> None:
         """Tokenize a text with the tokenizer of the weights; no shards are needed."""

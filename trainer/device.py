@@ -52,7 +52,7 @@ def available_memory(device: torch.device) -> int:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Most bytes that tensors have taken on a GPU so far; None on a CPU."""
+    """Most bytes that tensors have taken on a GPU since the last `release_memory`; None on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 

@@ -44,7 +44,7 @@ class CachedAttention(AttentionBackend):
     @override
     def key_before(self, k: Tensor) -> Tensor:
         before = self._last_keys[self._next_pass]
-        self._last_keys[self._next_pass] = k[:, -1:]
+        self._last_keys[self._next_pass] = k[:, -1:].clone()  # a view would keep the whole prompt's
         return super().key_before(k) if before is None else before
 
     @override
@@ -94,6 +94,7 @@ class Decoder:
             block.attention.backend = CachedAttention(
                 self.context, order.count(index), config.attention.window_of(index)
             )
+            block.attention.is_fused = False  # the fused operator does not know the key before the first
 
     @torch.no_grad()
     def feed(self, ids: list[int]) -> Tensor:
@@ -249,7 +250,7 @@ def _continued(
 ) -> Iterator[str]:
     """`continue_text`, once its prompt is known to be one; the model gets its own attention back."""
     blocks = [block for block in model.blocks if isinstance(block, Block)]
-    backends = [block.attention.backend for block in blocks]
+    kernels = [(block.attention.backend, block.attention.is_fused) for block in blocks]
     ids = [BOS, *tokenizer.encode(prompt)]
     generator = torch.Generator().manual_seed(config.seed)
     draw = partial(sample, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, generator=generator)
@@ -257,5 +258,5 @@ def _continued(
         tokens = generate_tokens(Decoder(model, config.context), ids, config.tokens, draw)
         yield from stream_text(tokenizer, ids, tokens)
     finally:
-        for block, backend in zip(blocks, backends, strict=True):
-            block.attention.backend = backend
+        for block, (backend, is_fused) in zip(blocks, kernels, strict=True):
+            block.attention.backend, block.attention.is_fused = backend, is_fused

@@ -99,7 +99,9 @@ def test_a_vocabulary_that_the_model_lacks_is_refused_before_the_text_is_made(sh
         LocalText(files, folder, vocab_size=300),
         PythonDocumentation(folder, vocab_size=300),
     ):
-        with pytest.raises(UserError, match=r"size of 300, but the model's is 299; set --model\.vocab_size 300"):
+        with pytest.raises(
+            UserError, match=r"vocabulary size is 300, but the model's 299; set --model\.vocab_size 300"
+        ):
             TokenData(source, vocab_size=299).prepare_data()
     assert not Path(folder).exists()
 

@@ -159,7 +159,7 @@ def test_windows_count_as_often_as_blocks_have_them(monkeypatch: pytest.MonkeyPa
 def test_blocks_with_value_embeddings_are_timed_with_them():
     timed = []
 
-    def measure(backend: AttentionBackend, has_value_embedding: bool) -> Seconds | None:
+    def measure(backend: AttentionBackend, has_value_embedding: bool, _: bool) -> Seconds | None:
         timed.append((backend.describe(), has_value_embedding))
         time = {"cudnn": 0.002 + 0.01 * has_value_embedding, "flash": 0.003}.get(backend.describe())
         return time and Seconds(time, time)

@@ -257,7 +257,8 @@ def test_an_option_switches_the_compiled_model_and_trains_all_its_parameters(opt
     compiled = torch.compile(model.nll, fullgraph=True, dynamic=False, backend="eager")  # captured, not lowered
     nll = compiled(ids[:, :-1], ids[:, 1:])
     assert torch.allclose(nll, model.nll(ids[:, :-1], ids[:, 1:]))
-    plain = randomized(7)
+    without = replace(TINY, attention=replace(config.attention, key_offset=False)) if option == "key_offset" else TINY
+    plain = randomized(7, without)
     shapes = {key: value.shape for key, value in plain.state_dict().items()}
     shared = {key: value for key, value in model.state_dict().items() if shapes.get(key) == value.shape}
     plain.load_state_dict(shared, strict=False)

@@ -110,17 +110,16 @@ def test_moments_of_a_table_that_is_only_looked_up_are_those_of_its_rows_gradien
     assert torch.equal(result.hessian, torch.eye(16))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_sums_of_squares_may_exceed_the_range_of_half_precision(dtype: torch.dtype, tokens: torch.Tensor):
+def test_sums_of_squares_may_exceed_the_range_of_half_precision(tokens: torch.Tensor):
     model = randomized()
     with torch.no_grad():
         for block in model.blocks:
             block.mlp.up.weight.mul_(4)  # a square of 16 times the size, as after a long training
-    expected = calibrate(model, tokens.split(3))
-    with torch.autocast("cpu", dtype):
-        moments = calibrate(model, tokens.split(3))
-    largest = max(float(expected[name].hessian.max()) for name in expected) * tokens[:, :-1].numel()
-    assert largest > torch.finfo(torch.float16).max
+    expected = calibrate(model, [tokens])
+    with torch.autocast("cpu", torch.float16):
+        moments = calibrate(model, [tokens])
+    positions = tokens[:, :-1].numel()
+    assert max(float(each.hessian.max()) for each in expected.values()) * positions > torch.finfo(torch.float16).max
     for name, each in moments.items():
         for actual, wanted in ((each.hessian, expected[name].hessian), (each.sensitivity, expected[name].sensitivity)):
             assert torch.linalg.vector_norm(actual - wanted) < 0.1 * torch.linalg.vector_norm(wanted), name

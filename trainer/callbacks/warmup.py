@@ -92,9 +92,10 @@ class CompileWarmup(pl.Callback):
             except torch.OutOfMemoryError:
                 fits = False
             module.zero_grad()
-            if not fits:  # outside the handler, which holds the tensors of the failed step
+            all_fit = all_ranks_agree(fits, module.device)
+            if not all_fit:  # outside the handler, which holds the tensors of the failed step
                 release_memory(module.device)
-            if all_ranks_agree(fits, module.device):
+            if all_fit:
                 module.micro_batch_tokens = sequences // slices * length
                 run = RunFolder(str(trainer.log_dir))  # a collective: all processes must ask
                 if trainer.is_global_zero:

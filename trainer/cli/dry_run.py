@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from importlib.util import find_spec
 from typing import TypeVar
 
 import torch
@@ -15,19 +14,19 @@ from trainer.cli.lightning_cli import TrainerCLI
 from trainer.cli.resume import start_from
 from trainer.data.shards import TokenFiles
 from trainer.data.stream import check_batch
+from trainer.data.tokenizer import load_tokenizer
 from trainer.device import available_memory, device_name, synchronize
 from trainer.errors import UserError
-from trainer.kernels.fusion import Fused
 from trainer.lightning_module import DTYPES, LanguageModel
 from trainer.logging import logger
 from trainer.model.flops import forward_flops
-from trainer.model.kernel_choice import choose_fused
+from trainer.model.kernel_choice import choose_fused, supported_fused
 from trainer.model.memory import TrainingMemory, saved_bytes, training_memory
 from trainer.quantize.size_forecast import forecast_bytes
 from trainer.source_bundle import source_bundle
 from trainer.step import clip_gradients, micro_batch_count, train_step
 
-# Share of the speed of a large matrix product that a compiled step reaches on an H200, with our fused operators and
+# Share of the speed of a large matrix product that a compiled step reaches on an H200, with all fused operators and
 # without them (docs/log.md).
 REACHED, REACHED_UNFUSED = 0.55, 0.3
 PRODUCT = 8192  # rows and columns of that product
@@ -48,7 +47,7 @@ def dry_run(cli: TrainerCLI) -> None:
         cli: The configured objects.
 
     Raises:
-        UserError: If the run cannot fit into the memory or into the cap.
+        UserError: If the run cannot fit into the memory or into the cap, or would be refused before its first step.
     """
     if cli.config.ckpt is not None:
         raise UserError("--dry_run forecasts whole runs, not what --ckpt leaves of one; leave one of them out")
@@ -56,10 +55,10 @@ def dry_run(cli: TrainerCLI) -> None:
         raise UserError(f"{run}: this run exists already; choose another --run_name")
     module, data, processes = cli.model, cli.datamodule, cli.trainer.world_size
     check_batch(data.batch_tokens, data.sequence_length, processes)
-    data.source.check()
-    data.check_vocabulary_of_source()
     if cli.config.init_from is not None:
         start_from(cli, resumes=False)
+    data.source.check()
+    data.check_vocabulary_of_source()
     device = cli.trainer.strategy.root_device
     # The processes of a machine share its cores and its memory; each GPU is of one.
     sharing = processes // cli.trainer.num_nodes if device.type == "cpu" else 1
@@ -75,13 +74,13 @@ def dry_run(cli: TrainerCLI) -> None:
     is_compiled = module.compile_choice == "on" or (module.compile_choice == "auto" and device.type == "cuda")
     if is_compiled and device.type == "cuda":
         dtype = DTYPES.get(str(cli.trainer.precision), torch.float32)
-        fused = choose_fused(config, device, dtype, dict.fromkeys(Fused._fields, find_spec("triton") is not None))
+        fused = choose_fused(config, device, dtype, supported_fused(config, device, dtype)._asdict())
         memory = training_memory(config, parameters, fused, dtype.itemsize)
         _forecast_memory(cli, memory, available)
         rate = _product_speed(device, dtype)
-        reached = REACHED if any(fused) else REACHED_UNFUSED
+        reached = REACHED if all(fused) else REACHED_UNFUSED
         speed = reached * rate / slow
-        source = f"{reached:.0%} of the {rate / 1e12:,.0f} TFLOP/s of a large matrix product"
+        source = f"{reached:.0%}, as on an H200, of the {rate / 1e12:,.0f} TFLOP/s of a large matrix product"
     else:
         steps = _Steps(module, device, length, cli.trainer.precision_plugin.forward_context)
         micro_batch = _forecast_memory(cli, steps.memory(parameters), available)
@@ -193,13 +192,12 @@ def _forecast_budget(cli: TrainerCLI, speed: float, loop_factor: float, source: 
         )
     tokens = steps * data.batch_tokens
     try:
-        data.source.prepared()
+        text = data.source.prepared()
+        is_kept = load_tokenizer(text.tokenizer).get_piece_size() == data.vocab_size
+        count = len(TokenFiles(text.train, data.held_out_tokens or 0)) if is_kept else 0
+        epochs = f"{tokens / count:.2f} epochs of {count:,}" if is_kept else "epochs unknown (the text is made again)"
     except UserError as error:
         epochs = f"epochs unknown ({error})"
-    else:
-        data.open_text()
-        count = len(TokenFiles(data.text.train, data.held_out_tokens or 0))
-        epochs = f"{tokens / count:.2f} epochs of {count:,}"
     _log("budget", f"about {steps:,} steps in {tokens / speed:,.0f} s, {tokens:,} tokens, {epochs}")
 
 

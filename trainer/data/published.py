@@ -1,6 +1,7 @@
 """The published FineWeb export, fetched from the Hugging Face Hub into the Hub's own cache."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,6 +61,16 @@ class PublishedFineWeb(Source):
         self.revision = revision
         self.parallel_files = parallel_files
 
+    def check(self) -> None:
+        """Refuse fewer than one shard."""
+        if self.train_shards is not None and self.train_shards < 1:
+            raise UserError(f"data.source.train_shards must be at least 1, or null for all, not {self.train_shards}")
+
+    def known_vocab_size(self) -> int | None:
+        """The number that ends the names of the challenge's exports."""
+        named = re.search(r"_sp(\d+)$", self.variant)
+        return int(named[1]) if named else None
+
     def prepare(self, only_if_missing: bool = False) -> None:
         """Download what is missing, and compare it with the hashes that are published.
 
@@ -69,6 +80,7 @@ class PublishedFineWeb(Source):
             UserError: If the export or that number of shards does not exist, the disk has no space for it, or the
                 download fails.
         """
+        self.check()
         text = self._find(local=False)
         damaged = [path for path in [*text.train, *text.val] if not _is_whole(path)]
         for path in damaged:

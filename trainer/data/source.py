@@ -35,14 +35,18 @@ class Source(ABC):
     model_vocab_size = 1024
 
     def check(self) -> None:  # noqa: B027 - a source may have nothing to check
-        """Refuse settings and files that cannot be used; reads no text and makes nothing.
+        """Refuse settings and files that `prepare` would refuse, for `--dry_run`; reads no text and makes nothing.
 
         Raises:
             UserError: With what is wrong.
         """
 
     def known_vocab_size(self) -> int | None:
-        """Vocabulary size that the settings ask for; None where only the prepared text tells."""
+        """Vocabulary size that the settings fix; None: unknown, or that of the model.
+
+        Raises:
+            UserError: If a tokenizer that is given cannot be used.
+        """
         return None
 
     @abstractmethod

@@ -6,6 +6,7 @@ from trainer.data.local_text import LocalText
 from trainer.data.manifest import TOKENIZER
 from trainer.data.python_documentation import PythonDocumentation
 from trainer.data.source import PreparedText, Source, list_shards
+from trainer.data.tokenizer import load_tokenizer
 
 __all__ = ["LocalText", "PreparedText", "PythonDocumentation", "Shards", "Source"]
 
@@ -22,6 +23,10 @@ class Shards(Source):
         """
         self.folder = Path(folder)
         self.tokenizer = Path(tokenizer) if tokenizer else self.folder / TOKENIZER
+
+    def known_vocab_size(self) -> int | None:
+        """That of the shards' tokenizer, once it is there."""
+        return int(load_tokenizer(self.tokenizer).get_piece_size()) if self.tokenizer.is_file() else None
 
     def prepare(self, only_if_missing: bool = False) -> None:
         """Do nothing: the shards exist."""

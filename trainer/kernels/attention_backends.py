@@ -32,6 +32,8 @@ class AttentionBackend(Protocol):
     def key_before(self, k: Tensor) -> Tensor:
         """Key of the position before the first: that of the first itself, unless earlier ones are kept.
 
+        Attention with a key offset asks once, before it attends: who keeps keys, keeps the last of these.
+
         Args:
             k: (B, T, K, d), before their offset.
 

@@ -1,4 +1,4 @@
-"""QK-norm with RoPE, and XSA, each as one fused operator that reads and writes every number once.
+"""QK-norm with RoPE and key offset, and XSA, each as one fused operator that reads and writes every number once.
 
 Compiled from the formulas of `model.attention`, a `frontier` step spends 5.8 ms of an H100 on QK-norm, RoPE and gain,
 and as much on XSA; moving their bytes takes 3.8 and 3.2 ms. Needs Triton.
@@ -14,17 +14,23 @@ TRITON = "trainer.kernels.fused_heads_triton"  # its import needs Triton
 PROBE_EPS = 1e-6
 
 
+def is_supported(width: int, dtype: torch.dtype) -> bool:
+    """Whether they may run: they need 16-bit numbers and a head width that is a power of two."""
+    return not width & (width - 1) and dtype in (torch.bfloat16, torch.float16)
+
+
 def runs_on(heads: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> bool:
-    """Try both operators forward and backward; they need Triton, 16 bits and a head width that is a power of two."""
+    """Try both operators forward and backward, with a key offset and without; besides, they need Triton."""
     queries, keys, width = heads
-    if width & (width - 1) or dtype not in (torch.bfloat16, torch.float16):
+    if not is_supported(width, dtype):
         return False
     try:
         qkv = torch.randn(1, 4, queries + 2 * keys, width, device=device, dtype=dtype).requires_grad_()
         tables = torch.ones(2, 4, width, device=device)
         gain = torch.ones(queries, device=device).requires_grad_()
-        q, k, v = qk_norm_rope(qkv, tables, gain, keys, PROBE_EPS)
-        (xsa(q, v).sum() + k.sum()).backward()
+        for offset_from in (None, width // 4):
+            q, k, v = qk_norm_rope(qkv, tables, gain, keys, PROBE_EPS, offset_from=offset_from)
+            (xsa(q, v).sum() + k.sum()).backward()
     except Exception:  # no Triton, another version of it, no compiler: they cannot be used
         return False
     return qkv.grad is not None and bool(qkv.grad.isfinite().all())

@@ -14,9 +14,14 @@ TRITON = "trainer.kernels.fused_loss_triton"  # its import needs Triton
 MAX_CAP = 40.0  # exp(-2 cap) must not vanish in float32
 
 
+def is_supported(cap: float, dtype: torch.dtype) -> bool:
+    """Whether it may run: it needs 16-bit numbers and a softcap of at most 40."""
+    return 0 < cap <= MAX_CAP and dtype in (torch.bfloat16, torch.float16)
+
+
 def runs_on(cap: float, device: torch.device, dtype: torch.dtype) -> bool:
-    """Try it forward and backward; it needs Triton, 16-bit numbers and a softcap of at most 40."""
-    if not 0 < cap <= MAX_CAP or dtype not in (torch.bfloat16, torch.float16):
+    """Try it forward and backward; besides, it needs Triton."""
+    if not is_supported(cap, dtype):
         return False
     try:
         logits = torch.randn(4, 100, device=device, dtype=dtype).requires_grad_()

@@ -13,9 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def is_supported(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether it may run: it needs 16-bit numbers and a GPU with a tensor memory accelerator."""
+    return torch.cuda.get_device_capability(device) >= (9, 0) and dtype in (torch.bfloat16, torch.float16)
+
+
 def runs_on(widths: tuple[int, int], device: torch.device, dtype: torch.dtype) -> bool:
-    """Try it forward and backward; it needs Triton, 16-bit numbers and a GPU with a tensor memory accelerator."""
-    if torch.cuda.get_device_capability(device) < (9, 0) or dtype not in (torch.bfloat16, torch.float16):
+    """Try it forward and backward; besides, it needs Triton."""
+    if not is_supported(device, dtype):
         return False
     dim, hidden = widths
     x, up, down = (

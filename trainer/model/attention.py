@@ -22,7 +22,8 @@ class AttentionConfig:
         rope_dims: Channels of each head that RoPE rotates (even, at least 2); null: all of them (partial RoPE,
             openai/parameter-golf #434).
         key_offset: In blocks with full attention, take the channels of each key that RoPE leaves alone from the
-            position before; needs rope_dims below the head's width (partial key offset, modded-nanogpt #49).
+            position before; needs rope_dims below the head's width (partial key offset,
+            KellerJordan/modded-nanogpt #169).
         qk_gain_init: Initial value of each query head's learned gain (any number).
         xsa: Remove from each head's output its component along the position's own value (XSA, Zhai 2026,
             arXiv 2603.09078).

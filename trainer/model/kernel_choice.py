@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +52,23 @@ def is_known(config: Any, names: Sequence[str]) -> bool:
     return all(getattr(config, name) == getattr(default, name) for name in others)
 
 
+def supported_fused(config: TransformerConfig, device: torch.device, dtype: torch.dtype) -> Fused:
+    """The fused operators that model, device and type allow; whether they run is not tried.
+
+    Args:
+        config: The model.
+        device: Where it runs.
+        dtype: Type of the activations.
+    """
+    if device.type != "cuda" or find_spec("triton") is None:
+        return Fused()
+    return Fused(
+        is_known(config.mlp, FUSED_MLP) and fused_mlp.is_supported(device, dtype),
+        is_known(config.attention, FUSED_HEADS) and fused_heads.is_supported(config.heads[2], dtype),
+        fused_loss.is_supported(config.logit_softcap, dtype),
+    )
+
+
 def choose_fused(
     config: TransformerConfig, device: torch.device, dtype: torch.dtype, runs: Mapping[str, bool] | None = None
 ) -> Fused:
@@ -60,7 +78,7 @@ def choose_fused(
         config: The model; its `fused` is the choice.
         device: Where the model runs.
         dtype: Type of the activations.
-        runs: Which operators run, by name, instead of trying them, which takes seconds.
+        runs: Which operators run, by name; None: they are tried, which takes seconds.
 
     Raises:
         UserError: If they are demanded and one does not run.
@@ -94,7 +112,7 @@ class Seconds(NamedTuple):
     scoring: float
 
 
-Measure = Callable[[AttentionBackend, bool], Seconds | None]
+Measure = Callable[[AttentionBackend, bool, bool], Seconds | None]
 
 
 def candidates(name: str) -> Iterator[list[AttentionBackend]]:
@@ -127,7 +145,8 @@ def choose_attention(
         device: Where it will run.
         dtype: Type of the activations.
         has_fused_heads: Whether fused operators compute QK-norm, RoPE and XSA.
-        measure: Seconds of a backend with or without value embeddings, or None if it does not run; for tests.
+        measure: Seconds of a backend, with or without value embeddings and key offset, or None if it does not run; for
+            tests.
 
     Raises:
         UserError: If the backend that is named does not run here.
@@ -143,7 +162,12 @@ def choose_attention(
         time_attention, config=config, length=length, device=device, dtype=dtype, has_fused_heads=has_fused_heads
     )
     kinds = Counter(
-        (config.attention.window_of(block), config.has_value_embedding(block)) for block in config.block_order()
+        (
+            config.attention.window_of(block),
+            config.has_value_embedding(block),
+            config.attention.has_key_offset(block),
+        )
+        for block in config.block_order()
     )
     seconds: dict[AttentionBackend, Seconds] = {}
     for variants in candidates(name):
@@ -151,8 +175,8 @@ def choose_attention(
             break  # it materializes all scores: seconds and tens of GiB to find out that any other is faster
         for backend in variants:
             timings = [
-                (count, measure(with_window(backend, window) if window else backend, has_values))
-                for (window, has_values), count in kinds.items()
+                (count, measure(with_window(backend, window) if window else backend, has_values, has_offset))
+                for (window, has_values, has_offset), count in kinds.items()
             ]
             if all(timing is not None for _, timing in timings):
                 known = [(count, timing) for count, timing in timings if timing is not None]
@@ -178,6 +202,7 @@ def choose_attention(
 def time_attention(
     backend: AttentionBackend,
     has_value_embedding: bool,
+    has_key_offset: bool,
     config: TransformerConfig,
     length: int,
     device: torch.device,
@@ -186,7 +211,7 @@ def time_attention(
 ) -> Seconds | None:
     """Time the attention of one block, None if it does not run; the arguments are those of `choose_attention`."""
     _, kv_heads, head_dim = config.heads
-    attention = Attention(config.attention, config.model_dim, has_value_embedding).to(device)
+    attention = Attention(config.attention, config.model_dim, has_value_embedding, has_key_offset).to(device)
     attention.backend, attention.is_fused = backend, has_fused_heads
     batch = max(1, PROBE_TOKENS // length)
     x = torch.randn(batch, length, config.model_dim, device=device, dtype=dtype).requires_grad_()
