@@ -13,6 +13,7 @@ from tests.helpers import trainer_here
 from trainer.cli import dry_run
 from trainer.errors import UserError
 from trainer.kernels.fusion import Fused
+from trainer.model import kernel_choice
 from trainer.model.attention import AttentionConfig
 from trainer.model.embedding import BigramConfig
 from trainer.model.memory import TrainingMemory, saved_bytes, training_memory
@@ -177,3 +178,42 @@ def test_the_largest_part_of_a_step_that_fits():
     assert memory.largest(12, 8, 1000 + 10 * 95) == 48
     assert memory.largest(12, 8, 1000 + 10 * 8) == 8
     assert memory.largest(12, 8, 1000 + 10 * 7) is None
+
+
+def test_the_forecast_expects_only_fused_operators_that_the_card_and_the_type_allow(monkeypatch):
+    monkeypatch.setattr(kernel_choice, "find_spec", lambda name: object())
+    gpu, half = torch.device("cuda"), torch.bfloat16
+    for capability, dtype, width, expected in (
+        ((9, 0), half, 128, Fused(True, True, True)),
+        ((7, 5), torch.float16, 128, Fused(False, True, True)),
+        ((9, 0), torch.float32, 128, Fused()),
+        ((9, 0), half, 96, Fused(True, False, True)),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, of=capability: of)
+        config = replace(FRONTIER, model_dim=4 * width)
+        assert kernel_choice.supported_fused(config, gpu, dtype) == expected
+    monkeypatch.setattr(kernel_choice, "find_spec", lambda name: None)
+    assert kernel_choice.supported_fused(FRONTIER, gpu, half) == Fused()
+
+
+def test_a_text_that_a_run_would_make_again_has_no_epochs(tmp_path):
+    (tmp_path / "a.txt").write_text("\n".join(f"Line {k} of some text with words." for k in range(3000)))
+    source = ["--data.source=LocalText", "--data.source.train_files=[a.txt]", "--data.source.folder=made"]
+    sizes = ["--trainer.max_steps=5", "--data.source.val_every=2"]
+    made = trainer_here("prepare", *source, "--data.source.vocab_size=300", "--data.source.val_every=2", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    result = trainer_here("fit", *TINY_OPTIONS, *source, *sizes, "--model.vocab_size=310", "--dry_run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "epochs unknown (the text is made again)" in result.stdout
+
+
+def test_the_tokenizer_of_the_parent_is_what_counts(tmp_path, tiny_overrides):
+    """`--init_from` gives the source the parent's tokenizer."""
+    (tmp_path / "a.txt").write_text("Some text. " * 100)
+    options = {"trainer.max_steps": 2, "trainer.default_root_dir": str(tmp_path / "runs")}
+    parent = trainer.fit("int5mlp_10l_parity", overrides=tiny_overrides | options, quiet=True)
+    source = ["--data.source=LocalText", "--data.source.train_files=[a.txt]", "--data.source.folder=made"]
+    child = [f"--init_from={parent.run_folder / 'artifact.zst'}", "--data.source.vocab_size=270", "--dry_run"]
+    args = ("fit", "--config=int5mlp_10l_parity", *TINY_OPTIONS, *source, *child, "--trainer.max_steps=2")
+    result = trainer_here(*args, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
