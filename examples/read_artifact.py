@@ -14,6 +14,9 @@ from pathlib import Path
 import numpy as np
 import zstandard
 
+KNOWN = ("num_heads", "num_kv_heads", "rope_base", "rope_dims", "key_offset", "qk_gain_init", "xsa", "gate_dims")
+KNOWN += ("window", "window_pattern")
+
 
 def planes(data, dtype, shape):
     """Numbers whose lowest bytes come first, then the next bytes, and so on."""
@@ -29,6 +32,9 @@ def read(path):
     content = zstandard.ZstdDecompressor().decompress(data[40:])
     (length,) = struct.unpack_from("<I", content)
     header, payload = json.loads(content[4 : 4 + length]), memoryview(content)[4 + length :]
+    for option, value in header["model"]["attention"].items():
+        if option not in KNOWN and value not in (None, False):
+            raise SystemExit(f"{path}: has the option attention.{option}, which this reader does not know")
     coded = header["codec"] == "ans"
     tensors, symbols, classes = {}, {}, {}
     for entry in header["tensors"]:

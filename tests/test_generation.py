@@ -14,7 +14,8 @@ from trainer.__main__ import main
 from trainer.data.tokenizer import BOS, load_tokenizer
 from trainer.errors import UserError
 from trainer.files import sha256_of
-from trainer.generation import Decoder, generate_tokens, sample, stream_text
+from trainer.generation import Decoder, SamplingConfig, continue_text, generate_tokens, sample, stream_text
+from trainer.kernels.attention_backends import SdpaBackend
 from trainer.model.transformer import Transformer
 from trainer.quantize.artifact import write_artifact
 from trainer.quantize.policy import QuantizationConfig, storage_dtype
@@ -57,6 +58,18 @@ def test_a_text_longer_than_the_context_continues_from_its_last_half(model: Tran
         logits = decoder.feed([token])
     plain = plain_twin(model)(torch.tensor([ids[-8:]]))[0, -1]
     assert torch.allclose(logits, plain, atol=1e-10)
+
+
+def test_a_generated_text_uses_its_own_attention_and_gives_the_models_back(model: Transformer, shard_folder: Path):
+    attentions = [block.attention for block in model.blocks]
+    before = [SdpaBackend("math") for _ in attentions]
+    for attention, backend in zip(attentions, before, strict=True):
+        attention.backend, attention.is_fused = backend, True  # the fused operator cannot run here
+    tokenizer = load_tokenizer(shard_folder / "tokenizer.model")
+    assert "".join(continue_text(model, tokenizer, "the model", SamplingConfig(tokens=5, context=16)))
+    assert all(a.backend is backend and a.is_fused for a, backend in zip(attentions, before, strict=True))
+    for attention in attentions:
+        attention.is_fused = False
 
 
 def test_sampling_draws_from_the_most_probable_in_their_proportions():
@@ -162,5 +175,7 @@ def test_recipes_are_listed_and_a_similar_command_is_suggested(capsys):
     assert "int5mlp_10l            The reference recipe on one GPU" in listed
     assert main(["generat"]) == 2
     assert "did you mean generate?" in capsys.readouterr().err
+    assert main(["version"]) == 2
+    assert "did you mean --version?" in capsys.readouterr().err
     assert main(["dance"]) == 2
     assert "use fit, validate" in capsys.readouterr().err
