@@ -274,7 +274,7 @@ def test_a_size_that_differs_from_the_announced_one_is_refused(hub):
     [
         ({"variant": "tiny_sp9"}, r"variant 'tiny_sp9' is not in someone/golf; there are: other, tiny_sp280"),
         ({"train_shards": 3}, r"train_shards is 3, but tiny_sp280 in someone/golf has 2"),
-        ({"train_shards": 0}, r"give 1 to 2"),
+        ({"train_shards": 0}, r"train_shards must be at least 1, or null for all, not 0"),
         (
             {"variant": "other", "train_shards": 1},
             "promises other/fineweb_train_000000.bin, but .* has 0 such",

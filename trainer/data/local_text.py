@@ -70,6 +70,7 @@ class LocalText(Source):
 
     def known_vocab_size(self) -> int | None:
         """That of the tokenizer that is given, or that is asked for."""
+        self._check_settings()
         return int(load_tokenizer(self.given_tokenizer).get_piece_size()) if self.given_tokenizer else self.vocab_size
 
     def _check_settings(self) -> None:

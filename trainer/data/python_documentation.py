@@ -64,6 +64,7 @@ class PythonDocumentation(Source):
 
     def known_vocab_size(self) -> int | None:
         """That of the tokenizer that is asked for."""
+        self.check()
         return self.vocab_size
 
     def prepare(self, only_if_missing: bool = False) -> None:

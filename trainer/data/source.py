@@ -45,7 +45,7 @@ class Source(ABC):
         """Vocabulary size that the settings fix; None: unknown, or that of the model.
 
         Raises:
-            UserError: If a tokenizer that is given cannot be used.
+            UserError: If a setting or a tokenizer that is given cannot be used.
         """
         return None
 
