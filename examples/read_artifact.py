@@ -169,6 +169,8 @@ def logits(w, tokens, config):
 
 
 def main():
+    if len(sys.argv) < 2:
+        raise SystemExit(__doc__)
     header, weights = read(sys.argv[1])
     tokens = np.array([int(each) for each in sys.argv[2:]] or [1])
     scores = logits(weights, tokens, header["model"]).astype(np.float64)

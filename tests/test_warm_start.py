@@ -114,7 +114,10 @@ def test_what_does_not_fit_is_refused_in_one_line(parent: RunFolder, tmp_path: P
     (folder / "tokenizer.model").unlink()
     text = other_text(tmp_path / "texts")
     for args, message in (
-        (small(shard_folder, f"--init_from={parent.artifact}", "--model.mlp.ratio=2"), "holds another model (mlp: "),
+        (
+            small(shard_folder, f"--init_from={parent.artifact}", "--model.mlp.ratio=2"),
+            "another model (mlp.ratio: 3 there, 2 here)",
+        ),
         (small(shard_folder, "--init_from=nowhere"), "nowhere: there is no such file"),
         (small(shard_folder, f"--init_from={parent.artifact}", "--init_from_sha256=abc"), "not the abc... of"),
         ([*text, f"--init_from={folder / 'artifact.zst'}"], "is not the tokenizer this model was trained with"),

@@ -102,15 +102,16 @@ class TokenData(pl.LightningDataModule):
     def prepare_data(self) -> None:
         """Make the shards, on one process; a command that only scores makes nothing."""
         if self.trainer is None or self.trainer.state.fn != "validate":
-            self.check_vocabulary_of_source()
+            self.check_before_preparing()
             self.source.prepare(only_if_missing=self.resumes)
 
-    def check_vocabulary_of_source(self) -> None:
-        """Refuse a source with another vocabulary than the model's, before its text is made.
+    def check_before_preparing(self) -> None:
+        """Refuse what a training run cannot use, before its text is made.
 
         Raises:
-            UserError: With both sizes.
+            UserError: If the source has another vocabulary than the model, or an option belongs to `validate`.
         """
+        self._refuse_adaptation()
         size = self.source.known_vocab_size()
         if size not in (None, self.vocab_size):
             raise UserError(
@@ -144,8 +145,7 @@ class TokenData(pl.LightningDataModule):
         tokens = val.read(0, min(needed, len(val)))
         check_vocabulary(scored[0], tokens, vocab_size)
         if stage == "fit":
-            if self.evaluation.adapt_rate is not None:
-                raise UserError("eval.adapt_rate belongs to trainer validate; leave it out of fit")
+            self._refuse_adaptation()
             self._check_training_tokens(vocab_size)
             self.shards = identify(self.text) if self.trainer is None or self.trainer.local_rank == 0 else {}
             if self.trainer is not None:
@@ -154,6 +154,10 @@ class TokenData(pl.LightningDataModule):
             raise UserError(f"{scored[0].parent}: the text to score has no bytes; give another one")
         self.val_tokens = torch.from_numpy(tokens.astype(np.int32))
         self._evaluations()  # an unusable split fails now
+
+    def _refuse_adaptation(self) -> None:
+        if self.evaluation.adapt_rate is not None:
+            raise UserError("eval.adapt_rate belongs to trainer validate; leave it out of fit")
 
     def _take_scored_text(self, text: ScoredText) -> None:
         """Tokenize a text with the tokenizer of the weights; no shards are needed."""

@@ -30,6 +30,7 @@ from trainer.model.transformer import Transformer, TransformerConfig
 from trainer.optim.muon_adamw import MuonAdamW, OptimizerConfig, parameter_groups
 from trainer.optim.schedule import ScheduleConfig, lr_multiplier, muon_momentum
 from trainer.progress_display import ProgressDisplay
+from trainer.run_folder import flatten
 from trainer.step import GradientNorms, StepFence, clip_gradients, micro_batch_count, train_step
 
 DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "64-true": torch.float64}  # of activations
@@ -285,9 +286,11 @@ class LanguageModel(pl.LightningModule):
 
     def difference_from(self, stored: dict[str, Any], where: str) -> str:
         """What a stored model config differs in from this model's, in words; empty if in nothing."""
-        config = self.model.config.to_dict()
+        before = dict(flatten(stored))
         return "; ".join(
-            f"{key}: {stored[key]} {where}, {config[key]} here" for key in config if stored[key] != config[key]
+            f"{key}: {before[key]} {where}, {value} here"
+            for key, value in flatten(self.model.config.to_dict())
+            if before[key] != value
         )
 
     def check_resumable(self, metadata: dict[str, Any], data: Any) -> None:

@@ -87,8 +87,8 @@ class RunFolder:
         Raises:
             UserError: If the name is taken or the folder cannot be made.
         """
-        if name and name != Path(name).name:
-            raise UserError(f"--run_name {name}: is not the name of a folder in {parent}")
+        if name:
+            check_name(parent, name)
         if rank() != 0:
             return cls(parent / (name or "0"))
         try:
@@ -304,6 +304,16 @@ def _check_types(summary: dict[str, Any]) -> None:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"it holds {name}, which is not a number")
+
+
+def check_name(parent: Path, name: str) -> None:
+    """Refuse a name of a run that leads to another folder.
+
+    Raises:
+        UserError: If it does.
+    """
+    if name != Path(name).name:
+        raise UserError(f"--run_name {name}: is not the name of a folder in {parent}")
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

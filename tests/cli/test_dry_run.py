@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import trainer
-from tests.conftest import TINY, TINY_OPTIONS
+from tests.conftest import ROOT, TINY, TINY_OPTIONS
 from tests.helpers import trainer_here
 from trainer.cli import dry_run
 from trainer.errors import UserError
@@ -24,6 +24,7 @@ from trainer.quantize.rounding import prune_smallest
 from trainer.quantize.size_forecast import BITS_AT_FINEST, TRAINED, forecast_bytes
 from trainer.source_bundle import source_bundle
 
+DOCS = ROOT / "docs"
 INT5 = TransformerConfig()
 FRONTIER = replace(
     INT5,
@@ -133,6 +134,18 @@ def test_what_would_not_be_forecast_is_refused(shard_folder, tmp_path):
         (["--data.batch_tokens=100"], "is not a multiple of data.sequence_length 32"),
         (["--data.source=LocalText", "--data.source.train_files=[nothing.txt]"], "nothing.txt"),
         (["--model.vocab_size=400"], "set --model.vocab_size 300"),
+        (["--eval.adapt_rate=0.1"], "eval.adapt_rate belongs to trainer validate"),
+        (["--run_name=a/../b"], "--run_name a/../b: is not the name of a folder"),
+        ([f"--data.source.folder={tmp_path / 'runs'}"], "holds no shard named"),
+        (["--data.held_out_tokens=100000000", "--trainer.max_steps=1"], "tokens; hold out fewer"),
+        (
+            [
+                "--data.source=LocalText",
+                f"--data.source.train_files=[{ROOT}/README.md]",
+                f"--data.source.folder={DOCS}",
+            ],
+            "which this trainer did not make",
+        ),
     ):
         code, text = forecast(shard_folder, tmp_path, *args)
         assert code == 1

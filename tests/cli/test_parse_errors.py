@@ -42,7 +42,7 @@ SIZE = "--data.source.vocab_size=abc"
             "--model.micro_batch_tokens: must be one of 'auto' or a whole number, not abc",
         ),
         (["fit", "--data.source.nothing=3"], "--data.source.nothing: PythonDocumentation has no such option"),
-        (["fit", "--data.source=Nothing"], "--data.source: there is no class Nothing; give its name"),
+        (["fit", "--data.source=Nothing"], "--data.source: there is no class Nothing; give one of LocalText, "),
         (["fit", "--trainer.callbacks=EarlyStopping"], "--trainer.callbacks.monitor: missing, but EarlyStopping needs"),
         (["fit", "--config=bad.yaml"], "--model.num_layers: must be a whole number, not many"),
         (["generate", "--artifact=x", "--tokens=abc"], "--tokens: must be a whole number, not abc"),

@@ -14,8 +14,7 @@ from trainer.cli.lightning_cli import TrainerCLI
 from trainer.cli.resume import start_from
 from trainer.data.shards import TokenFiles
 from trainer.data.stream import check_batch
-from trainer.data.tokenizer import load_tokenizer
-from trainer.device import available_memory, device_name, synchronize
+from trainer.device import available_memory, default_device, device_name, synchronize
 from trainer.errors import UserError
 from trainer.lightning_module import DTYPES, LanguageModel
 from trainer.logging import logger
@@ -23,6 +22,7 @@ from trainer.model.flops import forward_flops
 from trainer.model.kernel_choice import choose_fused, supported_fused
 from trainer.model.memory import TrainingMemory, saved_bytes, training_memory
 from trainer.quantize.size_forecast import forecast_bytes
+from trainer.run_folder import check_name
 from trainer.source_bundle import source_bundle
 from trainer.step import clip_gradients, micro_batch_count, train_step
 
@@ -51,14 +51,16 @@ def dry_run(cli: TrainerCLI) -> None:
     """
     if cli.config.ckpt is not None:
         raise UserError("--dry_run forecasts whole runs, not what --ckpt leaves of one; leave one of them out")
-    if cli.config.run_name is not None and (run := cli.folder_of_runs / cli.config.run_name).exists():
-        raise UserError(f"{run}: this run exists already; choose another --run_name")
+    if (name := cli.config.run_name) is not None:
+        check_name(cli.folder_of_runs, name)
+        if (run := cli.folder_of_runs / name).exists():
+            raise UserError(f"{run}: this run exists already; choose another --run_name")
     module, data, processes = cli.model, cli.datamodule, cli.trainer.world_size
     check_batch(data.batch_tokens, data.sequence_length, processes)
     if cli.config.init_from is not None:
         start_from(cli, resumes=False)
     data.source.check()
-    data.check_vocabulary_of_source()
+    data.check_before_preparing()
     device = cli.trainer.strategy.root_device
     # The processes of a machine share its cores and its memory; each GPU is of one.
     sharing = processes // cli.trainer.num_nodes if device.type == "cpu" else 1
@@ -91,6 +93,10 @@ def dry_run(cli: TrainerCLI) -> None:
 
 def _gib(size: int) -> str:
     return f"{size / GIB:.1f} GiB" if size >= GIB // 10 else f"{size / 2**20:.1f} MiB"
+
+
+def _without_gpu(device: torch.device) -> str:
+    return " (no GPU was found)" if device.type == default_device().type == "cpu" else ""
 
 
 def _log(name: str, text: str) -> None:
@@ -140,7 +146,7 @@ def _forecast_memory(cli: TrainerCLI, memory: TrainingMemory, available: int) ->
     if largest is None:
         raise UserError(
             f"one sequence of {length:,} tokens needs about {_gib(memory.total(length))}, and {device} has "
-            f"{_gib(available)}; lower --data.sequence_length or --model.model_dim"
+            f"{_gib(available)}{_without_gpu(device)}; lower --data.sequence_length or --model.model_dim"
         )
     chooses = module.micro_batch_tokens == "auto" and device.type == "cuda"
     requested = sequences * length if module.micro_batch_tokens == "auto" else module.micro_batch_tokens
@@ -149,7 +155,7 @@ def _forecast_memory(cli: TrainerCLI, memory: TrainingMemory, available: int) ->
     if tokens > largest and memory.total(tokens) > available:
         raise UserError(
             f"micro-batches of {tokens:,} tokens need about {_gib(memory.total(tokens))}, and {device} has "
-            f"{_gib(available)}; set --model.micro_batch_tokens {largest}"
+            f"{_gib(available)}{_without_gpu(device)}; set --model.micro_batch_tokens {largest}"
         )
     _log(
         "memory",
@@ -192,12 +198,12 @@ def _forecast_budget(cli: TrainerCLI, speed: float, loop_factor: float, source: 
         )
     tokens = steps * data.batch_tokens
     try:
-        text = data.source.prepared()
-        is_kept = load_tokenizer(text.tokenizer).get_piece_size() == data.vocab_size
-        count = len(TokenFiles(text.train, data.held_out_tokens or 0)) if is_kept else 0
-        epochs = f"{tokens / count:.2f} epochs of {count:,}" if is_kept else "epochs unknown (the text is made again)"
+        text, is_kept = data.source.prepared(), data.source.is_prepared()
     except UserError as error:
         epochs = f"epochs unknown ({error})"
+    else:
+        count = len(TokenFiles(text.train, data.held_out_tokens or 0)) if is_kept else 0
+        epochs = f"{tokens / count:.2f} epochs of {count:,}" if is_kept else "epochs unknown (the text is made again)"
     _log("budget", f"about {steps:,} steps in {tokens / speed:,.0f} s, {tokens:,} tokens, {epochs}")
 
 

@@ -40,10 +40,17 @@ def _of_key(key: str, reason: str) -> str:
     if value and (choice := NOT_A_CHOICE.match(reason)):
         return f"--{key}: must be {' or '.join([f'one of {choice[1]}', *names])}, not {value[1]}"
     if no_class := NO_CLASS.match(reason):
-        return f"--{key}: there is no class {no_class[1]}; give its name, or its import path"
+        hint = f"one of {', '.join(_sources())}" if key == "data.source" else "its name"
+        return f"--{key}: there is no class {no_class[1]}; give {hint}, or its import path"
     if value and names:
         return f"--{key}: must be {' or '.join(names)}, not {value[1]}"
     return f"--{key}: {reason}"
+
+
+def _sources() -> list[str]:
+    from trainer.data.source import Source  # noqa: PLC0415 - only an error needs it, and other commands start faster
+
+    return sorted(each.__name__ for each in Source.__subclasses__())
 
 
 def _of_class(key: str, name: str, reason: str) -> str:

@@ -106,6 +106,8 @@ def run(command: str, args: Sequence[str]) -> RunFolder | dict[str, Score] | Non
             raise UserError(
                 f"weights {cli.config.weights} in a config has no effect; give --weights {cli.config.weights}"
             )
+        if cli.is_dry_run:
+            raise UserError("--dry_run belongs to trainer fit; leave it out")
         is_cut = any(arg.startswith("--eval.max_tokens") for arg in rest)
         return validate(cli, stored, RunFolder.containing(Path(ckpt)).tokenizer, is_cut)
     if cli.is_dry_run:

@@ -8,7 +8,7 @@ from typing import Any
 from trainer.data.documents import FIELD, TextFiles, find_files
 from trainer.data.manifest import TOKENIZER, Manifest
 from trainer.data.normalization import DocumentKeys
-from trainer.data.preparation import prepare_folder
+from trainer.data.preparation import check_folder, is_prepared, prepare_folder
 from trainer.data.shard_writer import SHARD_TOKENS, Document, split_of, tokenize
 from trainer.data.source import PreparedText, Source, list_shards, size_option, train_for_source
 from trainer.data.tokenizer import check_trainable_size, load_tokenizer
@@ -64,9 +64,13 @@ class LocalText(Source):
         self.shard_tokens = shard_tokens
 
     def check(self) -> None:
-        """Refuse settings that cannot be used, and files that are not there."""
+        """Refuse settings that cannot be used, files that are not there, and a folder that is not ours."""
         self._check_settings()
-        self._find_files()
+        self._check_folder(self._record(*self._find_files()))
+
+    def is_prepared(self) -> bool:
+        """Whether the manifest names these files and settings."""
+        return is_prepared(self.folder, self._record(*self._find_files()))
 
     def known_vocab_size(self) -> int | None:
         """That of the tokenizer that is given, or that is asked for."""
@@ -102,7 +106,14 @@ class LocalText(Source):
             if only_if_missing and Manifest.read(self.folder) is not None:
                 return
             raise
-        record: dict[str, object] = {
+        record = self._record(train, val)
+        if not self.is_folder_given:
+            self._refuse_shards_of_others(record)
+        prepare_folder(self.folder, record, lambda folder: self._make(folder, record, train, val), only_if_missing)
+
+    def _record(self, train: list[Path], val: list[Path]) -> dict[str, object]:
+        """What the manifest says of the source."""
+        return {
             "class": "LocalText",
             "train_files": [_file_state(path) for path in train],
             "val_files": [_file_state(path) for path in val],
@@ -113,9 +124,11 @@ class LocalText(Source):
             else self.vocab_size or self.model_vocab_size,
             "shard_tokens": self.shard_tokens,
         }
+
+    def _check_folder(self, record: dict[str, object]) -> None:
         if not self.is_folder_given:
             self._refuse_shards_of_others(record)
-        prepare_folder(self.folder, record, lambda folder: self._make(folder, record, train, val), only_if_missing)
+        check_folder(self.folder, record)
 
     def _refuse_shards_of_others(self, record: dict[str, Any]) -> None:
         """Refuse a folder that nobody chose where it holds the shards of other files, which would be replaced."""

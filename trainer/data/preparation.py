@@ -66,6 +66,21 @@ def prepare_folder(
         raise UserError(f"{folder}: cannot be written ({error.strerror or error}); {hint}") from error
 
 
+def check_folder(folder: Path, source: dict[str, Any]) -> None:
+    """Refuse a folder that `prepare_folder` would refuse.
+
+    Args:
+        folder: The folder.
+        source: Class and settings of the source.
+
+    Raises:
+        UserError: If it holds anything that this trainer did not make, or the shards of another source.
+    """
+    if not is_prepared(folder, source):
+        refuse_foreign(folder)
+        refuse_other_source(folder, source)
+
+
 def is_prepared(folder: Path, source: dict[str, Any]) -> bool:
     """Whether a folder's manifest names this source, and its shards and its tokenizer are there."""
     try:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from trainer.data.manifest import TOKENIZER
 from trainer.data.normalization import DocumentKeys
-from trainer.data.preparation import prepare_folder
+from trainer.data.preparation import check_folder, is_prepared, prepare_folder
 from trainer.data.shard_writer import PROGRESS_SECONDS, Document, split_of, tokenize
 from trainer.data.source import PreparedText, Source, list_shards, size_option, train_for_source
 from trainer.data.tokenizer import check_trainable_size
@@ -57,27 +57,39 @@ class PythonDocumentation(Source):
         self.roots = [Path(root) for root in (roots or [paths["stdlib"], paths["purelib"]])]
 
     def check(self) -> None:
-        """Refuse settings that cannot be used."""
+        """Refuse settings that cannot be used, and a folder that is not ours."""
+        self._check_settings()
+        check_folder(self.folder, self._record())
+
+    def is_prepared(self) -> bool:
+        """Whether the manifest names these settings."""
+        return is_prepared(self.folder, self._record())
+
+    def _check_settings(self) -> None:
         if self.val_every < 2:
             raise UserError(f"data.source.val_every must be at least 2, not {self.val_every}")
         check_trainable_size(self.vocab_size or self.model_vocab_size, size_option(self.vocab_size))
 
     def known_vocab_size(self) -> int | None:
         """That of the tokenizer that is asked for."""
-        self.check()
+        self._check_settings()
         return self.vocab_size
 
     def prepare(self, only_if_missing: bool = False) -> None:
         """Collect docstrings, train the tokenizer and tokenize, unless the manifest says that this was done."""
-        self.check()
-        record: dict[str, object] = {
+        self._check_settings()
+        record = self._record()
+        prepare_folder(self.folder, record, lambda folder: self._make(folder, record), only_if_missing)
+
+    def _record(self) -> dict[str, object]:
+        """What the manifest says of the source."""
+        return {
             "class": "PythonDocumentation",
             "vocab_size": self.vocab_size or self.model_vocab_size,
             "max_bytes": self.max_bytes,
             "val_every": self.val_every,
             "roots": [str(root) for root in self.roots],
         }
-        prepare_folder(self.folder, record, lambda folder: self._make(folder, record), only_if_missing)
 
     def _make(self, folder: Path, record: dict[str, object]) -> None:
         """Write shards and manifest into a folder."""

@@ -83,7 +83,7 @@ class TokenFiles:
             held_out: Number of tokens at the end that do not count.
 
         Raises:
-            UserError: If there is none, or one is damaged.
+            UserError: If there is none, one is damaged, or no token is left.
         """
         if not paths:
             raise UserError("no token shards to read; prepare the data first")
@@ -94,6 +94,10 @@ class TokenFiles:
         self._files = [_opened(path) for path in self.paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self._length = int(self.ends[-1]) - held_out
+        if self._length < 1 and held_out:
+            raise UserError(
+                f"data.held_out_tokens {held_out:,}: the training text has {self.total:,} tokens; hold out fewer"
+            )
 
     def __len__(self) -> int:
         return self._length

@@ -49,6 +49,10 @@ class Source(ABC):
         """
         return None
 
+    def is_prepared(self) -> bool:
+        """Whether `prepare` would leave the shards that are there as they are."""
+        return True
+
     @abstractmethod
     def prepare(self, only_if_missing: bool = False) -> None:
         """Make the shards if they do not exist yet.

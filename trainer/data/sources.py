@@ -5,6 +5,7 @@ from pathlib import Path
 from trainer.data.local_text import LocalText
 from trainer.data.manifest import TOKENIZER
 from trainer.data.python_documentation import PythonDocumentation
+from trainer.data.shards import open_shard
 from trainer.data.source import PreparedText, Source, list_shards
 from trainer.data.tokenizer import load_tokenizer
 
@@ -23,6 +24,13 @@ class Shards(Source):
         """
         self.folder = Path(folder)
         self.tokenizer = Path(tokenizer) if tokenizer else self.folder / TOKENIZER
+
+    def check(self) -> None:
+        """Refuse a folder without shards, and damaged ones; a folder that is not there yet may be made elsewhere."""
+        if self.folder.is_dir():
+            text = self.prepared()
+            for path in (*text.train, *text.val):
+                open_shard(path)
 
     def known_vocab_size(self) -> int | None:
         """That of the shards' tokenizer, once it is there."""
