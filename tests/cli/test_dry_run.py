@@ -209,7 +209,8 @@ def test_the_forecast_expects_only_fused_operators_that_the_card_and_the_type_al
     assert kernel_choice.supported_fused(FRONTIER, gpu, half) == Fused()
 
 
-def test_a_text_that_a_run_would_make_again_has_no_epochs(tmp_path):
+def test_a_text_that_a_run_would_make_again_has_no_epochs(tmp_path, monkeypatch):
+    monkeypatch.setattr(dry_run._Steps, "tokens_per_second", lambda *args: 1000.0)
     (tmp_path / "a.txt").write_text("\n".join(f"Line {k} of some text with words." for k in range(3000)))
     source = ["--data.source=LocalText", "--data.source.train_files=[a.txt]", "--data.source.folder=made"]
     sizes = ["--trainer.max_steps=5", "--data.source.val_every=2"]
@@ -220,8 +221,9 @@ def test_a_text_that_a_run_would_make_again_has_no_epochs(tmp_path):
     assert "epochs unknown (the text is made again)" in result.stdout
 
 
-def test_the_tokenizer_of_the_parent_is_what_counts(tmp_path, tiny_overrides):
+def test_the_tokenizer_of_the_parent_is_what_counts(tmp_path, tiny_overrides, monkeypatch):
     """`--init_from` gives the source the parent's tokenizer."""
+    monkeypatch.setattr(dry_run._Steps, "tokens_per_second", lambda *args: 1000.0)
     (tmp_path / "a.txt").write_text("Some text. " * 100)
     options = {"trainer.max_steps": 2, "trainer.default_root_dir": str(tmp_path / "runs")}
     parent = trainer.fit("int5mlp_10l_parity", overrides=tiny_overrides | options, quiet=True)
