@@ -66,7 +66,10 @@ class LocalText(Source):
     def check(self) -> None:
         """Refuse settings that cannot be used, files that are not there, and a folder that is not ours."""
         self._check_settings()
-        self._check_folder(self._record(*self._find_files()))
+        record = self._record(*self._find_files())
+        if not self.is_folder_given:
+            self._refuse_shards_of_others(record)
+        check_folder(self.folder, record)
 
     def is_prepared(self) -> bool:
         """Whether the manifest names these files and settings."""
@@ -124,11 +127,6 @@ class LocalText(Source):
             else self.vocab_size or self.model_vocab_size,
             "shard_tokens": self.shard_tokens,
         }
-
-    def _check_folder(self, record: dict[str, object]) -> None:
-        if not self.is_folder_given:
-            self._refuse_shards_of_others(record)
-        check_folder(self.folder, record)
 
     def _refuse_shards_of_others(self, record: dict[str, Any]) -> None:
         """Refuse a folder that nobody chose where it holds the shards of other files, which would be replaced."""
