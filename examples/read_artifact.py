@@ -26,7 +26,10 @@ def planes(data, dtype, shape):
 
 def read(path):
     """The header and the tensors by name, in float32."""
-    data = Path(path).read_bytes()
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise SystemExit(f"{path}: cannot be read ({error.strerror})") from None
     if data[:8] != b"GOLFLM03" or data[8:40] != hashlib.sha256(data[40:]).digest():
         raise SystemExit(f"{path}: is no whole artifact of version 03")
     content = zstandard.ZstdDecompressor().decompress(data[40:])
@@ -172,6 +175,10 @@ def main():
     if len(sys.argv) < 2:
         raise SystemExit(__doc__)
     header, weights = read(sys.argv[1])
+    size = header["model"]["vocab_size"]
+    for each in sys.argv[2:]:
+        if not each.isdecimal() or int(each) >= size:
+            raise SystemExit(f"{each}: is no token; give whole numbers from 0 to {size - 1}")
     tokens = np.array([int(each) for each in sys.argv[2:]] or [1])
     scores = logits(weights, tokens, header["model"]).astype(np.float64)
     scores -= scores.max(-1, keepdims=True)

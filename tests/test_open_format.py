@@ -55,14 +55,14 @@ def logits_of(artifact: Path) -> np.ndarray:
         return read_artifact(artifact).build()(torch.tensor([TOKENS]))[0].numpy()
 
 
-def run_alone(*args: str, cwd: Path) -> str:
-    """Run Python in a process that cannot import this project."""
+def run_alone(*args: str, cwd: Path, fails: bool = False) -> str:
+    """What a Python program prints, or its error, in a process that cannot import this project."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     blocked = "import sys; sys.modules['trainer'] = None; sys.argv = sys.argv[1:]; exec(open(sys.argv[0]).read())"
     command = [sys.executable, "-c", blocked, *args]
     result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    assert result.returncode == fails, result.stderr
+    return result.stderr if fails else result.stdout
 
 
 @pytest.mark.parametrize("run", [(name, "zstd-22") for name in CONFIGS], indirect=True, ids=CONFIGS)
@@ -103,6 +103,11 @@ def test_the_numpy_example_prints_bits_and_likely_tokens(run: RunFolder, tmp_pat
     assert [float(line.split()[2]) for line in shown.splitlines()[:-5]] == pytest.approx(bits, abs=1e-4)
     best = scores[-1].exp().topk(5)
     assert [int(line.split()[2].rstrip(":")) for line in shown.splitlines()[-5:]] == best.indices.tolist()
+    for token in ("300", "the"):
+        error = run_alone(str(ROOT / "examples/read_artifact.py"), str(run.artifact), token, cwd=tmp_path, fails=True)
+        assert error == f"{token}: is no token; give whole numbers from 0 to 299\n"
+    error = run_alone(str(ROOT / "examples/read_artifact.py"), "missing.zst", cwd=tmp_path, fails=True)
+    assert error == "missing.zst: cannot be read (No such file or directory)\n"
 
 
 @pytest.mark.parametrize("run", [("all options", "ans")], indirect=True, ids=["tiny"])

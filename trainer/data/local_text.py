@@ -84,7 +84,12 @@ class LocalText(Source):
         if self.val_every < 2:
             raise UserError(f"data.source.val_every must be at least 2, not {self.val_every}")
         if self.given_tokenizer:
-            load_tokenizer(self.given_tokenizer)
+            size = load_tokenizer(self.given_tokenizer).get_piece_size()
+            if self.vocab_size not in (None, size):
+                raise UserError(
+                    f"{self.given_tokenizer}: has {size:,} tokens, and data.source.vocab_size asks for "
+                    f"{self.vocab_size:,}; leave one of the two out"
+                )
         else:
             check_trainable_size(self.vocab_size or self.model_vocab_size, size_option(self.vocab_size))
 

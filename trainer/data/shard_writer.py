@@ -180,7 +180,7 @@ def tokenize(
         writer.flush()
         if not writer.records:
             raise UserError(
-                f"{folder}: no document is left for the {writer.split} split; give more text or name that split's files"
+                f"no document is left for the {writer.split} split; give more text or name that split's files"
             )
     seconds = time.monotonic() - started
     total = sum(record.text_bytes for writer in writers.values() for record in writer.records)
