@@ -40,12 +40,10 @@ def load(recipe: str, args: list[str], left_out: tuple[type, ...] = LEFT_OUT) ->
             f"--config={path}",
             "--data.source=trainer.data.sources.PythonDocumentation",
             f"--data.source.folder={folder}/data",
-            "--data.source.vocab_size=1024",
             "--data.source.max_bytes=3000000",
             f"--trainer.default_root_dir={folder}/runs",
             "--trainer.devices=1",
             "--wallclock.seconds=null",
-            "--model.vocab_size=1024",
             *args,
         ],
     )

@@ -78,7 +78,7 @@ def test_sampling_draws_from_the_most_probable_in_their_proportions():
 
     def shares(**options: float) -> list[float]:
         settings = {"temperature": 1.0, "top_k": None, "top_p": 1.0, **options}
-        drawn = [sample(logits, generator=generator, **settings) for _ in range(4000)]  # type: ignore[arg-type]
+        drawn = [sample(logits, generator=generator, **settings) for _ in range(4000)]
         return [drawn.count(token) / 4000 for token in range(4)]
 
     assert shares() == pytest.approx([0.1, 0.4, 0.2, 0.3], abs=0.04)

@@ -12,9 +12,10 @@ from tests.conftest import ROOT
 from tests.helpers import environment
 
 NOTEBOOK = ROOT / "examples/first_run.ipynb"
+SMALLER = '"data.batch_tokens": 512, "data.source.max_bytes": 600000, "eval.max_tokens": 2000'
 SHORTER = {
-    '"wallclock.seconds": 60': '"trainer.max_steps": 61, "data.source.max_bytes": 600000, "eval.max_tokens": 2000',
-    '"trainer.max_steps": 60': '"trainer.max_steps": 4, "data.source.max_bytes": 600000, "eval.max_tokens": 2000',
+    '"wallclock.seconds": 60': f'"trainer.max_steps": 61, {SMALLER}',
+    '"trainer.max_steps": 60': f'"trainer.max_steps": 4, {SMALLER}',
 }
 
 

@@ -1,11 +1,18 @@
-"""What `benchmarks.scaling` and `benchmarks.profile` compute from a profile."""
+"""What the speed benchmarks measure, and what they compute from a profile."""
 
 import pytest
 import torch
 
 from benchmarks.profile import by_time, idle, union
 from benchmarks.scaling import device_times, replicated, table
+from benchmarks.subject import load
 from trainer.optim import newton_schulz
+
+
+def test_a_benchmark_measures_the_model_of_the_recipe_with_its_vocabulary():
+    cli = load("frontier", [])
+    assert cli.model.model.config.vocab_size == cli.datamodule.vocab_size == 8192
+    assert cli.datamodule.source.known_vocab_size() is None  # the tokenizer is trained for the model
 
 
 def test_collectives_count_as_exposed_only_where_nothing_is_computed():

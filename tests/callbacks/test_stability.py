@@ -20,7 +20,7 @@ def module() -> LanguageModel:
 def check(monitor: StabilityMonitor, module: LanguageModel, step: int, *values: float, precision: str = "32-true"):
     """Check the loss and the gradient norms of a step."""
     module.completed_metrics = [(step, torch.tensor(values, dtype=torch.float64))]
-    monitor.on_train_batch_start(SimpleNamespace(precision=precision), module)  # type: ignore[arg-type]
+    monitor.on_train_batch_start(SimpleNamespace(precision=precision), module)
 
 
 def test_a_loss_six_standard_deviations_above_the_steps_before_is_logged(module: LanguageModel, capsys):

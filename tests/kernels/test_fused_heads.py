@@ -142,7 +142,8 @@ def test_kernels_equal_the_formulas_also_for_lengths_that_no_block_divides(
     kernels = sys.modules[fused_heads.TRITON]
     results = kernels.qk_norm_rope_backward(*grads, qkv, tables, gain, EPS, offset_from)
     doubles = [each.double() for each in (*grads, qkv, tables, gain)]
-    for result, expected in zip(results, qk_norm_rope_backward(*doubles, EPS, offset_from), strict=True):
+    exact = qk_norm_rope_backward(*doubles, eps=EPS, offset_from=offset_from)
+    for result, expected in zip(results, exact, strict=True):
         assert is_close(result, expected)
     v = v[:, :, ::copies].contiguous()
     y, grad = (torch.randn(3, 11, heads, width, device=HERE, dtype=dtype) for _ in range(2))
@@ -162,7 +163,7 @@ def test_the_kernels_add_the_eps_they_are_given():
         exact = qk_norm_rope(qkv.double(), tables.double(), gain.double(), 1, eps, 1)
         grads = [torch.randn_like(each) for each in results]
         results += sys.modules[fused_heads.TRITON].qk_norm_rope_backward(*grads, qkv, tables, gain, eps, None)
-        exact += qk_norm_rope_backward(*[each.double() for each in (*grads, qkv, tables, gain)], eps)
+        exact += qk_norm_rope_backward(*[each.double() for each in (*grads, qkv, tables, gain)], eps=eps)
         assert all(is_close(result, expected) for result, expected in zip(results, exact, strict=True))
 
 

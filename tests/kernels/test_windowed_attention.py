@@ -45,7 +45,7 @@ def test_the_smaller_of_two_windows_counts():
 def test_flash_attention_with_a_window_equals_windowed_attention(queries: int):
     device = torch.device("cuda")
     config = TransformerConfig(model_dim=256, attention=AttentionConfig(4, 2))
-    if time_attention(FlashAttention4(100), False, config, 256, device, torch.bfloat16, False) is None:
+    if time_attention(FlashAttention4(100), False, False, config, 256, device, torch.bfloat16, False) is None:
         pytest.skip("needs flash-attn-4 and a GPU that it runs on")
     torch.manual_seed(0)
     q = torch.randn(2, queries, 4, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
