@@ -85,4 +85,5 @@ def tiny_overrides(shard_folder: Path) -> dict[str, object]:
     values = {name.removeprefix("--"): int(value) for name, value in (each.split("=") for each in TINY_OPTIONS)}
     schedule = {"trainer.max_steps": 8, "model.schedule.warmdown_steps": 6, "trainer.log_every_n_steps": 1}
     averaging = {"averaging.every": 2, "averaging.start_frac": 0.6}
-    return {"data.source.folder": shard_folder, **values, **schedule, **averaging, "trainer.val_check_interval": 4}
+    others = {"trainer.val_check_interval": 4, "report.enabled": False}
+    return {"data.source.folder": shard_folder, **values, **schedule, **averaging, **others}

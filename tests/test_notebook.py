@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 from tests.helpers import environment
 
 NOTEBOOK = ROOT / "examples/first_run.ipynb"
-SMALLER = '"data.batch_tokens": 512, "data.source.max_bytes": 600000, "eval.max_tokens": 2000'
+SMALLER = '"data.batch_tokens": 1024, "data.source.max_bytes": 600000, "eval.max_tokens": 2000'
 SHORTER = {
     '"wallclock.seconds": 60': f'"trainer.max_steps": 61, {SMALLER}',
     '"trainer.max_steps": 60': f'"trainer.max_steps": 4, {SMALLER}',

@@ -118,7 +118,7 @@ def test_the_bar_follows_a_terminal_that_changes_its_width(monkeypatch: pytest.M
 
 
 def test_validate_shows_how_far_it_is(tmp_path: Path, shard_folder: Path):
-    assert trainer(*small(shard_folder, "--report.enabled=false"), cwd=tmp_path).returncode == 0
+    assert trainer(*small(shard_folder), cwd=tmp_path).returncode == 0
     args = ["--progress.mode=json", "--progress.every_seconds=0", "--eval.batch_windows=4"]
     shown = trainer_here("validate", "--ckpt", f"{RUNS}/1/artifact.zst", *args, cwd=tmp_path).stdout
     tasks = [json.loads(line) for line in shown.splitlines() if line.startswith("{")]

@@ -271,7 +271,7 @@ def test_the_message_says_what_is_wrong(args: list[str], message: str, finished:
 
 
 def test_a_run_outlives_the_reader_of_its_output(tmp_path: Path, shard_folder: Path):
-    command = [sys.executable, "-m", "trainer", *small(shard_folder, "--report.enabled=false")]
+    command = [sys.executable, "-m", "trainer", *small(shard_folder)]
     with subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
@@ -283,7 +283,7 @@ def test_a_run_outlives_the_reader_of_its_output(tmp_path: Path, shard_folder: P
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_run_outlives_a_full_disk_under_its_output(tmp_path: Path, shard_folder: Path):
-    command = [sys.executable, "-m", "trainer", *small(shard_folder, "--report.enabled=false")]
+    command = [sys.executable, "-m", "trainer", *small(shard_folder)]
     with Path("/dev/full").open("w") as full:
         ended = subprocess.run(
             command, cwd=tmp_path, env=environment(), stdout=full, stderr=full, timeout=120, check=False
@@ -723,9 +723,7 @@ def test_the_script_that_ships_compiles_and_starts_several_processes(
 
 def test_the_code_that_ships_is_that_of_the_start(tmp_path: Path, shard_folder: Path):
     """The sources change while the run trains."""
-    result = run_faulty(
-        "at_step", {"step": 5, "fault": "change_sources"}, *small(shard_folder, "--report.enabled=false"), cwd=tmp_path
-    )
+    result = run_faulty("at_step", {"step": 5, "fault": "change_sources"}, *small(shard_folder), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     folder = tmp_path / RUNS / "1"
     metadata = load_checkpoint(folder / "checkpoints/last.ckpt")[METADATA_KEY]

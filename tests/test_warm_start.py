@@ -21,7 +21,7 @@ OTHER_WORDS = "zebra quagga okapi giraffe gnu impala kudu oryx eland dikdik"
 @pytest.fixture(scope="module")
 def parent(tmp_path_factory: pytest.TempPathFactory, shard_folder: Path) -> RunFolder:
     folder = tmp_path_factory.mktemp("parent")
-    result = trainer_here(*small(shard_folder, "--report.enabled=false"), cwd=folder)
+    result = trainer_here(*small(shard_folder), cwd=folder)
     assert result.returncode == 0, result.stderr
     return RunFolder(folder / RUNS / "1")
 

@@ -103,9 +103,12 @@ def test_a_vocabulary_that_the_model_lacks_is_refused_before_the_text_is_made(sh
             UserError, match=r"vocabulary size is 300, but the model's 299; set --model\.vocab_size 300"
         ):
             TokenData(source, vocab_size=299).prepare_data()
-    with pytest.raises(UserError, match=r"has 300 tokens, and data\.source\.vocab_size asks for 299; leave one"):
-        LocalText(files, folder, tokenizer=tokenizer, vocab_size=299).check()
     assert not Path(folder).exists()
+
+
+def test_a_tokenizer_and_a_vocabulary_size_exclude_each_other():
+    with pytest.raises(ValueError, match=r"t\.model has its own vocabulary, so data\.source\.vocab_size 299 cannot"):
+        LocalText("a.txt", tokenizer="t.model", vocab_size=299)
 
 
 @pytest.mark.parametrize("order", ["sequential", "shuffled"])

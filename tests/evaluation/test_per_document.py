@@ -24,7 +24,7 @@ from trainer.run_folder import RunFolder
 def runs(tmp_path_factory: pytest.TempPathFactory, shard_folder: Path) -> list[RunFolder]:
     folder = tmp_path_factory.mktemp("documents")
     for steps in (4, 12):
-        args = small(shard_folder, f"--trainer.max_steps={steps}", f"--run_name=of-{steps}", "--report.enabled=false")
+        args = small(shard_folder, f"--trainer.max_steps={steps}", f"--run_name=of-{steps}")
         result = trainer_here(*args, cwd=folder)
         assert result.returncode == 0, result.stderr
     return [RunFolder(folder / RUNS / f"of-{steps}") for steps in (4, 12)]

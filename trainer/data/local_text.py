@@ -53,6 +53,11 @@ class LocalText(Source):
             shard_tokens: Most tokens of a shard.
             field: Field of a .jsonl line, or column of a .parquet file, that holds the text.
         """
+        if tokenizer and vocab_size is not None:
+            raise ValueError(
+                f"data.source.tokenizer {tokenizer} has its own vocabulary, so data.source.vocab_size {vocab_size:,} "
+                "cannot be chosen; leave one of the two out"
+            )
         self.field = field
         self.train_files = [train_files] if isinstance(train_files, str) else train_files
         self.val_files = [val_files] if isinstance(val_files, str) else val_files
@@ -84,12 +89,7 @@ class LocalText(Source):
         if self.val_every < 2:
             raise UserError(f"data.source.val_every must be at least 2, not {self.val_every}")
         if self.given_tokenizer:
-            size = load_tokenizer(self.given_tokenizer).get_piece_size()
-            if self.vocab_size not in (None, size):
-                raise UserError(
-                    f"{self.given_tokenizer}: has {size:,} tokens, and data.source.vocab_size asks for "
-                    f"{self.vocab_size:,}; leave one of the two out"
-                )
+            load_tokenizer(self.given_tokenizer)
         else:
             check_trainable_size(self.vocab_size or self.model_vocab_size, size_option(self.vocab_size))
 

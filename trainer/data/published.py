@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.hf_api import RepoFile
 
 from trainer.data.shards import open_shard
 from trainer.data.source import PreparedText, Source
@@ -148,10 +147,11 @@ class PublishedFineWeb(Source):
         try:
             api = huggingface_hub.HfApi(endpoint=constants.ENDPOINT)
             tree = api.list_repo_tree(self.repo_id, repo_type="dataset", revision=commit, recursive=True)
+            listed = [each for each in tree if isinstance(each, huggingface_hub.RepoFile)]
             files = {
                 each.path: Published(each.size, each.lfs.sha256 if each.lfs else None)
-                for each in tree
-                if isinstance(each, RepoFile) and any(each.path.endswith(f"/{name}") for name in missing)
+                for each in listed
+                if any(each.path.endswith(f"/{name}") for name in missing)
             }
         except Exception as error:  # the Hub's HTTP library, and with it the classes, differs between its versions
             raise UserError(
