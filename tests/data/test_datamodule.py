@@ -106,11 +106,6 @@ def test_a_vocabulary_that_the_model_lacks_is_refused_before_the_text_is_made(sh
     assert not Path(folder).exists()
 
 
-def test_a_tokenizer_and_a_vocabulary_size_exclude_each_other():
-    with pytest.raises(ValueError, match=r"t\.model has its own vocabulary, so data\.source\.vocab_size 299 cannot"):
-        LocalText("a.txt", tokenizer="t.model", vocab_size=299)
-
-
 @pytest.mark.parametrize("order", ["sequential", "shuffled"])
 def test_calibration_reads_the_first_training_sequences_of_the_run(shard_folder: Path, order: str):
     module = TokenData(Shards(str(shard_folder)), 256, 32, order, seed=3, vocab_size=300)

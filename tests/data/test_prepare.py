@@ -317,6 +317,13 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, shard_folder: 
     assert "a.jsonl/o: cannot be written (File exists); choose another data.source.folder" in capsys.readouterr().err
 
 
+def test_settings_that_a_source_refuses_are_one_line(capsys):
+    args = ["--data.source=LocalText", "--data.source.train_files=a.txt", "--data.source.tokenizer=t.model"]
+    assert main(["prepare", *args, "--data.source.vocab_size=300"]) == 1
+    message = "data.source.tokenizer t.model has its own vocabulary, so data.source.vocab_size 300 cannot be chosen"
+    assert capsys.readouterr().err == f"trainer: {message}; leave one of the two out\n"
+
+
 def test_verify_repairs_nothing_and_prepare_does(prepared, tmp_path: Path, shard_folder: Path, capsys):
     folder, _ = prepared
     args = [

@@ -50,8 +50,8 @@ def run(args: list[str]) -> None:
     config = parser.parse_args(args)
     try:
         source: Source = parser.instantiate(config).data.source
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    except ValueError as error:  # jsonargparse's, about the class of the source; its cause is the source's own
+        raise UserError(str(error.__cause__ or error)) from error
     if getattr(source, "vocab_size", 0) is None:  # errors then name the option of this command
         source.vocab_size = (recipe.get("model") or {}).get("vocab_size", source.model_vocab_size)  # type: ignore[attr-defined]
     started = time.monotonic()

@@ -49,12 +49,13 @@ class LocalText(Source):
                 sha256 of its text (at least 2). Of fewer than twice as many documents, the last tenth of the text does.
             tokenizer: SentencePiece model. null: one is trained on the first 50 MB of the training split, an equal part
                 of each file.
-            vocab_size: Vocabulary size of a tokenizer that is trained here (261 to 65,536). null: the model's.
+            vocab_size: Vocabulary size of a tokenizer that is trained here (261 to 65,536), so not beside
+                `tokenizer`. null: the model's.
             shard_tokens: Most tokens of a shard.
             field: Field of a .jsonl line, or column of a .parquet file, that holds the text.
         """
         if tokenizer and vocab_size is not None:
-            raise ValueError(
+            raise UserError(
                 f"data.source.tokenizer {tokenizer} has its own vocabulary, so data.source.vocab_size {vocab_size:,} "
                 "cannot be chosen; leave one of the two out"
             )
