@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import HealthCheck, settings
 
 from trainer.data.shards import write_shard
@@ -54,6 +55,7 @@ TINY_OPTIONS = [
     "--eval.batch_windows=16",
     "--eval.fit_tokens=256",
     "--eval.max_tokens=300",
+    "--report.enabled=false",  # its samples would take most of the time
 ]
 
 TEXT = "the model reads a token and then it writes another one of them while 12 small cats sleep on warm stones"
@@ -82,8 +84,7 @@ def shard_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_overrides(shard_folder: Path) -> dict[str, object]:
     """A run of eight steps of a small model, for `trainer.fit`."""
-    values = {name.removeprefix("--"): int(value) for name, value in (each.split("=") for each in TINY_OPTIONS)}
+    values = {name.removeprefix("--"): yaml.safe_load(value) for name, value in (o.split("=") for o in TINY_OPTIONS)}
     schedule = {"trainer.max_steps": 8, "model.schedule.warmdown_steps": 6, "trainer.log_every_n_steps": 1}
     averaging = {"averaging.every": 2, "averaging.start_frac": 0.6}
-    others = {"trainer.val_check_interval": 4, "report.enabled": False}
-    return {"data.source.folder": shard_folder, **values, **schedule, **averaging, **others}
+    return {"data.source.folder": shard_folder, **values, **schedule, **averaging, "trainer.val_check_interval": 4}

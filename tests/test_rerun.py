@@ -18,7 +18,7 @@ RUN = "runs/int5mlp_10l_parity/first"
 def place(shard_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rerun")
     shutil.copytree(shard_folder, folder / "shards")
-    options = [*TINY_OPTIONS, "--trainer.max_steps=4", "--trainer.log_every_n_steps=1", "--report.enabled=false"]
+    options = [*TINY_OPTIONS, "--trainer.max_steps=4", "--trainer.log_every_n_steps=1"]
     source = ["--data.source=Shards", "--data.source.folder=shards", "--data.order=shuffled", "--seed_everything=7"]
     result = trainer("fit", "--config=int5mlp_10l_parity", *options, *source, "--run_name=first", cwd=folder)
     assert result.returncode == 0, result.stderr
@@ -65,7 +65,7 @@ def test_a_text_that_would_be_made_anew_stays_as_it_is(tmp_path: Path):
     texts.mkdir()
     for number, document in enumerate(make_documents(300, 3)):
         (texts / f"{number}.txt").write_text(document)
-    options = [*TINY_OPTIONS, "--trainer.max_steps=2", "--trainer.log_every_n_steps=1", "--report.enabled=false"]
+    options = [*TINY_OPTIONS, "--trainer.max_steps=2", "--trainer.log_every_n_steps=1"]
     source = ["--data.source=LocalText", "--data.source.train_files=texts", "--data.source.folder=mine"]
     result = trainer("fit", "--config=int5mlp_10l_parity", *options, *source, "--run_name=first", cwd=tmp_path)
     assert result.returncode == 0, result.stderr

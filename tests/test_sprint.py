@@ -33,7 +33,7 @@ def test_a_sprint_runs_its_seeds_and_is_compared_with_another(
 ):
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
-    options = ["--report.enabled=false", "--export.enabled=false", *TINY_OPTIONS]
+    options = ["--export.enabled=false", *TINY_OPTIONS]
     settings = [each for option in options for each in ("--set", option.removeprefix("--"))]
     args = ["sprint", "--config=int5mlp_10l", f"--data={data}", "--seeds=2", "--steps=4", *settings]
     first = trainer_here(*args, "--name=base", cwd=tmp_path)
@@ -118,7 +118,7 @@ def test_the_users_own_script_runs_again_for_each_seed(data: Path, tmp_path: Pat
         "if __name__ == '__main__':\n"
         "    raise SystemExit(main())\n"
     )
-    options = ["--report.enabled=false", "--export.enabled=false", *TINY_OPTIONS]
+    options = ["--export.enabled=false", *TINY_OPTIONS]
     settings = [each for option in options for each in ("--set", option.removeprefix("--"))]
     args = ["sprint", "--config=int5mlp_10l", f"--data={data}", "--seeds=1", "--steps=3", *settings]
     for name, program in (("mine", ["mine.py"]), ("plain", ["-m", "trainer"])):

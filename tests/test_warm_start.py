@@ -32,7 +32,7 @@ def other_text(folder: Path) -> list[str]:
     lines = [" ".join(words[(7 * line + place * place) % 10] for place in range(40)) for line in range(400)]
     folder.mkdir()
     (folder / "a.txt").write_text("\n".join(lines))
-    source = ["--data.source=LocalText", f"--data.source.train_files={folder}", "--report.enabled=false"]
+    source = ["--data.source=LocalText", f"--data.source.train_files={folder}"]
     return ["fit", "--config=int5mlp_10l_parity", *source, *TINY_OPTIONS]
 
 

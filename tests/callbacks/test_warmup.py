@@ -58,6 +58,7 @@ def run(tmp_path: Path, shard_folder: Path):
 def start(folder: Path, shards: Path, *args: str, fit: int = 1000, rank: int = 0) -> subprocess.CompletedProcess[str]:
     command = ["compiled.py", "fit", "--config=int5mlp_10l_parity", f"--data.source.folder={shards}", *TINY_OPTIONS]
     steps = ["--trainer.max_steps=5", "--trainer.val_check_interval=2", "--model.num_layers=2"]
+    steps += ["--export.enabled=false"]
     return python(*command, *steps, *args, cwd=folder, SEQUENCES_THAT_FIT=str(fit), LIMITED_RANK=str(rank))
 
 
