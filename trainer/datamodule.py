@@ -9,17 +9,19 @@ from typing import Literal
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from trainer.data import published  # noqa: F401 - a choice for --data.source
 from trainer.data.calibration import calibration_sequences
+from trainer.data.canonical import excluded_pairs
 from trainer.data.identity import Identity, difference, identify
 from trainer.data.manifest import NAME, Manifest, check_vocabulary
 from trainer.data.prefetch import Prefetcher
 from trainer.data.scored_text import ScoredText
-from trainer.data.shards import TokenFiles, check_vocab_size, open_shard
+from trainer.data.shards import TokenArray, TokenFiles, check_vocab_size, open_shard
 from trainer.data.sources import PreparedText, Source
 from trainer.data.stream import Order, TrainStream
 from trainer.data.tokenizer import ByteTable, load_tokenizer
@@ -89,6 +91,7 @@ class TokenData(pl.LightningDataModule):
         self.vocab_size = vocab_size
         self.evaluation = evaluation
         self.table: ByteTable | None = None
+        self.excluded: Tensor | None = None  # pairs of tokens that get no probability
         self.expected_tokenizer: str | None = None  # sha256 stored with the weights that are scored
         self.resumes = False  # the shards of the run that is resumed must stay
         self.shards: Identity = {}
@@ -152,7 +155,7 @@ class TokenData(pl.LightningDataModule):
                 self._agree_on_shards(self.trainer)
         if self.table.total(tokens) == 0:
             raise UserError(f"{scored[0].parent}: the text to score has no bytes; give another one")
-        self.val_tokens = torch.from_numpy(tokens.astype(np.int32))
+        self._take_tokens(tokens, tokenizer, str(scored[0]))
         self._evaluations()  # an unusable split fails now
 
     def _refuse_adaptation(self) -> None:
@@ -168,7 +171,25 @@ class TokenData(pl.LightningDataModule):
         tokens, self.document_sources = text.read(tokenizer)
         if self.table.total(tokens) == 0:
             raise UserError(f"{', '.join(text.files)}: has no bytes to score; give another text")
+        self._take_tokens(tokens, tokenizer, ", ".join(text.files))
+
+    def _take_tokens(self, tokens: TokenArray, tokenizer: SentencePieceProcessor, origin: str) -> None:
+        """Take the tokens that are scored.
+
+        Raises:
+            UserError: If eval.canonical would give no probability to one of them.
+        """
         self.val_tokens = torch.from_numpy(tokens.astype(np.int32))
+        if not self.evaluation.canonical:
+            return
+        self.excluded = excluded_pairs(tokenizer)
+        first, second = self.val_tokens[:-1].long(), self.val_tokens[1:].long()
+        if (places := self.excluded[first, second].nonzero()).numel():
+            a, b = (tokenizer.id_to_piece(int(each[places[0]])) for each in (first, second))
+            raise UserError(
+                f"{origin}: has the token {b!r} after {a!r}, but BPE with this tokenizer never does; set "
+                "--eval.canonical false"
+            )
 
     def _check_tokenizer(self, path: Path) -> None:
         """Refuse another tokenizer than that of the weights, where those are known."""
@@ -271,6 +292,6 @@ class TokenData(pl.LightningDataModule):
         assert self.table is not None
         self.val_tokens = self.val_tokens.to(device)
         return [
-            WindowScorer(self.val_tokens[: targets + 1], self.table, min(evaluation.window, targets))
+            WindowScorer(self.val_tokens[: targets + 1], self.table, min(evaluation.window, targets), self.excluded)
             for evaluation, targets in self._evaluations()
         ]

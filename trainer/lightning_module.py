@@ -217,14 +217,15 @@ class LanguageModel(pl.LightningModule):
             UserError: If the score is not a finite number.
         """
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
-        table = self.trainer.datamodule.table  # type: ignore[attr-defined]
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
 
         def show(done: int, total: int) -> None:
             self.display.update_task(f"scoring {name}", done, total)
 
         with self.trainer.precision_plugin.forward_context(), torch.no_grad():
             nll = self.nll_of(model)
-            result = score(nll, tokens.to(self.device), table, evaluation, rank, world_size, show)
+            tokens = tokens.to(self.device)
+            result = score(nll, tokens, data.table, evaluation, rank, world_size, show, data.excluded)
         if not math.isfinite(result.bpb):
             raise UserError(f"{name}: the score is {result.bpb}, not a number; lower the learning rate")
         return result

@@ -24,7 +24,7 @@ rank = int(os.environ.get("LOCAL_RANK", 0))
 original_nll_of = LanguageModel.nll_of
 def nll_of(self, model):
     nll = original_nll_of(self, model)
-    def limited(ids, targets, start_pos):
+    def limited(ids, targets, start_pos, excluded=None):
         is_limited = rank == int(os.environ["LIMITED_RANK"]) and torch.is_grad_enabled()
         if is_limited and len(ids) > int(os.environ["SEQUENCES_THAT_FIT"]):
             raise torch.cuda.OutOfMemoryError("planted")

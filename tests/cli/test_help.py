@@ -79,6 +79,9 @@ def test_the_first_help_has_what_recipes_set_with_the_values_of_the_chosen_one(h
             name = key.replace(".class_path", "").replace(".init_args", "")
             if name.startswith("data.source.") and (more or each != recipe):  # of another class
                 continue
+            if name == "eval.adapt_rate":  # which fit refuses
+                assert name not in shown
+                continue
             assert name in shown, name
             if each == recipe and name not in ("model.num_layers", "data.source"):
                 assert yaml.safe_load(shown[name]) == value, name

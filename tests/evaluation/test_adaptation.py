@@ -26,7 +26,7 @@ def losses(tokens: torch.Tensor, rate: float, shard_folder, batch_windows: int =
     scorer, adapter = WindowScorer(tokens, table, 32), Adapter(model.parameters(), model.nll, rate, 16)
     scores, steps = torch.full((len(tokens) - 1,), float("nan")), []
 
-    def nll(inputs: torch.Tensor, targets: torch.Tensor, start_pos: int) -> torch.Tensor:
+    def nll(inputs: torch.Tensor, targets: torch.Tensor, start_pos: int, excluded: None) -> torch.Tensor:
         values = model.nll(inputs, targets, start_pos)
         for row, (start, scored_from) in enumerate(zip(batch.starts, batch.scored_from, strict=True)):
             if scored_from < 32:

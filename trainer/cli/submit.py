@@ -54,7 +54,8 @@ def submit(
         print("scoring the artifact in a clean process, from a copy of the folder ...", flush=True)
         print(prove(draft, Path(data), best.summary, fresh_env), flush=True)
         tokens, num_bytes = best.summary["val_tokens"], best.summary["val_bytes"]
-        for line in check(RunFolder(draft).artifact, Path(data), tokens, num_bytes):
+        canonical = bool(best.config.get("eval.canonical"))
+        for line in check(RunFolder(draft).artifact, Path(data), tokens, num_bytes, canonical):
             print(line, flush=True)
         draft.rename(folder)
     except UserError:

@@ -11,21 +11,23 @@ from trainer.evaluation.per_document import DocumentScores
 from trainer.evaluation.windows import EvaluationConfig, WindowBatch, batch_plan, plan_windows
 from trainer.step import StepFence
 
-NllFn = Callable[[Tensor, Tensor, int], Tensor]
+NllFn = Callable[..., Tensor]  # the arguments of `Transformer.nll`
 
 
 class WindowScorer:
     """Holds validation tokens on a device and scores batches of windows of them."""
 
-    def __init__(self, tokens: Tensor, table: ByteTable, window: int) -> None:
+    def __init__(self, tokens: Tensor, table: ByteTable, window: int, excluded: Tensor | None = None) -> None:
         """Hold the tokens.
 
         Args:
             tokens: (n + 1,) int32 on the device that scores: n targets and the token before the first.
             table: UTF-8 bytes of each token.
             window: Tokens of every window.
+            excluded: (V, V) bool of `excluded_pairs`, which get no probability.
         """
         self.tokens = tokens
+        self.excluded = None if excluded is None else excluded.to(tokens.device)
         self.table = table.to(tokens.device)
         self.offsets = torch.arange(min(window, len(tokens) - 1), device=tokens.device)
 
@@ -43,7 +45,8 @@ class WindowScorer:
 
         Args:
             metric: Accumulates the sums.
-            nll_fn: Losses of (B, T) inputs and targets from a first position on, as `Transformer.nll`.
+            nll_fn: Losses of (B, T) inputs and targets from a first position on, without excluded pairs, as
+                `Transformer.nll`.
             batch: Windows to score.
             documents: Accumulates the sums of each document, too.
         """
@@ -52,7 +55,7 @@ class WindowScorer:
         scored_from = batch.scored_from.to(device, non_blocking=True)
         positions = starts[:, None] + self.offsets  # (B, T)
         inputs, targets = self.tokens[positions], self.tokens[positions + 1]
-        nll = nll_fn(inputs, targets, batch.start_pos)
+        nll = nll_fn(inputs, targets, batch.start_pos, self.excluded)
         num_bytes = self.table.count(inputs[:, batch.start_pos :], targets[:, batch.start_pos :])
         scored = self.offsets[batch.start_pos :] >= scored_from[:, None]
         metric.update(nll, num_bytes, scored)
@@ -68,6 +71,7 @@ def score(
     rank: int = 0,
     world_size: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    excluded: Tensor | None = None,
 ) -> Score:
     """Score tokens; several processes share the windows.
 
@@ -79,10 +83,11 @@ def score(
         rank: Number of this process.
         world_size: Number of processes, all of which call this.
         progress: Called with the number of batches that the device has completed, and the number of all batches.
+        excluded: (V, V) bool of `excluded_pairs`, which get no probability.
     """
     tokens = tokens[: evaluation.max_tokens + 1] if evaluation.max_tokens else tokens
     plan = plan_windows(len(tokens) - 1, evaluation.window, evaluation.stride)
-    scorer = WindowScorer(tokens, table, plan.window)
+    scorer = WindowScorer(tokens, table, plan.window, excluded)
     metric = BitsPerByte().to(tokens.device)
     batches = batch_plan(plan, evaluation.batch_windows, rank, world_size)
     fence = StepFence(tokens.device)

@@ -29,6 +29,8 @@ class EvaluationConfig:
             of window 2048 with stride 64, for a 24th of the tokens that pass through the model.
         adapt_rate: Learning rate of score-first test-time training: `validate` trains on the targets of each batch of
             windows after it has scored them, in its last evaluation (above 0). null: no training.
+        canonical: Give no probability to tokens that the tokenizer never puts after the one before, in every score
+            (Vieira et al. 2025, for BPE tokenizers).
     """
 
     window: int = 2048
@@ -39,6 +41,7 @@ class EvaluationConfig:
     max_tokens: int | None = None
     attention_window: int | None = None
     adapt_rate: float | None = None
+    canonical: bool = False
 
     def __post_init__(self) -> None:
         for name in ("window", "stride", "batch_windows", "fit_tokens", "max_tokens", "attention_window"):

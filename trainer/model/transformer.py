@@ -343,28 +343,33 @@ class Transformer(nn.Module):
         """Logits of the next token at every position, (B, T) to (B, T, V)."""
         return self.logits(self.hidden(ids))
 
-    def nll(self, ids: Tensor, targets: Tensor, start_pos: int = 0) -> Tensor:
+    def nll(self, ids: Tensor, targets: Tensor, start_pos: int = 0, excluded: Tensor | None = None) -> Tensor:
         """Negative log-likelihood of each target in nats.
 
         Args:
             ids: (B, T) tokens.
             targets: (B, T) tokens that follow them; -1 costs nothing.
             start_pos: First position that is scored.
+            excluded: (V, V) bool: tokens that have no probability after a token.
 
         Returns:
             (B, T - start_pos), at least float32.
         """
         hidden = self.hidden(ids, start_pos).flatten(0, 1)
         targets = targets[:, start_pos:].long()
-        if self.has_fused_loss:
+        ids = ids[:, start_pos:].flatten().long()
+        if self.has_fused_loss and excluded is None:
             nll = softcapped_nll(self._uncapped_logits(hidden), targets.flatten(), self.config.logit_softcap)[0]
         elif torch.compiler.is_compiling() or torch.is_grad_enabled():
-            nll = self._cross_entropy(hidden, targets.flatten())
+            nll = self._cross_entropy(hidden, targets.flatten(), ids, excluded)
         else:
             rows = max(1, MAX_LOGITS // self.config.vocab_size)
-            chunks = zip(hidden.split(rows), targets.flatten().split(rows), strict=True)
-            nll = torch.cat([self._cross_entropy(*chunk) for chunk in chunks])
+            chunks = zip(hidden.split(rows), targets.flatten().split(rows), ids.split(rows), strict=True)
+            nll = torch.cat([self._cross_entropy(*chunk, excluded) for chunk in chunks])
         return nll.view_as(targets)
 
-    def _cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.logits(hidden), targets, ignore_index=-1, reduction="none")
+    def _cross_entropy(self, hidden: Tensor, targets: Tensor, ids: Tensor, excluded: Tensor | None) -> Tensor:
+        logits = self.logits(hidden)
+        if excluded is not None:
+            logits = logits.masked_fill(excluded[ids], float("-inf"))
+        return F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")

@@ -7,6 +7,7 @@ import sentencepiece
 import torch
 from torch import Tensor
 
+from trainer.data.canonical import excluded_pairs
 from trainer.data.manifest import NAME, Manifest, documents_of, verify
 from trainer.data.shards import TokenArray, TokenFiles
 from trainer.data.sources import Shards
@@ -21,7 +22,7 @@ PREFIX = 16  # tokens before the position whose probabilities are added up
 ROWS = 1024  # sequences scored at once
 
 
-def check(artifact: Path, data: Path, val_tokens: int, val_bytes: int) -> list[str]:
+def check(artifact: Path, data: Path, val_tokens: int, val_bytes: int, canonical: bool) -> list[str]:
     """Check a submission; each check gives a line.
 
     Args:
@@ -29,6 +30,7 @@ def check(artifact: Path, data: Path, val_tokens: int, val_bytes: int) -> list[s
         data: Folder of the shards.
         val_tokens: Number of targets that were scored.
         val_bytes: Bytes that their text was taken to have.
+        canonical: Whether they were scored with `eval.canonical`.
 
     Raises:
         UserError: If a check fails.
@@ -42,7 +44,7 @@ def check(artifact: Path, data: Path, val_tokens: int, val_bytes: int) -> list[s
         raise UserError(f"{data}: the scored text has {counted:,} bytes, but the run counted {val_bytes:,}")
     return [
         check_causality(model, start),
-        check_normalization(model, start),
+        check_normalization(model, start, excluded_pairs(tokenizer) if canonical else None),
         f"bytes: {counted:,}, counted again by decoding the text",
         check_splits(data),
     ]
@@ -72,8 +74,13 @@ def check_causality(model: Transformer, tokens: Tensor) -> str:
 
 
 @torch.no_grad()
-def check_normalization(model: Transformer, tokens: Tensor) -> str:
+def check_normalization(model: Transformer, tokens: Tensor, excluded: Tensor | None = None) -> str:
     """Add up the probabilities of all tokens at one position, each as a text with that token is scored.
+
+    Args:
+        model: In evaluation mode.
+        tokens: (n,) of a text.
+        excluded: (V, V) bool of `excluded_pairs`, which get no probability.
 
     Raises:
         UserError: If the sum is not 1.
@@ -84,7 +91,7 @@ def check_normalization(model: Transformer, tokens: Tensor) -> str:
     for candidates in torch.arange(vocab_size).split(ROWS):
         ids = prefix.expand(len(candidates), -1)
         targets = torch.cat((ids[:, 1:], candidates[:, None]), dim=1)
-        total += (-model.nll(ids, targets, len(prefix) - 1).double()).exp().sum()
+        total += (-model.nll(ids, targets, len(prefix) - 1, excluded).double()).exp().sum()
     if not abs(float(total) - 1) <= TOLERANCE:
         raise UserError(f"the probabilities of all {vocab_size:,} tokens add up to {float(total):.6f}, not to 1")
     return f"normalized: the probabilities of all {vocab_size:,} tokens add up to {float(total):.6f}"
