@@ -3,7 +3,7 @@
 BPE merges adjacent pieces of a text, always those whose union has the highest score, until no union is in the
 vocabulary. The merges inside two adjacent tokens of the result do not depend on the text around them, so whether one
 token can follow another is known from these two alone. Source: Vieira et al. 2025, Language Models over Canonical
-Byte-Pair Encodings (https://arxiv.org/abs/2506.07956).
+Byte-Pair Encodings (https://arxiv.org/abs/2506.07956), as conditioning of each token; KellerJordan/modded-nanogpt #350.
 """
 
 import itertools
