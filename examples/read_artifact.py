@@ -172,8 +172,9 @@ def logits(w, tokens, config):
 
 
 def main():
-    if len(sys.argv) < 2:
-        raise SystemExit(__doc__)
+    if sys.argv[1:2] in ([], ["-h"], ["--help"]):
+        print(__doc__)
+        raise SystemExit(0 if sys.argv[1:] else 2)
     header, weights = read(sys.argv[1])
     size = header["model"]["vocab_size"]
     for each in sys.argv[2:]:

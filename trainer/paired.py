@@ -91,6 +91,8 @@ def read_table(path: Path) -> DocumentTable:
             rows = list(reader)
         if any(None in row.values() for row in rows):
             raise ValueError("a row is cut")
+        if [row["document"] for row in rows] != [str(number) for number in range(1, len(rows) + 1)]:
+            raise ValueError(f"its documents are not numbered from 1 to {len(rows)}")
         numbers = np.array([[float(row["bytes"]), float(row["nats"])] for row in rows]).reshape(-1, 2)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
@@ -147,12 +149,19 @@ def resampled(differences: Floats, num_bytes: Floats) -> Floats:
 def sentences(paired: Paired) -> list[str]:
     """The comparison in words."""
     before, after = paired.before, paired.after
+    pairs = enumerate(zip(before.sources, after.sources, strict=True), start=1)
+    others = [(number, *pair) for number, pair in pairs if all(pair) and pair[0] != pair[1]]
     few = "" if len(before.bytes) >= MANY else ", too few for it to mean much"
     return [
         f"{before.path}: {before.bpb:.5f} bpb, {after.path}: {after.bpb:.5f} bpb, on {len(before.bytes):,} documents "
         f"with {before.bytes.sum():,.0f} bytes",
         f"change {paired.change:+.5f} bpb, 95 % interval {paired.low:+.5f} to {paired.high:+.5f} "
         f"(bootstrap over documents{few}); {paired.wins:,} better, {paired.losses:,} worse",
+        *(
+            f"warning: document {number:,} comes from {one} in the first file and from {two} in the second; is it the "
+            "same text?"
+            for number, one, two in others[:1]
+        ),
     ]
 
 

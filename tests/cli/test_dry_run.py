@@ -218,7 +218,7 @@ def test_a_text_that_a_run_would_make_again_has_no_epochs(tmp_path, monkeypatch)
     assert made.returncode == 0, made.stderr
     result = trainer_here("fit", *TINY_OPTIONS, *source, *sizes, "--model.vocab_size=310", "--dry_run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "epochs unknown (the text is made again)" in result.stdout
+    assert "epochs unknown (the text is prepared when the run starts)" in result.stdout
 
 
 def test_the_tokenizer_of_the_parent_is_what_counts(tmp_path, tiny_overrides, monkeypatch):

@@ -117,6 +117,8 @@ def test_names_are_files_folders_and_patterns_in_the_given_order(tmp_path: Path)
     for name, message in (("none.txt", "no such text file"), ("*.jsonl", "no such text file"), ("b/notes.pdf", "only")):
         with pytest.raises(UserError, match=message):
             find_files([str(tmp_path / name)])
+    with pytest.raises(UserError, match=r"--data\.source\.train_files: names no file"):
+        LocalText([], str(tmp_path / "out")).check()
 
 
 @pytest.mark.parametrize(
@@ -135,13 +137,14 @@ def test_names_are_files_folders_and_patterns_in_the_given_order(tmp_path: Path)
         ("a.txt.zst", zstandard.compress(RANDOM)[:70_000], "cut or damaged"),
         ("a.txt.zst", zstandard.compress(b"a") + zstandard.compress(RANDOM)[:-1], "cut or damaged"),
         ("a.txt.gz", gzip.compress(b"a") + gzip.compress(RANDOM)[:-9], "cut or damaged"),
-        ("a.jsonl", b"[1]\n", "a list: name one with --data.source.field"),
+        ("a.jsonl", b"[1]\n", "line 1 is a list, not a JSON object; repair or remove it"),
         ("a.jsonl", b'{"body": "b", "id": 3}\n', "it has body, id: name one with --data.source.field"),
         ("a.parquet", table({"body": ["a"], "id": [1]}), "has no column `text`, but body, id; name one"),
         ("a.parquet", table({"text": [{"a": 1}]}), "holds struct<a: int64>, not text"),
         ("a.parquet", table({"text": [["a"]]}), "holds list<.*>, not text"),
         ("a.parquet", table({"text": [3]}), "holds int64, not text"),
         ("a.parquet", b"no parquet at all", "is not a parquet file"),
+        ("a.parquet", table({"text": ["a", None]}), "the `text` of row 2 is null; repair or remove the row"),
     ],
 )
 def test_a_bad_file_is_named_with_its_problem(tmp_path: Path, name: str, content: bytes, message: str):

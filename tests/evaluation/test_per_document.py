@@ -16,7 +16,7 @@ from trainer.data.tokenizer import BOS
 from trainer.errors import UserError
 from trainer.evaluation.per_document import document_of_targets, write_csv
 from trainer.loading import load_artifact
-from trainer.paired import compare_documents, read_table
+from trainer.paired import compare_documents, read_table, sentences
 from trainer.run_folder import RunFolder
 
 
@@ -108,6 +108,10 @@ def test_any_text_is_scored_and_grouped_by_its_source(runs: list[RunFolder], tmp
     [
         (["--text=nowhere"], "nowhere: there is no such text file; check --text"),
         (["--text=a.jsonl", "--text_field=words"], "`words` field; it has text: name one with --text_field"),
+        (["--text=[]"], "--text: names no file; give one, a folder or a pattern"),
+        (["--text=empty.txt"], "empty.txt: holds no document; remove it from --text"),
+        (["--text_field=words"], "--text_field belongs to --text"),
+        (["--weights=averaged"], "is an artifact, which holds one set of weights; leave it out"),
         (["--text=a.jsonl", "--split=train"], "--split and --text both say what is scored"),
         (["--source_field=origin"], "--source_field belongs to --text"),
         (["--text=a.jsonl", "--source_field=orign"], "--source_field orign: no document has it"),
@@ -118,6 +122,7 @@ def test_what_cannot_be_scored_is_refused_in_one_line(
     args: list[str], message: str, runs: list[RunFolder], tmp_path: Path
 ):
     (tmp_path / "a.jsonl").write_text('{"text": "words"}')
+    (tmp_path / "empty.txt").touch()
     result = trainer_here("validate", "--ckpt", str(runs[0].artifact), *args, cwd=tmp_path)
     assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
     assert message in result.stderr
@@ -127,6 +132,22 @@ def write(path: Path, num_bytes: list[int], nats: list[float]) -> Path:
     rows = [f"{n + 1},,{size},{size},{each!r}" for n, (size, each) in enumerate(zip(num_bytes, nats, strict=True))]
     path.write_text("\n".join(["document,source,tokens,bytes,nats", *rows, ""]))
     return path
+
+
+def test_missing_and_repeated_documents_are_refused_and_other_sources_are_mentioned(tmp_path: Path):
+    path = write(tmp_path / "a.csv", [9, 8, 7], [3.0, 2.0, 1.0])
+    lines = path.read_text().splitlines()
+    for kept in ([0, 1, 3], [0, 1, 2, 2, 3]):
+        (tmp_path / "b.csv").write_text("\n".join(lines[n] for n in kept))
+        with pytest.raises(UserError, match=f"its documents are not numbered from 1 to {len(kept) - 1}"):
+            read_table(tmp_path / "b.csv")
+    assert len(sentences(compare_documents(read_table(path), read_table(path)))) == 2
+    for name, source in (("b.csv", "web"), ("c.csv", "books")):
+        (tmp_path / name).write_text(path.read_text().replace("2,,", f"2,{source},"))
+    for first, count in ((path, 2), (tmp_path / "b.csv", 3)):  # a source that is not known differs from none
+        words = sentences(compare_documents(read_table(first), read_table(tmp_path / "c.csv")))
+        assert len(words) == count
+    assert words[2].startswith("warning: document 2 comes from web in the first file and from books in the second")
 
 
 def test_the_interval_is_that_of_the_normal_approximation_for_many_documents_of_equal_size(tmp_path: Path):

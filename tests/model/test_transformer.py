@@ -326,7 +326,8 @@ def test_a_config_survives_the_round_trip(config: TransformerConfig):
     [
         ({"vocab_size": 0}, "vocab_size must be at least 1, not 0"),
         ({"model_dim": 100}, "model_dim 100 does not give 8 heads of an even width"),
-        ({"num_layers": 1}, "num_layers must be at least 2, not 1"),
+        ({"num_layers": 1}, "num_layers must be between 2 and 1,000, not 1"),
+        ({"num_layers": 100_000}, "num_layers must be between 2 and 1,000, not 100,000"),
         ({"attention": {"num_heads": 0}}, r"attention\.num_heads must be at least 1, not 0"),
         ({"attention": {"num_heads": 8, "num_kv_heads": 3}}, "num_heads 8 is not a multiple of num_kv_heads 3"),
         ({"attention": {"rope_dims": 66}}, "rope_dims 66 is more than the head's 64"),

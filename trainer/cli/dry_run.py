@@ -197,13 +197,17 @@ def _forecast_budget(cli: TrainerCLI, speed: float, loop_factor: float, source: 
             "--wallclock.seconds, or lower --data.batch_tokens or the model"
         )
     tokens = steps * data.batch_tokens
-    try:
-        text, is_kept = data.source.prepared(), data.source.is_prepared()
-    except UserError as error:
-        epochs = f"epochs unknown ({error})"
+    text, reason = None, "the text is prepared when the run starts"
+    if data.source.is_prepared():
+        try:
+            text = data.source.prepared()
+        except UserError as error:
+            reason = str(error)
+    if text is None:
+        epochs = f"epochs unknown ({reason})"
     else:
-        count = len(TokenFiles(text.train, data.held_out_tokens or 0)) if is_kept else 0
-        epochs = f"{tokens / count:.2f} epochs of {count:,}" if is_kept else "epochs unknown (the text is made again)"
+        count = len(TokenFiles(text.train, data.held_out_tokens or 0))
+        epochs = f"{tokens / count:.2f} epochs of {count:,}"
     _log("budget", f"about {steps:,} steps in {tokens / speed:,.0f} s, {tokens:,} tokens, {epochs}")
 
 

@@ -24,12 +24,13 @@ from trainer.cli.lightning_cli import TrainerCLI, first_line, make_parser
 from trainer.cli.parser import split_options
 from trainer.cli.resume import last_checkpoint, resume, start_from
 from trainer.cli.trusted_settings import settings_beside
+from trainer.data.documents import FIELD
 from trainer.data.scored_text import ScoredText
 from trainer.distributed import is_lost_process
 from trainer.errors import UserError
 from trainer.evaluation.metric import Score
 from trainer.evaluation.per_document import DocumentScores, by_source, write_csv
-from trainer.loading import stored_weights
+from trainer.loading import is_artifact, stored_weights
 from trainer.lock import exclusive
 from trainer.logging import counted, logger, logging_to, quiet_libraries
 from trainer.quantize.artifact import Artifact
@@ -171,6 +172,8 @@ def _to_score(ckpt: str | None, rest: list[str]) -> tuple[str, Artifact]:
     if ckpt is None:
         raise UserError("validate needs --ckpt with a checkpoint or an artifact")
     is_averaged = split_options(rest, "--weights")[0]["weights"][-1:] == ["averaged"]
+    if is_averaged and Path(ckpt).is_file() and is_artifact(Path(ckpt)):
+        raise UserError(f"--weights averaged: {ckpt} is an artifact, which holds one set of weights; leave it out")
     return ckpt, stored_weights(Path(ckpt), "averaged" if is_averaged else "live")
 
 
@@ -226,6 +229,8 @@ def _choose_text(cli: TrainerCLI, tokenizer: Path, is_cut: bool) -> None:
     if config.text is None:
         if config.source_field is not None:
             raise UserError("--source_field belongs to --text; shards do not say where a document comes from")
+        if config.text_field != FIELD:
+            raise UserError("--text_field belongs to --text; shards hold tokens, not fields")
         data.split, data.scores_documents = config.split, config.per_document is not None
         if data.split == "train" and not is_cut:
             data.evaluation = replace(data.evaluation, max_tokens=TRAIN_TOKENS)

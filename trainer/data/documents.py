@@ -35,8 +35,10 @@ def find_files(names: list[str], option: str = "--data.source.train_files") -> l
         option: Its name, for errors.
 
     Raises:
-        UserError: If a name matches nothing, or a file is of another kind.
+        UserError: If there is no name, a name matches nothing, or a file is of another kind.
     """
+    if not names:
+        raise UserError(f"{option}: names no file; give one, a folder or a pattern")
     files: list[Path] = []
     for name in names:
         path = Path(name)
@@ -182,11 +184,13 @@ def _text_of(path: Path, number: int, line: bytes, field: str, source_field: str
         raise UserError(f"{path}: line {number} is not UTF-8 ({error.reason}); convert the file first") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: line {number} is not a JSON object; repair or remove it") from error
-    if not isinstance(values, dict) or field not in values:
-        there = ", ".join(map(str, values)) if isinstance(values, dict) else f"a {type(values).__name__}"
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: line {number} is a {type(values).__name__}, not a JSON object; repair or remove it")
+    if field not in values:
+        there = ", ".join(map(str, values)) or "nothing"
         raise UserError(
-            f"{path}: line {number} is not a JSON object with a `{field}` field; it has {there or 'nothing'}: name "
-            "one with --data.source.field"
+            f"{path}: line {number} is not a JSON object with a `{field}` field; it has {there}: name one with "
+            "--data.source.field"
         )
     text = values[field]
     if not isinstance(text, str):
@@ -273,11 +277,15 @@ def _rows(path: Path, file: BinaryIO, field: str, source_field: str | None) -> I
                     f"{path}: the column `{field}` holds {columns[field]}, not text; name another --data.source.field"
                 )
             has_source = source_field in columns
+            number = 0
             for batch in table.iter_batches(1024, columns=[field, source_field] if has_source else [field]):
                 texts = batch.column(field).to_pylist()
                 sources = batch.column(source_field).to_pylist() if has_source else [""] * len(texts)
-                pairs = zip(texts, sources, strict=True)
-                yield from ((text, _as_source(source) if source_field else None) for text, source in pairs if text)
+                for text, source in zip(texts, sources, strict=True):
+                    number += 1
+                    if text is None:
+                        raise UserError(f"{path}: the `{field}` of row {number:,} is null; repair or remove the row")
+                    yield text, _as_source(source) if source_field else None
         except pyarrow.ArrowException as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{path}: is not a parquet file with a `{field}` column ({reason})") from error

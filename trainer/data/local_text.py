@@ -97,7 +97,8 @@ class LocalText(Source):
     def _find_files(self) -> tuple[list[Path], list[Path]]:
         """The files for training and for validation."""
         try:
-            return find_files(self.train_files), find_files(self.val_files or [], "--data.source.val_files")
+            val = [] if self.val_files is None else find_files(self.val_files, "--data.source.val_files")
+            return find_files(self.train_files), val
         except UserError as error:
             if Manifest.read(self.folder) is None:
                 raise

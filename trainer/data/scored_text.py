@@ -41,7 +41,8 @@ class ScoredText:
                 pieces.append(np.array([BOS, *tokenizer.encode(text)], dtype=np.uint16))
                 sources.append(texts.source)
         except UserError as error:  # it may name an option of a source
-            raise UserError(str(error).replace("--data.source.field", "--text_field")) from error
+            words = str(error).replace("--data.source.field", "--text_field").replace("data.source", "--text")
+            raise UserError(words) from error
         if self.source_field and not any(sources):
             raise UserError(f"--source_field {self.source_field}: no document has it; name another one")
         return np.concatenate(pieces), sources

@@ -20,7 +20,7 @@ from trainer.model.embedding import BigramConfig, BigramHash, SmearConfig, Smear
 from trainer.model.layers import Linear, activation_dtype, materialize, rms_norm
 from trainer.model.mlp import MLP, MLPConfig
 
-MAX_REPEATS = 16  # a file must not demand endless work
+MAX_LAYERS, MAX_REPEATS = 1000, 16  # a file must not demand endless work
 MAX_LOGITS = 2**26  # computed at once where no kernel fuses the loss; each takes 12 bytes
 
 
@@ -57,7 +57,7 @@ class TransformerConfig:
 
     Args:
         vocab_size: Vocabulary size of the model, which must be that of the tokenizer (1 to 65,536).
-        num_layers: Number of blocks (at least 2); the first half passes its outputs to the second half, in the order
+        num_layers: Number of blocks (2 to 1,000); the first half passes its outputs to the second half, in the order
             they run.
         model_dim: Width of the residual stream (a multiple of twice the number of heads).
         attention: Attention of every block.
@@ -93,8 +93,8 @@ class TransformerConfig:
         heads = self.attention.num_heads
         if self.vocab_size < 1:
             raise ValueError(f"model.vocab_size must be at least 1, not {self.vocab_size}")
-        if self.num_layers < 2:  # a single block has no other to pass its output to
-            raise ValueError(f"model.num_layers must be at least 2, not {self.num_layers}")
+        if not 2 <= self.num_layers <= MAX_LAYERS:  # a single block has no other to pass its output to
+            raise ValueError(f"model.num_layers must be between 2 and {MAX_LAYERS:,}, not {self.num_layers:,}")
         if self.model_dim < 1 or self.model_dim % (2 * heads):
             raise ValueError(f"model.model_dim {self.model_dim} does not give {heads} heads of an even width")
         if self.value_embedding_blocks is not None and not 1 <= self.value_embedding_blocks <= self.num_layers:
