@@ -11,6 +11,7 @@ import torch
 import trainer
 from tests.conftest import make_documents
 from tests.helpers import trainer_here
+from trainer.data.canonical import excluded_pairs
 from trainer.data.tokenizer import ByteTable
 from trainer.evaluation import sliding
 from trainer.evaluation.windows import EvaluationConfig
@@ -62,6 +63,10 @@ def test_texts_are_scored_as_validation_scores_a_split(run: trainer.TrainedRun):
     tokens = torch.tensor(ids, dtype=torch.int32)
     with torch.no_grad():
         assert score == sliding.score(model.nll, tokens, table, EvaluationConfig(32, 8, 16))
+        excluded = excluded_pairs(tokenizer)
+        canonical = sliding.score(model.nll, tokens, table, EvaluationConfig(32, 8, 16), excluded=excluded)
+        assert trainer.score(model, tokenizer, documents, 32, 8, 16, canonical=True) == canonical
+        assert canonical.loss < score.loss
         cut = sliding.score(model.nll, tokens, table, EvaluationConfig(32, 8, 16, max_tokens=300))
     assert cut == pytest.approx(run.scores["artifact_sliding"], rel=1e-6)  # of the shards with the same documents
     one = trainer.score(model, tokenizer, documents[0])

@@ -276,12 +276,15 @@ def test_every_recipe_runs_cut_down(args: list[str], tmp_path: Path, shard_folde
         (["fit", "--config", sys.executable], 1, "is not a text; give a recipe in YAML"),
         (["prepare", "--config", sys.executable], 1, "is not a text; give a recipe in YAML"),
         (["prepare", "--config", "tests"], 1, "neither a file nor one of the recipes"),
-        (["validate"], 1, "validate needs --ckpt"),
+        (["validate"], 2, "trainer validate: needs --ckpt"),
         (["validate", "--ckpt", "none.ckpt"], 1, "no such file"),
         (["validate", "--ckpt", "https://example.org/a.ckpt"], 1, "addresses are not opened"),
         (["fit", "--config", "int5mlp_10l", "--ckpt", "last"], 1, "holds no checkpoint"),
         (["export", "--ckpt", "none.ckpt"], 1, "no such checkpoint"),
         (["train"], 2, "no command 'train'"),
+        (["generate"], 2, "required: --artifact (trainer generate --help"),
+        (["sprint"], 2, "required: --config, --data (trainer"),
+        (["rerun"], 2, "required: run (trainer rerun --help"),
     ],
 )
 def test_a_users_mistake_is_one_line_without_traceback(tmp_path: Path, args: list[str], code: int, message: str):

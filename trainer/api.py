@@ -10,6 +10,7 @@ import sentencepiece
 import torch
 
 from trainer.cli import train
+from trainer.data.canonical import check_canonical, excluded_pairs
 from trainer.data.tokenizer import BOS, ByteTable
 from trainer.errors import OptionError, UserError
 from trainer.evaluation import sliding
@@ -102,6 +103,7 @@ def score(
     window: int = 2048,
     stride: int | None = 64,
     batch_windows: int = 64,
+    canonical: bool = False,
 ) -> Score:
     """Score texts with a model, as validation scores a split: one after the other, each after a BOS token.
 
@@ -113,12 +115,13 @@ def score(
             give a score that compares with the run's: 128 with stride 32 for `quickstart`.
         stride: New targets that each window after the first scores; None: every window is scored whole.
         batch_windows: Windows per batch.
+        canonical: Give no probability to tokens that BPE never puts after the one before, as `eval.canonical` does.
 
     Returns:
         The score; its bytes are those of the texts after the tokenizer's normalization.
 
     Raises:
-        UserError: If there is no text, or window and stride do not fit together.
+        UserError: If there is no text, window and stride do not fit together, or a canonical score is not possible.
     """
     try:
         evaluation = EvaluationConfig(window, stride, batch_windows)
@@ -130,8 +133,11 @@ def score(
     ids = [token for encoded in tokenizer.encode(texts) for token in (BOS, *encoded)]
     device = model.token_embedding.weight.device
     tokens = torch.tensor(ids, dtype=torch.int32, device=device)
+    excluded = excluded_pairs(tokenizer).to(device) if canonical else None
+    if excluded is not None:
+        check_canonical(tokens, excluded, tokenizer, "texts", "set canonical=False")
     with torch.no_grad():
-        return sliding.score(model.nll, tokens, ByteTable.from_tokenizer(tokenizer), evaluation)
+        return sliding.score(model.nll, tokens, ByteTable.from_tokenizer(tokenizer), evaluation, excluded=excluded)
 
 
 def generate(

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from trainer.data import published  # noqa: F401 - a choice for --data.source
 from trainer.data.calibration import calibration_sequences
-from trainer.data.canonical import excluded_pairs
+from trainer.data.canonical import check_canonical, excluded_pairs
 from trainer.data.identity import Identity, difference, identify
 from trainer.data.manifest import NAME, Manifest, check_vocabulary
 from trainer.data.prefetch import Prefetcher
@@ -183,13 +183,7 @@ class TokenData(pl.LightningDataModule):
         if not self.evaluation.canonical:
             return
         self.excluded = excluded_pairs(tokenizer)
-        first, second = self.val_tokens[:-1].long(), self.val_tokens[1:].long()
-        if (places := self.excluded[first, second].nonzero()).numel():
-            a, b = (tokenizer.id_to_piece(int(each[places[0]])) for each in (first, second))
-            raise UserError(
-                f"{origin}: has the token {b!r} after {a!r}, but BPE with this tokenizer never does; set "
-                "--eval.canonical false"
-            )
+        check_canonical(self.val_tokens, self.excluded, tokenizer, origin, "set --eval.canonical false")
 
     def _check_tokenizer(self, path: Path) -> None:
         """Refuse another tokenizer than that of the weights, where those are known."""

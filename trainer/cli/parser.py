@@ -17,6 +17,7 @@ from trainer.cli.parse_errors import reword
 from trainer.errors import OptionError, UserError
 
 UNKNOWN = "unrecognized arguments: "
+REQUIRED = "the following arguments are required: "
 MAY_BE_EMPTY = ("prompt", "blurb")  # texts; every other empty value is an unset shell variable, or a slip
 
 
@@ -67,6 +68,10 @@ class ShortErrors:
             names = [arg.partition("=")[0] for arg in message.removeprefix(UNKNOWN).split() if arg.startswith("-")]
             near = [match for name in names for match in get_close_matches(name, self._option_string_actions, n=1)]
             hint = f"; did you mean {' and '.join(near)}?" if near else ""
+        if message.startswith(REQUIRED):
+            dests = message.removeprefix(REQUIRED).split(", ")
+            flags = {action.dest: flag for flag, action in reversed(self._option_string_actions.items())}
+            message = REQUIRED + ", ".join(flags.get(dest, dest) for dest in dests)
         raise OptionError(self.prog, f"{reword(message)}{hint}") from ex
 
 

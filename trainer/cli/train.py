@@ -27,7 +27,7 @@ from trainer.cli.trusted_settings import settings_beside
 from trainer.data.documents import FIELD
 from trainer.data.scored_text import ScoredText
 from trainer.distributed import is_lost_process
-from trainer.errors import UserError
+from trainer.errors import OptionError, UserError
 from trainer.evaluation.metric import Score
 from trainer.evaluation.per_document import DocumentScores, by_source, write_csv
 from trainer.loading import is_artifact, stored_weights
@@ -170,7 +170,7 @@ def _print_help(command: str, about: str, paths: list[Path], args: list[str]) ->
 def _to_score(ckpt: str | None, rest: list[str]) -> tuple[str, Artifact]:
     """The file to score, and its weights."""
     if ckpt is None:
-        raise UserError("validate needs --ckpt with a checkpoint or an artifact")
+        raise OptionError("trainer validate", "needs --ckpt with a checkpoint or an artifact")
     is_averaged = split_options(rest, "--weights")[0]["weights"][-1:] == ["averaged"]
     if is_averaged and Path(ckpt).is_file() and is_artifact(Path(ckpt)):
         raise UserError(f"--weights averaged: {ckpt} is an artifact, which holds one set of weights; leave it out")

@@ -15,6 +15,8 @@ import sentencepiece
 import torch
 from torch import Tensor
 
+from trainer.errors import UserError
+
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 
@@ -82,3 +84,24 @@ def excluded_pairs(tokenizer: sentencepiece.SentencePieceProcessor) -> Tensor:
             rows, columns = meet.nonzero()
             excluded[left.tokens[rows].astype(int), right.tokens[columns].astype(int)] = True
     return torch.from_numpy(excluded)
+
+
+def check_canonical(
+    tokens: Tensor, excluded: Tensor, tokenizer: sentencepiece.SentencePieceProcessor, where: str, fix: str
+) -> None:
+    """Check that a text has no excluded pair, whose score would be infinite.
+
+    Args:
+        tokens: (n,) of the text, any integer type.
+        excluded: (V, V) bool of `excluded_pairs`, on the same device.
+        tokenizer: The tokenizer of both.
+        where: What text it is, for the error.
+        fix: What to do about it, for the error.
+
+    Raises:
+        UserError: If the text has one.
+    """
+    first, second = tokens[:-1].long(), tokens[1:].long()
+    if (places := excluded[first, second].nonzero()).numel():
+        a, b = (tokenizer.id_to_piece(int(each[places[0]])) for each in (first, second))
+        raise UserError(f"{where}: has the token {b!r} after {a!r}, but BPE with this tokenizer never does; {fix}")
