@@ -67,6 +67,12 @@ class Listed:
             time.strftime("%Y-%m-%d %H:%M", time.localtime(self.changed)),
         ]
 
+    def values(self) -> list[Any]:
+        """The same for programs: numbers as they are, and nothing for what is missing."""
+        row: list[Any] = list(self.cells())
+        row[3:6] = self.steps, self.bpb, self.bytes
+        return row
+
 
 def runs(
     action: Literal["list", "prune"] = "list",
@@ -115,12 +121,12 @@ def runs(
         "steps": lambda run: -(run.steps or 0),
         "name": lambda run: str(run.folder),
     }
-    rows = [run.cells() for run in sorted(chosen, key=orders[sort])]
+    ordered = sorted(chosen, key=orders[sort])
     if csv is not None:
-        _write_csv(Path(csv), rows)
-        print(f"{counted(len(rows), 'run')} in {csv}")
+        _write_csv(Path(csv), [run.values() for run in ordered])
+        print(f"{counted(len(ordered), 'run')} in {csv}")
         return
-    print(as_markdown([list(COLUMNS), *rows]))
+    print(as_markdown([list(COLUMNS), *(run.cells() for run in ordered)]))
 
 
 def _is_run(run: RunFolder) -> bool:
@@ -156,7 +162,7 @@ def _listed(run: RunFolder) -> Listed:
     )
 
 
-def _write_csv(path: Path, rows: list[list[str]]) -> None:
+def _write_csv(path: Path, rows: list[list[Any]]) -> None:
     text = StringIO()
     writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
     with atomic_write(path) as file:
