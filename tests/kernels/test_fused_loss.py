@@ -23,24 +23,38 @@ DTYPES = [torch.bfloat16, torch.float16] if torch.cuda.is_available() else [torc
 CAN_RUN = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def forward(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+def forward(logits: Tensor, targets: Tensor, cap: float, previous, excluded) -> tuple[Tensor, Tensor]:
     """What the kernel computes, as formulas: how far each logit stays below the cap."""
     below = 2 * cap / (1 + (2 * logits / cap).exp())
-    sums = (-below).exp().sum(1)
+    kept = 1.0 if excluded is None else (~excluded[previous.long()]).double()
+    sums = ((-below).exp() * kept).sum(1)
     at_target = below.gather(1, targets.clamp(min=0)[:, None])[:, 0]
     return torch.where(targets < 0, 0.0, sums.log() + at_target), sums
 
 
-def backward(grad: Tensor, logits: Tensor, targets: Tensor, sums: Tensor, cap: float) -> Tensor:
+def backward(grad: Tensor, logits: Tensor, targets: Tensor, sums: Tensor, cap: float, previous, excluded) -> Tensor:
     """Its derivative as the kernel computes it."""
     r = 1 / (1 + (2 * logits / cap).exp())
-    wrong = (-2 * cap * r).exp() / sums[:, None]
+    kept = 1.0 if excluded is None else (~excluded[previous.long()]).double()
+    wrong = (-2 * cap * r).exp() * kept / sums[:, None]
     wrong = wrong - (torch.arange(logits.size(1), device=logits.device) == targets[:, None]).to(wrong.dtype)
     return torch.where(targets < 0, 0.0, grad)[:, None] * wrong * 4 * r * (1 - r)
 
 
-def torchs(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
-    return F.cross_entropy(cap * torch.tanh(logits / cap), targets, ignore_index=-1, reduction="none")
+def torchs(logits: Tensor, targets: Tensor, cap: float, previous=None, excluded=None) -> Tensor:
+    capped = cap * torch.tanh(logits / cap)
+    if excluded is not None:
+        capped = capped.masked_fill(excluded[previous], float("-inf"))
+    return F.cross_entropy(capped, targets, ignore_index=-1, reduction="none")
+
+
+def some_pairs(targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """The token before each target, and excluded pairs without those of the targets."""
+    generator = torch.Generator().manual_seed(1)
+    previous = torch.randint(0, vocab_size, targets.shape, generator=generator).to(targets)
+    excluded = (torch.rand(vocab_size, vocab_size, generator=generator) < 0.3).to(targets.device)
+    excluded[previous, targets.clamp(min=0)] = False
+    return previous, excluded
 
 
 @pytest.fixture
@@ -49,28 +63,34 @@ def formulas(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("formulas")
-def test_operator_and_its_derivative_equal_torchs():
+@pytest.mark.parametrize("excludes", [False, True])
+def test_operator_and_its_derivative_equal_torchs(excludes: bool):
     torch.manual_seed(0)
     logits = (20 * torch.randn(9, 30, dtype=torch.float64)).requires_grad_()
     targets = torch.randint(0, 30, (9,))
     targets[4] = -1
-    nll = softcapped_nll(logits, targets, 15.0)[0]
-    torch.testing.assert_close(nll, torchs(logits, targets, 15.0), rtol=1e-9, atol=1e-9)
+    pairs = some_pairs(targets, 30) if excludes else ()
+    nll = softcapped_nll(logits, targets, 15.0, *pairs)[0]
+    torch.testing.assert_close(nll, torchs(logits, targets, 15.0, *pairs), rtol=1e-9, atol=1e-9)
     assert nll[4] == 0
-    assert torch.autograd.gradcheck(lambda x: softcapped_nll(x, targets, 15.0)[0], logits)
+    assert torch.autograd.gradcheck(lambda x: softcapped_nll(x, targets, 15.0, *pairs)[0], logits)
 
 
 @pytest.mark.usefixtures("formulas")
 @pytest.mark.parametrize("start_pos", [0, 5])
-def test_loss_and_gradients_of_the_model_are_the_same_with_it(start_pos: int):
+@pytest.mark.parametrize("excludes", [False, True])
+def test_loss_and_gradients_of_the_model_are_the_same_with_it(start_pos: int, excludes: bool):
     torch.manual_seed(0)
     model = Transformer(TINY).double()
     tokens = torch.randint(0, 300, (2, 9))
     tokens[1, 7:] = -1
     results = []
+    excluded = torch.rand(300, 300) < 0.3 if excludes else None
+    if excluded is not None:
+        excluded[tokens[:, :-1], tokens[:, 1:]] = False
     for fused in (False, True):
         model.set_kernels(SdpaBackend(), Fused(loss=fused))
-        nll = model.nll(tokens[:, :-1].clamp(min=0), tokens[:, 1:], start_pos)
+        nll = model.nll(tokens[:, :-1].clamp(min=0), tokens[:, 1:], start_pos, excluded)
         results.append((nll, *torch.autograd.grad(nll.sin().sum(), tuple(model.parameters()))))
     assert results[1][0].shape == (2, 8 - start_pos)
     for plain, fused in zip(*results, strict=True):
@@ -80,7 +100,8 @@ def test_loss_and_gradients_of_the_model_are_the_same_with_it(start_pos: int):
 @pytest.mark.skipif(not CAN_RUN, reason="the kernel needs a GPU or Triton's interpreter")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("vocab_size", "cap"), [(1024, 30.0), (8192, 30.0), (3001, 15.0), (50, 40.0)])
-def test_kernel_equals_torchs_loss_also_for_vocabulary_sizes_that_no_block_divides(dtype, vocab_size, cap):
+@pytest.mark.parametrize("excludes", [False, True])
+def test_kernel_equals_torchs_loss_also_for_vocabulary_sizes_that_no_block_divides(dtype, vocab_size, cap, excludes):
     assert fused_loss.runs_on(cap, HERE, dtype)
     torch.manual_seed(0)
     logits = (12 * torch.randn(37, vocab_size, device=HERE)).to(dtype)
@@ -91,7 +112,8 @@ def test_kernel_equals_torchs_loss_also_for_vocabulary_sizes_that_no_block_divid
     grad = torch.randn(37, device=HERE)
     doubles = logits.double().requires_grad_()
     logits.requires_grad_()
-    nll, expected = softcapped_nll(logits, targets, cap)[0], torchs(doubles, targets, cap)
+    pairs = some_pairs(targets, vocab_size) if excludes else ()
+    nll, expected = softcapped_nll(logits, targets, cap, *pairs)[0], torchs(doubles, targets, cap, *pairs)
     assert (nll - expected).abs().max() < 1e-4
     (result,) = torch.autograd.grad(nll, logits, grad)
     (exact,) = torch.autograd.grad(expected, doubles, grad.double())

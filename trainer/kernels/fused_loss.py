@@ -33,45 +33,74 @@ def runs_on(cap: float, device: torch.device, dtype: torch.dtype) -> bool:
 
 
 @torch.library.custom_op("golf_trainer::softcapped_nll", mutates_args=())
-def softcapped_nll(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+def softcapped_nll(
+    logits: Tensor, targets: Tensor, cap: float, previous: Tensor | None = None, excluded: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of each target under softmax(cap tanh(logits / cap)).
 
     Args:
         logits: (N, V), 16-bit.
         targets: (N,), any integer type; a negative one costs nothing.
         cap: Softcap of the logits, at most 40.
+        previous: (N,), any integer type: the token before each target; only used with `excluded`.
+        excluded: (V, V) bool: tokens that have no probability after a token, among them no target.
 
     Returns:
         (N,) float32 in nats, and the sums of exponentials that the backward pass needs, (N,) float32.
     """
-    return import_module(TRITON).forward(logits.contiguous(), targets.contiguous(), cap)
+    return import_module(TRITON).forward(logits.contiguous(), targets.contiguous(), cap, *_rows(previous, excluded))
+
+
+def _rows(previous: Tensor | None, excluded: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    if previous is None or excluded is None:
+        return None, None
+    return previous.contiguous(), excluded.contiguous()
 
 
 @softcapped_nll.register_fake
-def _(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+def _(
+    logits: Tensor, targets: Tensor, cap: float, previous: Tensor | None = None, excluded: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     nll, sums = (logits.new_empty(logits.size(0), dtype=torch.float32) for _ in range(2))
     return nll, sums
 
 
 @torch.library.custom_op("golf_trainer::softcapped_nll_backward", mutates_args=())
-def _backward(grad: Tensor, logits: Tensor, targets: Tensor, sums: Tensor, cap: float) -> Tensor:
-    return import_module(TRITON).backward(grad, logits, targets, sums, cap)
+def _backward(
+    grad: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    sums: Tensor,
+    cap: float,
+    previous: Tensor | None,
+    excluded: Tensor | None,
+) -> Tensor:
+    return import_module(TRITON).backward(grad, logits, targets, sums, cap, previous, excluded)
 
 
 @_backward.register_fake
-def _(grad: Tensor, logits: Tensor, targets: Tensor, sums: Tensor, cap: float) -> Tensor:
+def _(
+    grad: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    sums: Tensor,
+    cap: float,
+    previous: Tensor | None,
+    excluded: Tensor | None,
+) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
-    logits, targets, ctx.cap = inputs
-    ctx.save_for_backward(logits, targets, output[1])
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, targets, ctx.cap, previous, excluded = inputs
+    ctx.save_for_backward(logits, targets, output[1], previous, excluded)
     ctx.mark_non_differentiable(output[1])
 
 
-def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-    logits, targets, sums = ctx.saved_tensors
-    return _backward(grad.contiguous(), logits.contiguous(), targets.contiguous(), sums, ctx.cap), None, None
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
+    logits, targets, sums, previous, excluded = ctx.saved_tensors
+    tensors = [each.contiguous() for each in (grad, logits, targets, sums)]
+    return _backward(*tensors, ctx.cap, *_rows(previous, excluded)), None, None, None, None
 
 
 softcapped_nll.register_autograd(_differentiate, setup_context=_save)

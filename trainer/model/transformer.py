@@ -357,9 +357,11 @@ class Transformer(nn.Module):
         """
         hidden = self.hidden(ids, start_pos).flatten(0, 1)
         targets = targets[:, start_pos:].long()
-        ids = ids[:, start_pos:].flatten().long()
-        if self.has_fused_loss and excluded is None:
-            nll = softcapped_nll(self._uncapped_logits(hidden), targets.flatten(), self.config.logit_softcap)[0]
+        ids = ids[:, start_pos:].flatten()
+        if self.has_fused_loss:
+            logits = self._uncapped_logits(hidden)
+            previous = None if excluded is None else ids
+            nll = softcapped_nll(logits, targets.flatten(), self.config.logit_softcap, previous, excluded)[0]
         elif torch.compiler.is_compiling() or torch.is_grad_enabled():
             nll = self._cross_entropy(hidden, targets.flatten(), ids, excluded)
         else:
@@ -371,5 +373,5 @@ class Transformer(nn.Module):
     def _cross_entropy(self, hidden: Tensor, targets: Tensor, ids: Tensor, excluded: Tensor | None) -> Tensor:
         logits = self.logits(hidden)
         if excluded is not None:
-            logits = logits.masked_fill(excluded[ids], float("-inf"))
+            logits = logits.masked_fill(excluded[ids.long()], float("-inf"))
         return F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
