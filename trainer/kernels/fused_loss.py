@@ -25,7 +25,9 @@ def runs_on(cap: float, device: torch.device, dtype: torch.dtype) -> bool:
         return False
     try:
         logits = torch.randn(4, 100, device=device, dtype=dtype).requires_grad_()
-        nll = softcapped_nll(logits, torch.arange(4, device=device), cap)[0]
+        targets = torch.arange(4, device=device)
+        pairs = targets, torch.zeros(100, 100, dtype=torch.bool, device=device)
+        nll = softcapped_nll(logits, targets, cap)[0] + softcapped_nll(logits, targets, cap, *pairs)[0]
         nll.sum().backward()
     except Exception:  # no Triton, another version of it, no compiler: it cannot be used
         return False
