@@ -20,7 +20,7 @@ import yaml
 
 from tests.helpers import RUNS, environment, run_faulty, score_of, small, trainer, trainer_here
 from trainer.checkpoint import METADATA_KEY, append_checksum, load_checkpoint, stored_average
-from trainer.data.shards import write_shard
+from trainer.data.shards import open_shard, write_shard
 from trainer.data.sources import LocalText
 from trainer.errors import UserError
 from trainer.files import PARTIAL, copy_file, remove_partials
@@ -119,6 +119,22 @@ def test_the_weights_that_are_exported_can_be_chosen(weights: str, tmp_path: Pat
         assert line.startswith("on 499 held-out training tokens: live ")
         live, average = (float(word) for word in line.replace(",", "").split() if word[0].isdigit() and "." in word)
         assert summary["weights"] == ("live" if live < average else "averaged")
+
+
+def test_held_out_text_can_be_scored_by_itself(tmp_path: Path, shard_folder: Path):
+    shutil.copytree(shard_folder, tmp_path / "data")
+    result = trainer_here(*small(Path("data"), "--data.held_out_tokens=100", "--eval.max_tokens=null"), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    ckpt = f"--ckpt={RUNS}/1/artifact.zst"
+    held_out = trainer_here("validate", ckpt, "--split=held_out", cwd=tmp_path)
+    # The same tokens as a validation split of their own.
+    last = open_shard(tmp_path / "data/words_train_000001.bin")[-100:]
+    write_shard(tmp_path / "data/words_val_000000.bin", np.array(last))
+    assert held_out.stdout.splitlines()[-1] == trainer_here("validate", ckpt, cwd=tmp_path).stdout.splitlines()[-1]
+    assert " tokens=99 " in held_out.stdout.splitlines()[-1]
+    result = trainer_here("validate", ckpt, "--split=held_out", "--data.held_out_tokens=null", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "--split held_out: this run trained on all of its text" in result.stderr
 
 
 def test_better_needs_held_out_text_and_it_is_never_trained_on(tmp_path: Path, shard_folder: Path):

@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -97,7 +97,7 @@ class TokenData(pl.LightningDataModule):
         self.shards: Identity = {}
         self.tokenizer: Path | None = None  # that a scored text is tokenized with
         self.scored_text: ScoredText | None = None  # scored instead of the validation split
-        self.split: Literal["train", "val"] = "val"  # that is scored
+        self.split: Literal["val", "train", "held_out"] = "val"  # that is scored
         self.scores_documents = False
         self.document_sources: list[str] = []  # where the documents of a scored text come from
 
@@ -143,9 +143,7 @@ class TokenData(pl.LightningDataModule):
         self._check_tokenizer_of_shards()
         self.table = ByteTable.from_tokenizer(tokenizer)
         scored = self.text.val if self.split == "val" else self.text.train
-        val = TokenFiles(scored)
-        needed = self.evaluation.max_tokens + 1 if stage == "validate" and self.evaluation.max_tokens else len(val)
-        tokens = val.read(0, min(needed, len(val)))
+        tokens = self._read_scored(scored, self.evaluation.max_tokens if stage == "validate" else None)
         check_vocabulary(scored[0], tokens, vocab_size)
         if stage == "fit":
             self._refuse_adaptation()
@@ -156,7 +154,20 @@ class TokenData(pl.LightningDataModule):
         if self.table.total(tokens) == 0:
             raise UserError(f"{scored[0].parent}: the text to score has no bytes; give another one")
         self._take_tokens(tokens, tokenizer, str(scored[0]))
+        if stage == "fit" and self.held_out_tokens is not None:  # export.weights better scores them, too
+            self._check_canonical(self.held_out(), tokenizer, str(self.text.train[-1]))
         self._evaluations()  # an unusable split fails now
+
+    def _read_scored(self, paths: Sequence[Path], max_targets: int | None) -> TokenArray:
+        """The tokens to score, or as many as these targets need."""
+        if self.split == "held_out":
+            if self.held_out_tokens is None:
+                raise UserError(
+                    "--split held_out: this run trained on all of its text; train one with data.held_out_tokens"
+                )
+            return TokenFiles(paths, self.held_out_tokens).read_held_out()
+        files = TokenFiles(paths)
+        return files.read(0, min(max_targets + 1, len(files)) if max_targets else len(files))
 
     def _refuse_adaptation(self) -> None:
         if self.evaluation.adapt_rate is not None:
@@ -174,16 +185,16 @@ class TokenData(pl.LightningDataModule):
         self._take_tokens(tokens, tokenizer, ", ".join(text.files))
 
     def _take_tokens(self, tokens: TokenArray, tokenizer: SentencePieceProcessor, origin: str) -> None:
-        """Take the tokens that are scored.
-
-        Raises:
-            UserError: If eval.canonical would give no probability to one of them.
-        """
+        """Take the tokens that are scored."""
         self.val_tokens = torch.from_numpy(tokens.astype(np.int32))
-        if not self.evaluation.canonical:
-            return
-        self.excluded = excluded_pairs(tokenizer)
-        check_canonical(self.val_tokens, self.excluded, tokenizer, origin, "set --eval.canonical false")
+        if self.evaluation.canonical:
+            self.excluded = excluded_pairs(tokenizer)
+        self._check_canonical(self.val_tokens, tokenizer, origin)
+
+    def _check_canonical(self, tokens: Tensor, tokenizer: SentencePieceProcessor, origin: str) -> None:
+        """Refuse tokens that eval.canonical would give no probability."""
+        if self.excluded is not None:
+            check_canonical(tokens, self.excluded, tokenizer, origin, "set --eval.canonical false")
 
     def _check_tokenizer(self, path: Path) -> None:
         """Refuse another tokenizer than that of the weights, where those are known."""

@@ -124,7 +124,13 @@ def test_a_split_scores_better_without_them_and_a_text_of_another_encoding_is_re
     a, b = (int(each) for each in excluded_pairs(tokenizer).nonzero()[0])
     for path in shard_folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    write_shard(tmp_path / "words_val_000000.bin", np.array([BOS, *[a, b] * 40], dtype=np.uint16))
+    never = np.array([BOS, *[a, b] * 40], dtype=np.uint16)
+    refusal = r"but BPE with this tokenizer never does; set --eval\.canonical false"
+    write_shard(tmp_path / "words_train_000002.bin", never)
+    module = TokenData(Shards(str(tmp_path)), 256, 32, vocab_size=300, held_out_tokens=80, evaluation=CONFIG)
+    with pytest.raises(UserError, match=rf"words_train_000002\.bin: .*{refusal}"):
+        module.setup("fit")
+    write_shard(tmp_path / "words_val_000000.bin", never)
     module = TokenData(Shards(str(tmp_path)), 256, 32, vocab_size=300, evaluation=CONFIG)
-    with pytest.raises(UserError, match=r"but BPE with this tokenizer never does; set --eval\.canonical false"):
+    with pytest.raises(UserError, match=rf"words_val_000000\.bin: .*{refusal}"):
         module.setup("validate")

@@ -97,6 +97,22 @@ def test_loss_and_gradients_of_the_model_are_the_same_with_it(start_pos: int, ex
         torch.testing.assert_close(fused, plain, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.usefixtures("formulas")
+@pytest.mark.parametrize("excludes", [False, True])
+def test_a_compiled_graph_holds_it(excludes: bool):
+    torch.manual_seed(0)
+    logits = torch.randn(9, 30, dtype=torch.float64).requires_grad_()
+    targets = torch.randint(0, 30, (9,))
+    pairs = some_pairs(targets, 30) if excludes else ()
+
+    def loss(x: Tensor) -> Tensor:
+        return softcapped_nll(2 * x, targets, 15.0, *pairs)[0].sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    results = [torch.autograd.grad(function(logits), logits)[0] for function in (compiled, loss)]
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.skipif(not CAN_RUN, reason="the kernel needs a GPU or Triton's interpreter")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("vocab_size", "cap"), [(1024, 30.0), (8192, 30.0), (3001, 15.0), (50, 40.0)])

@@ -149,8 +149,8 @@ class TrainerCLI(LightningCLI):
             )
             text = "CSV file for the score of each document: its tokens, bytes and nats."
             parser.add_argument("--per_document", type=str | None, help=text)
-            text = "Which split is scored."
-            parser.add_argument("--split", type=Literal["val", "train"], default="val", help=text)
+            text = "Which split is scored; held_out: the training tokens that data.held_out_tokens kept from the run."
+            parser.add_argument("--split", type=Literal["val", "train", "held_out"], default="val", help=text)
             text = "Files, folders and glob patterns with text to score instead of the run's; no shards are needed."
             parser.add_argument("--text", type=list[str] | str | None, help=text)
             text = "Field of a .jsonl line, or column of a .parquet file, that holds the text to score."

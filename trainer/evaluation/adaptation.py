@@ -12,7 +12,6 @@ from torch import Tensor
 from trainer.evaluation.sliding import NllFn
 from trainer.step import clip_gradients, train_step
 
-MOMENTUM = 0.9
 MAX_NORM = 1.0
 
 
@@ -20,18 +19,18 @@ class Adapter:
     """Trains the model on segments of text."""
 
     def __init__(self, parameters: Iterable[Tensor], nll_fn: NllFn, rate: float, length: int) -> None:
-        """Start without momentum.
+        """Take the parameters.
 
         Args:
             parameters: Parameters of the model.
             nll_fn: Losses of the model, as `Transformer.nll`.
-            rate: Learning rate of SGD with momentum 0.9.
+            rate: Learning rate of SGD.
             length: Tokens of a sequence; a segment is cut into sequences.
         """
         self.parameters = list(parameters)
         self.nll_fn = nll_fn
         self.length = length
-        self.optimizer = torch.optim.SGD(self.parameters, lr=rate, momentum=MOMENTUM)
+        self.optimizer = torch.optim.SGD(self.parameters, lr=rate)
 
     def learn(self, tokens: Tensor) -> None:
         """Take one step on a segment.
