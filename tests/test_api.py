@@ -73,7 +73,7 @@ def test_texts_are_scored_as_validation_scores_a_split(run: trainer.TrainedRun):
     assert one.bytes == len(documents[0].encode())
     assert one.tokens == len(tokenizer.encode(documents[0]))
     assert one.bpb == pytest.approx(one.loss * one.tokens / math.log(2) / one.bytes)
-    for nothing in ([], [""]):
+    for nothing in ([], [""], [" "]):
         with pytest.raises(trainer.UserError, match="no text to score"):
             trainer.score(model, tokenizer, nothing)
     with pytest.raises(trainer.UserError, match=r"eval\.stride must be at most eval\.window"):

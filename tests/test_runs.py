@@ -70,6 +70,8 @@ def test_runs_are_listed_with_their_state_and_score(root: Path, tmp_path: Path):
     assert [row[0] for row in listed(tmp_path, "--recipe=large", "--sort=name")] == ["runs/large/1", "runs/large/2"]
     with exclusive(root / "small/3/.training", "training"):
         assert listed(tmp_path, "--state=running")[0][0] == "runs/small/3"
+    refused = trainer_here("runs", "--csv=runs/small/1/artifact.zst", cwd=tmp_path)
+    assert (refused.returncode, "choose a name that ends in .csv" in refused.stderr) == (1, True)
     assert trainer_here("runs", "--csv=all.csv", cwd=tmp_path).stdout == "6 runs in all.csv\n"
     with (tmp_path / "all.csv").open() as file:
         table = [list(row.values()) for row in csv.DictReader(file)]
@@ -124,7 +126,7 @@ def test_prune_keeps_what_is_needed_from_wherever_it_is_called_and_follows_no_li
     ("args", "message"),
     [
         (["--root=nowhere"], "--root nowhere: there is no such folder"),
-        (["prune"], "prune needs the number of runs to keep"),
+        (["prune", "--keep=1", "--sort=bpb"], "--csv and --sort belong to trainer runs list"),
         (["prune", "--keep=0"], "at least 1, not 0"),
         (["--keep=2"], "belong to trainer runs prune"),
     ],
@@ -137,3 +139,9 @@ def test_what_does_not_fit_is_refused(args: list[str], message: str, root: Path,
 
 def test_the_version_names_the_commit(tmp_path: Path):
     assert trainer_here("--version", cwd=tmp_path).stdout.startswith("trainer 0.1.0")
+
+
+def test_prune_needs_a_number(root: Path, tmp_path: Path):
+    result = trainer_here("runs", "prune", cwd=tmp_path)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "trainer runs: prune needs --keep" in result.stderr

@@ -47,6 +47,13 @@ def copied(finished: Path, tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
+def last_line(*args: str, cwd: Path) -> str:
+    """The last line that a command prints."""
+    result = trainer_here(*args, cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()[-1]
+
+
 def resave(path: Path, **metadata: object) -> None:
     """Write a checkpoint again with other metadata."""
     checkpoint = load_checkpoint(path)
@@ -125,16 +132,45 @@ def test_held_out_text_can_be_scored_by_itself(tmp_path: Path, shard_folder: Pat
     shutil.copytree(shard_folder, tmp_path / "data")
     result = trainer_here(*small(Path("data"), "--data.held_out_tokens=100", "--eval.max_tokens=null"), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    ckpt = f"--ckpt={RUNS}/1/artifact.zst"
-    held_out = trainer_here("validate", ckpt, "--split=held_out", cwd=tmp_path)
+    ckpt, split = f"--ckpt={RUNS}/1/artifact.zst", "--split=held_out"
+    score = last_line("validate", ckpt, split, cwd=tmp_path)
+    assert " tokens=99 " in score
+    assert last_line("validate", ckpt, split, "--data.held_out_tokens=null", cwd=tmp_path) == score
+    train = last_line("validate", ckpt, "--split=train", "--eval.max_tokens=1000000", cwd=tmp_path)
+    tokens = [open_shard(tmp_path / f"data/words_train_00000{n}.bin") for n in (0, 1)]
+    assert f" tokens={sum(map(len, tokens)) - 100 - 1} " in train
     # The same tokens as a validation split of their own.
-    last = open_shard(tmp_path / "data/words_train_000001.bin")[-100:]
-    write_shard(tmp_path / "data/words_val_000000.bin", np.array(last))
-    assert held_out.stdout.splitlines()[-1] == trainer_here("validate", ckpt, cwd=tmp_path).stdout.splitlines()[-1]
-    assert " tokens=99 " in held_out.stdout.splitlines()[-1]
-    result = trainer_here("validate", ckpt, "--split=held_out", "--data.held_out_tokens=null", cwd=tmp_path)
-    assert result.returncode == 1
-    assert "--split held_out: this run trained on all of its text" in result.stderr
+    val = tmp_path / "data/words_val_000000.bin"
+    before = val.read_bytes()
+    write_shard(val, np.array(tokens[1][-100:]))
+    assert last_line("validate", ckpt, cwd=tmp_path) == score
+    val.write_bytes(before)
+    checkpoint = f"--ckpt={RUNS}/1/checkpoints/last.ckpt"
+    assert " tokens=99 " in last_line("validate", checkpoint, split, cwd=tmp_path)
+    write_shard(tmp_path / "data/words_train_000001.bin", np.array(tokens[1][:-1]))
+    for file in (ckpt, checkpoint):
+        result = trainer_here("validate", file, split, cwd=tmp_path)
+        assert (result.returncode, "data does not hold the text of this run" in result.stderr) == (1, True)
+        result = trainer_here("validate", file, split, "--data.held_out_tokens=101", cwd=tmp_path)
+        assert (result.returncode, "this run held out 100 tokens, not 101" in result.stderr) == (1, True)
+    (tmp_path / RUNS / "1/summary.json").unlink()
+    assert "is not beside it" in trainer_here("validate", ckpt, split, cwd=tmp_path).stderr
+
+
+def test_a_rate_that_does_nothing_or_too_much_is_said(copied: Path):
+    args = ["validate", f"--ckpt={RUNS}/1/artifact.zst", "--eval.stride=null"]
+    quiet = trainer_here(*args, "--eval.batch_windows=1", "--eval.adapt_rate=0.01", cwd=copied)
+    loud = trainer_here(*args, "--eval.adapt_rate=0.01", "--eval.max_tokens=64", cwd=copied)
+    assert (quiet.returncode, loud.returncode) == (0, 0)
+    assert "eval.adapt_rate had no effect" not in quiet.stdout + quiet.stderr
+    assert "eval.adapt_rate had no effect" in loud.stdout + loud.stderr
+
+
+def test_what_no_run_held_out_is_not_scored_as_held_out(copied: Path):
+    for options in ([], ["--data.held_out_tokens=50"]):
+        result = trainer_here("validate", f"--ckpt={RUNS}/1/artifact.zst", "--split=held_out", *options, cwd=copied)
+        assert result.returncode == 1
+        assert "--split held_out: this run trained on all of its text" in result.stderr
 
 
 def test_better_needs_held_out_text_and_it_is_never_trained_on(tmp_path: Path, shard_folder: Path):

@@ -131,6 +131,8 @@ def score(
     if not any(texts):
         raise UserError("there is no text to score")
     ids = [token for encoded in tokenizer.encode(texts) for token in (BOS, *encoded)]
+    if len(ids) < 2:
+        raise UserError("there is no text to score")
     device = model.token_embedding.weight.device
     tokens = torch.tensor(ids, dtype=torch.int32, device=device)
     excluded = excluded_pairs(tokenizer).to(device) if canonical else None

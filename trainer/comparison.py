@@ -212,5 +212,5 @@ def _stage(group: Group, stage: str) -> str:
 
 def as_markdown(rows: list[list[str]]) -> str:
     """Cells as a Markdown table."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines = ["| " + " | ".join(" ".join(cell.splitlines()) for cell in row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])

@@ -160,13 +160,9 @@ class TokenData(pl.LightningDataModule):
 
     def _read_scored(self, paths: Sequence[Path], max_targets: int | None) -> TokenArray:
         """The tokens to score, or as many as these targets need."""
+        files = TokenFiles(paths, 0 if self.split == "val" else self.held_out_tokens or 0)
         if self.split == "held_out":
-            if self.held_out_tokens is None:
-                raise UserError(
-                    "--split held_out: this run trained on all of its text; train one with data.held_out_tokens"
-                )
-            return TokenFiles(paths, self.held_out_tokens).read_held_out()
-        files = TokenFiles(paths)
+            return files.read_held_out()
         return files.read(0, min(max_targets + 1, len(files)) if max_targets else len(files))
 
     def _refuse_adaptation(self) -> None:

@@ -24,6 +24,7 @@ from trainer.kernels.attention_backends import AttentionBackend, SdpaBackend
 from trainer.kernels.compiler import configure_compiler
 from trainer.kernels.fusion import Fused
 from trainer.kernels.windowed_attention import with_window
+from trainer.logging import logger
 from trainer.model.flops import mfu
 from trainer.model.kernel_choice import choose_attention, choose_fused
 from trainer.model.transformer import Transformer, TransformerConfig
@@ -272,6 +273,11 @@ class LanguageModel(pl.LightningModule):
         if not self.trainer.sanity_checking:
             last = self.scores[-1]
             self.log_dict({"val/bpb": last.bpb, "val/loss": last.loss}, sync_dist=False)
+        if self.adapter is not None and self.trainer.num_val_batches[-1] < 2:
+            logger.warning(
+                "eval.adapt_rate had no effect: the text is one batch of windows, so no target came after a step; "
+                "lower eval.batch_windows"
+            )
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

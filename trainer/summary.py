@@ -25,6 +25,7 @@ def make_summary(
     shards: list[Path],
     identity: Identity,
     tokenizer_sha256: str,
+    held_out_tokens: int | None,
     model: nn.Module,
 ) -> dict[str, Any]:
     """Everything that `summary.json` says of a run.
@@ -38,6 +39,7 @@ def make_summary(
         shards: Training shards.
         identity: Identity of all shards.
         tokenizer_sha256: sha256 of the tokenizer.
+        held_out_tokens: Tokens at the end of the training shards that were not trained on.
         model: The model, for its parameters and its device.
     """
     final = list(scores.values())[-1]
@@ -50,10 +52,11 @@ def make_summary(
         "val_bytes": final.bytes,
         "steps": steps,
         "train_tokens": steps * batch_tokens,
-        "epochs": steps * batch_tokens / len(TokenFiles(shards)),
+        "epochs": steps * batch_tokens / len(TokenFiles(shards, held_out_tokens or 0)),
         "text_fingerprint": manifest.text_fingerprint if manifest else None,
         "shards_fingerprint": fingerprint(identity),
         "tokenizer_sha256": tokenizer_sha256,
+        "held_out_tokens": held_out_tokens,
         "train_seconds": train_seconds,
         **more,
         "parameters": sum(parameter.numel() for parameter in parameters),

@@ -79,6 +79,23 @@ def test_sentencepiece_encodes_two_tokens_as_they_are_unless_the_pair_is_exclude
     ]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"model_type": "unigram"}, {"model_type": "char"}, {"model_type": "bpe", "user_defined_symbols": ["ab"]}],
+)
+def test_a_tokenizer_whose_merges_are_not_known_is_refused(options: dict[str, object], tmp_path: Path):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(make_documents(100, 0)),
+        model_prefix=str(tmp_path / "t"),
+        vocab_size=60,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **options,
+    )
+    with pytest.raises(UserError, match="is not BPE, or has user-defined symbols"):
+        excluded_pairs(sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "t.model")))
+
+
 def test_no_encoded_text_has_an_excluded_pair(tokenizer: sentencepiece.SentencePieceProcessor):
     excluded = excluded_pairs(tokenizer)
     rng = random.Random(1)

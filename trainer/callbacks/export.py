@@ -222,6 +222,7 @@ class _Stages:
             self.data.text.train,
             self.data.shards,
             self.data.tokenizer_sha256,
+            self.data.held_out_tokens,
             self.module.model,
         )
         self.run.write_summary(summary)

@@ -10,6 +10,7 @@ from trainer.data.manifest import check_vocabulary, documents_of
 from trainer.data.shards import open_shard
 from trainer.data.source import list_shards
 from trainer.data.tokenizer import BOS, ByteTable, load_tokenizer
+from trainer.errors import UserError
 from trainer.logging import counted
 
 BAR_WIDTH = 40
@@ -26,6 +27,8 @@ def inspect(folder: str, tokenizer: str | None = None, documents: int = 3) -> No
     Raises:
         UserError: If the folder holds no shards or no tokenizer.
     """
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}: is not a folder; give one with token shards, such as data/python-documentation")
     text = list_shards(Path(folder), Path(tokenizer) if tokenizer else Path(folder) / "tokenizer.model")
     processor = load_tokenizer(text.tokenizer)
     table = ByteTable.from_tokenizer(processor)

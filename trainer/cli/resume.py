@@ -44,6 +44,8 @@ def start_from(cli: TrainerCLI, resumes: bool) -> None:
         cli.config.data.source.init_args.tokenizer = str(tokenizer)
     if resumes:
         return
+    if cli.datamodule.held_out_tokens is not None:
+        logger.warning(f"data.held_out_tokens keeps text from this run alone; {path} may have been trained on it")
     try:
         _load_parent(cli)
     except UserError as error:

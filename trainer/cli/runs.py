@@ -13,7 +13,7 @@ import yaml
 
 from trainer.cli.parser import CommandParser
 from trainer.comparison import as_markdown
-from trainer.errors import UserError
+from trainer.errors import OptionError, UserError
 from trainer.files import atomic_write
 from trainer.lock import is_held
 from trainer.logging import counted
@@ -94,7 +94,7 @@ def runs(
         recipe: Only the runs of this recipe.
         state: Only the runs in this state.
         sort: Order of the table; the newest, the best, the smallest or the longest run comes first.
-        csv: CSV file to write the table to.
+        csv: File to write the table to, whose name ends in .csv.
         keep: Number of runs of each recipe that prune keeps, the newest ones (at least 1).
         dry_run: Show what prune would remove, and remove nothing.
         yes: Do not ask before removing.
@@ -108,7 +108,11 @@ def runs(
         )
     all_runs = [_listed(RunFolder(path)) for path in sorted(Path(root).glob("*/*/")) if _is_run(RunFolder(path))]
     chosen = [run for run in all_runs if recipe in (None, run.recipe) and state in (None, run.state)]
+    if csv is not None and not csv.endswith(".csv"):
+        raise UserError(f"--csv {csv}: is written as CSV; choose a name that ends in .csv")
     if action == "prune":
+        if csv is not None or sort != "changed":
+            raise UserError("--csv and --sort belong to trainer runs list; leave them out")
         _prune(chosen, all_runs, keep, dry_run, yes)
         return
     if keep is not None or dry_run or yes:
@@ -166,13 +170,15 @@ def _write_csv(path: Path, rows: list[list[Any]]) -> None:
     text = StringIO()
     writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
     with atomic_write(path) as file:
-        file.write(text.getvalue().encode())
+        file.write(text.getvalue().encode(errors="backslashreplace"))
 
 
 def _prune(chosen: list[Listed], all_runs: list[Listed], keep: int | None, dry_run: bool, yes: bool) -> None:
     """Remove the oldest runs of each recipe."""
-    if keep is None or keep < 1:
-        raise UserError(f"--keep: prune needs the number of runs to keep of each recipe, at least 1, not {keep}")
+    if keep is None:
+        raise OptionError("trainer runs", "prune needs --keep with the number of runs of each recipe that stay")
+    if keep < 1:
+        raise UserError(f"--keep must be at least 1, not {keep}")
     kept: dict[str, int] = {}
     removed: list[Listed] = []
     for run in sorted(chosen, key=lambda run: -run.changed):

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from trainer.cli.dry_run import dry_run
 from trainer.cli.env_aliases import alias_options
+from trainer.cli.held_out import held_out_tokens
 from trainer.cli.help import first_help, help_of, parts_named, take_help
 from trainer.cli.lightning_cli import TrainerCLI, first_line, make_parser
 from trainer.cli.parser import split_options
@@ -110,7 +111,7 @@ def run(command: str, args: Sequence[str]) -> RunFolder | dict[str, Score] | Non
         if cli.is_dry_run:
             raise UserError("--dry_run belongs to trainer fit; leave it out")
         is_cut = any(arg.startswith("--eval.max_tokens") for arg in rest)
-        return validate(cli, stored, RunFolder.containing(Path(ckpt)).tokenizer, is_cut)
+        return validate(cli, stored, Path(ckpt), is_cut)
     if cli.is_dry_run:
         cli.config.ckpt = ckpt or cli.config.ckpt
         dry_run(cli)
@@ -189,13 +190,13 @@ def _recipe(path: Path, has_source: bool) -> str:
     return yaml.safe_dump(recipe, sort_keys=False)
 
 
-def validate(cli: TrainerCLI, stored: Artifact, tokenizer: Path, is_cut: bool) -> dict[str, Score]:
+def validate(cli: TrainerCLI, stored: Artifact, ckpt: Path, is_cut: bool) -> dict[str, Score]:
     """Score stored weights and print the scores, which are returned by name; the last line is for scripts.
 
     Args:
         cli: The configured objects.
         stored: The weights.
-        tokenizer: Their tokenizer, where `--text` is scored.
+        ckpt: Their file.
         is_cut: Whether the command line limits the tokens; the run's own limit does not hold for another text.
     """
     try:
@@ -203,10 +204,12 @@ def validate(cli: TrainerCLI, stored: Artifact, tokenizer: Path, is_cut: bool) -
     except RuntimeError as error:
         raise UserError(f"its tensors do not fit its model ({' '.join(str(error).split())[:200]})") from error
     cli.datamodule.expected_tokenizer = stored.tokenizer_sha256
-    _choose_text(cli, tokenizer, is_cut)
+    _choose_text(cli, ckpt, is_cut)
     cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
     if not all(math.isfinite(score.bpb) for score in cli.model.scores):
-        raise UserError("the score is not a number: these weights are not usable")
+        rate = cli.datamodule.evaluation.adapt_rate
+        reason = f"lower --eval.adapt_rate {rate:g}" if rate else "these weights are not usable"
+        raise UserError(f"the score is not a number: {reason}")
     scores = dict(zip(("plain", "sliding"), cli.model.scores, strict=False))
     for name, score in scores.items():
         logger.info(f"{name:<8} {score.line()}")
@@ -217,7 +220,7 @@ def validate(cli: TrainerCLI, stored: Artifact, tokenizer: Path, is_cut: bool) -
     return scores
 
 
-def _choose_text(cli: TrainerCLI, tokenizer: Path, is_cut: bool) -> None:
+def _choose_text(cli: TrainerCLI, ckpt: Path, is_cut: bool) -> None:
     """Take what `validate` is asked to score.
 
     Raises:
@@ -234,13 +237,17 @@ def _choose_text(cli: TrainerCLI, tokenizer: Path, is_cut: bool) -> None:
         data.split, data.scores_documents = config.split, config.per_document is not None
         if data.split == "train" and not is_cut:
             data.evaluation = replace(data.evaluation, max_tokens=TRAIN_TOKENS)
-            logger.info(f"--split train: its first {TRAIN_TOKENS:,} tokens; --eval.max_tokens sets another number")
+            logger.info(f"--split train: at most {TRAIN_TOKENS:,} tokens; --eval.max_tokens sets another number")
+        if data.split == "held_out":
+            data.held_out_tokens = held_out_tokens(ckpt, data.source, data.held_out_tokens)
+            if not is_cut:
+                data.evaluation = replace(data.evaluation, max_tokens=None)
         return
     if config.split != "val":
         raise UserError("--split and --text both say what is scored; leave one out")
     files = [config.text] if isinstance(config.text, str) else config.text
     data.scored_text = ScoredText(files, config.text_field, config.source_field)
-    data.tokenizer = tokenizer
+    data.tokenizer = RunFolder.containing(ckpt).tokenizer
     if not is_cut:
         data.evaluation = replace(data.evaluation, max_tokens=None)
     data.scores_documents = True

@@ -50,11 +50,20 @@ def excluded_pairs(tokenizer: sentencepiece.SentencePieceProcessor) -> Tensor:
     Returns:
         (V, V) bool: whether the second token never comes after the first. Control, unknown and byte tokens are in no
         such pair.
+
+    Raises:
+        UserError: If it is of another kind, or has symbols that its user defined.
     """
     size = tokenizer.get_piece_size()
     special = (tokenizer.is_control, tokenizer.is_unknown, tokenizer.is_byte, tokenizer.is_unused)
     pieces = {tokenizer.id_to_piece(token): token for token in range(size) if not any(kind(token) for kind in special)}
     scores = {piece: float(tokenizer.get_score(token)) for piece, token in pieces.items()}
+    # BPE numbers its pieces; other models store logarithms of probabilities, and symbols of the user have no number.
+    if len(set(scores.values())) < len(scores) or not all(score.is_integer() for score in scores.values()):
+        raise UserError(
+            "eval.canonical: the tokenizer is not BPE, or has user-defined symbols, so which token can follow which is "
+            "not known; leave eval.canonical out"
+        )
     ends: dict[str, list[tuple[float, ...]]] = defaultdict(list)
     starts: dict[str, list[tuple[float, ...]]] = defaultdict(list)
     for piece, token in pieces.items():

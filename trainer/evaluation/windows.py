@@ -8,6 +8,8 @@ from torch import Tensor
 
 from trainer.errors import UserError
 
+MAX_RATE = 100  # the gradient is clipped to norm 1, so that this ruins any model
+
 
 @dataclass(frozen=True)
 class EvaluationConfig:
@@ -28,7 +30,7 @@ class EvaluationConfig:
             evaluation): with window 8192, stride 6144 and attention_window 2048, every token has at least the context
             of window 2048 with stride 64, for a 24th of the tokens that pass through the model.
         adapt_rate: Learning rate of score-first test-time training: `validate` trains on the targets of each batch of
-            windows after it has scored them, in its last evaluation (above 0). null: no training.
+            windows after it has scored them, in its last evaluation (above 0, at most 100). null: no training.
         canonical: Give no probability to tokens that the tokenizer never puts after the one before, in every score
             (Vieira et al. 2025, for BPE tokenizers).
     """
@@ -55,8 +57,11 @@ class EvaluationConfig:
             )
         if self.every_seconds is not None and not self.every_seconds > 0:
             raise ValueError(f"eval.every_seconds must be above 0, or null, not {self.every_seconds}")
-        if self.adapt_rate is not None and not self.adapt_rate > 0:
-            raise ValueError(f"eval.adapt_rate must be above 0, or null for no training, not {self.adapt_rate}")
+        if self.adapt_rate is not None and not 0 < self.adapt_rate <= MAX_RATE:
+            raise ValueError(
+                f"eval.adapt_rate must be above 0 and at most {MAX_RATE}, or null for no training, not "
+                f"{self.adapt_rate}"
+            )
         if self.attention_window is not None and (
             self.stride is None or self.stride > self.window - self.attention_window
         ):

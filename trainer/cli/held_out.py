@@ -1,0 +1,52 @@
+"""`validate --split held_out`: what a run held out, so that nothing it trained on is scored in its place."""
+
+from pathlib import Path
+
+from trainer.checkpoint import METADATA_KEY
+from trainer.data.identity import fingerprint, identify
+from trainer.data.source import Source
+from trainer.errors import UserError
+from trainer.loading import is_artifact, load_run
+from trainer.run_folder import RunFolder
+
+
+def held_out_tokens(ckpt: Path, source: Source, given: int | None) -> int:
+    """Number of tokens at the end of the training text that a run held out.
+
+    Args:
+        ckpt: Checkpoint or artifact of the run.
+        source: The text.
+        given: Number of a config or of the command line.
+
+    Raises:
+        UserError: If the run held nothing out, another number is given, the text is another one, or none of this can be
+            known.
+    """
+    tokens, shards = _of_run(ckpt)
+    if tokens is None:
+        raise UserError("--split held_out: this run trained on all of its text; train one with data.held_out_tokens")
+    if given not in (None, tokens):
+        raise UserError(
+            f"--split held_out: this run held out {tokens:,} tokens, not {given:,}; leave --data.held_out_tokens out"
+        )
+    text = source.prepared()
+    if fingerprint(identify(text, reads_all=True)) != shards:
+        raise UserError(
+            f"--split held_out: {text.train[0].parent} does not hold the text of this run; name the folder of its "
+            "shards with --data.source.folder"
+        )
+    return tokens
+
+
+def _of_run(ckpt: Path) -> tuple[int | None, str]:
+    """Number of tokens that a run held out, and fingerprint of its shards."""
+    if not is_artifact(ckpt):
+        metadata = load_run(ckpt)[METADATA_KEY]
+        return metadata.get("held_out_tokens"), fingerprint(metadata["shards"])
+    run = RunFolder.containing(ckpt)
+    summary = run.read_summary()
+    if summary is None or not isinstance(summary.get("held_out_tokens", ""), int | None):
+        raise UserError(
+            f"--split held_out: what the run of {ckpt} held out is in its {run.summary.name}, which is not beside it"
+        )
+    return summary["held_out_tokens"], summary["shards_fingerprint"]
