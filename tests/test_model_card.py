@@ -72,6 +72,15 @@ def test_a_card_says_what_the_run_says(run: RunFolder):
     assert front["pipeline_tag"] == "text-generation"
 
 
+def test_a_card_says_that_its_scores_are_canonical(run: RunFolder):
+    write_model_card(run.path, run, SUMMARY)
+    assert "eval.canonical" not in (run.path / "README.md").read_text()
+    settings = yaml.safe_load(run.config.read_text())
+    run.config.write_text(yaml.safe_dump({**settings, "eval": {**settings.get("eval", {}), "canonical": True}}))
+    write_model_card(run.path, run, SUMMARY)
+    assert "have no probability (`eval.canonical`)" in (run.path / "README.md").read_text()
+
+
 def test_the_score_by_source_sums_its_documents(run: RunFolder):
     write_csv(run.documents, ["a", "b", "a", "c"], [3, 4, 5, 1], [10, 20, 30, 0], [1.0, 2.0, 6.0, 0.5])
     same = {**SUMMARY, "val_bytes": 60, "val_bpb": 9.5 / math.log(2) / 60}

@@ -103,7 +103,7 @@ def _scores(summary: dict[str, Any], settings: dict[str, Any], is_scored: bool, 
     windows = f" Windows have {window} tokens." if window else ""
     windows += f" Sliding ones move by {stride}." if stride else ""
     if settings.get("eval.canonical"):
-        windows += " Tokens that the tokenizer never puts after the one before have no probability."
+        windows += " Tokens that the tokenizer never puts after the one before have no probability (`eval.canonical`)."
     head = "| of | bits per byte | tokens | bytes |\n|---|---|---|---|\n"
     return f"## Score\n\nBits per byte of text, lower is better.{windows}\n\n{head}" + "\n".join(rows)
 
