@@ -181,7 +181,11 @@ class TokenData(pl.LightningDataModule):
         self._take_tokens(tokens, tokenizer, ", ".join(text.files))
 
     def _take_tokens(self, tokens: TokenArray, tokenizer: SentencePieceProcessor, origin: str) -> None:
-        """Take the tokens that are scored."""
+        """Take the tokens that are scored.
+
+        Raises:
+            UserError: If eval.canonical would give no probability to one of them, or the tokenizer is not BPE.
+        """
         self.val_tokens = torch.from_numpy(tokens.astype(np.int32))
         if self.evaluation.canonical:
             self.excluded = excluded_pairs(tokenizer)
