@@ -33,6 +33,7 @@ class LocalText(Source):
         val_every: int = 100,
         tokenizer: str | None = None,
         vocab_size: int | None = None,
+        case_markup: bool | None = None,
         shard_tokens: int = SHARD_TOKENS,
         field: str = FIELD,
     ) -> None:
@@ -51,6 +52,8 @@ class LocalText(Source):
                 of each file.
             vocab_size: Vocabulary size of a tokenizer that is trained here (261 to 65,536), so not beside
                 `tokenizer`. null: the model's.
+            case_markup: Whether a tokenizer that is trained here encodes a capital letter at the start of a word as a
+                mark and the small letter, so that `The` and `the` share a token; not beside `tokenizer`. null: it does.
             shard_tokens: Most tokens of a shard.
             field: Field of a .jsonl line, or column of a .parquet file, that holds the text.
         """
@@ -58,6 +61,11 @@ class LocalText(Source):
             raise UserError(
                 f"data.source.tokenizer {tokenizer} has its own vocabulary, so data.source.vocab_size {vocab_size:,} "
                 "cannot be chosen; leave one of the two out"
+            )
+        if tokenizer and case_markup is not None:
+            raise UserError(
+                f"data.source.tokenizer {tokenizer} is trained already, so data.source.case_markup "
+                f"{str(case_markup).lower()} cannot be chosen; leave one of the two out"
             )
         self.field = field
         self.train_files = [train_files] if isinstance(train_files, str) else train_files
@@ -67,6 +75,7 @@ class LocalText(Source):
         self.folder = Path(folder or _folder_of(self.train_files[0] if self.train_files else "text"))
         self.given_tokenizer = Path(tokenizer) if tokenizer else None
         self.vocab_size = vocab_size
+        self.case_markup = case_markup is not False
         self.shard_tokens = shard_tokens
 
     def check(self) -> None:
@@ -132,6 +141,7 @@ class LocalText(Source):
             "tokenizer": sha256_of(self.given_tokenizer)
             if self.given_tokenizer
             else self.vocab_size or self.model_vocab_size,
+            **({} if self.given_tokenizer else {"case_markup": self.case_markup}),
             "shard_tokens": self.shard_tokens,
         }
 
@@ -200,7 +210,7 @@ class LocalText(Source):
         if self.given_tokenizer:
             copy_file(self.given_tokenizer, model)
         else:
-            train_for_source(model, texts, self.vocab_size, self.model_vocab_size)
+            train_for_source(model, texts, self.vocab_size, self.model_vocab_size, self.case_markup)
 
     def prepared(self) -> PreparedText:
         """The shards of the folder."""

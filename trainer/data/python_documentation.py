@@ -36,6 +36,7 @@ class PythonDocumentation(Source):
         self,
         folder: str = "data/python-documentation",
         vocab_size: int | None = None,
+        case_markup: bool = True,
         max_bytes: int = 10_000_000,
         val_every: int = 40,
         roots: list[str] | None = None,
@@ -45,6 +46,8 @@ class PythonDocumentation(Source):
         Args:
             folder: Folder for the shards; it is made again when these settings change.
             vocab_size: Vocabulary size of the tokenizer that is trained on the text (261 to 65,536). null: the model's.
+            case_markup: Whether the tokenizer encodes a capital letter at the start of a word as a mark and the small
+                letter, so that `The` and `the` share a token.
             max_bytes: Stop collecting at this many bytes of text.
             val_every: About one document in this many goes to the validation split, chosen by its sha256 (at least 2).
             roots: Folders with Python files. null: the standard library, then the installed packages.
@@ -52,6 +55,7 @@ class PythonDocumentation(Source):
         paths = sysconfig.get_paths()
         self.folder = Path(folder)
         self.vocab_size = vocab_size
+        self.case_markup = case_markup
         self.max_bytes = max_bytes
         self.val_every = val_every
         self.roots = [Path(root) for root in (roots or [paths["stdlib"], paths["purelib"]])]
@@ -86,6 +90,7 @@ class PythonDocumentation(Source):
         return {
             "class": "PythonDocumentation",
             "vocab_size": self.vocab_size or self.model_vocab_size,
+            "case_markup": self.case_markup,
             "max_bytes": self.max_bytes,
             "val_every": self.val_every,
             "roots": [str(root) for root in self.roots],
@@ -103,7 +108,7 @@ class PythonDocumentation(Source):
         if not train or len(train) == len(splits):
             roots = ", ".join(map(str, self.roots))
             raise UserError(f"{roots}: too few docstrings for two splits; use another data.source")
-        train_for_source(folder / TOKENIZER, train, self.vocab_size, self.model_vocab_size)
+        train_for_source(folder / TOKENIZER, train, self.vocab_size, self.model_vocab_size, self.case_markup)
         logger.info(f"tokenizing {counted(len(splits), 'document')}")
         tokenize(splits, folder / TOKENIZER, folder, record)
 

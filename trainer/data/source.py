@@ -94,11 +94,14 @@ def list_shards(folder: Path, tokenizer: Path) -> PreparedText:
     return PreparedText(train, val, tokenizer)
 
 
-def train_for_source(model: Path, texts: Iterable[str], vocab_size: int | None, model_vocab_size: int) -> None:
+def train_for_source(
+    model: Path, texts: Iterable[str], vocab_size: int | None, model_vocab_size: int, case_markup: bool
+) -> None:
     """Train a tokenizer; an error names the option that sets its size."""
     size = vocab_size or model_vocab_size
     logger.info(f"training a tokenizer with a vocabulary of {size:,}")
-    train_tokenizer(_sentences(texts), size, model, os.cpu_count() or 1, f"--{size_option(vocab_size)}")
+    option = f"--{size_option(vocab_size)}"
+    train_tokenizer(_sentences(texts), size, model, os.cpu_count() or 1, option, case_markup)
 
 
 def size_option(vocab_size: int | None) -> str:

@@ -1,0 +1,166 @@
+"""Tokenizers with case markup: every text comes back, and its bytes are those of the text without marks."""
+
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+
+from tests.helpers import score_of, trainer_here
+from trainer.data.canonical import check_canonical, excluded_pairs
+from trainer.data.case_markup import MARK
+from trainer.data.manifest import Manifest
+from trainer.data.shard_writer import BEGIN
+from trainer.data.tokenizer import SPACE, ByteTable, load_tokenizer, normalized_bytes, train_tokenizer
+from trainer.generation import stream_text
+
+WORDS = "the cat sat on a mat in new york and mcdonald of nasa read it while she ran home to paris".split()
+JUDGE = sentencepiece.SentencePieceNormalizer(
+    rule_name="nmt_nfkc", remove_extra_whitespaces=True, add_dummy_prefix=False, escape_whitespaces=False
+)
+
+
+def sentence(rng: random.Random) -> str:
+    words = [rng.choice((str, str.title, str.title, str.upper))(word) for word in rng.choices(WORDS, k=9)]
+    return " ".join(words) + rng.choice(".!?")
+
+
+def texts() -> Iterator[str]:
+    """What capitals meet in text: spaces, line ends, punctuation, other scripts, and marks that are no marks."""
+    rng = random.Random(1)
+    yield from (
+        "",
+        "A",
+        "I am",
+        "The",
+        " The  cat\n\nSat",
+        "iPhone McDonald TVs NASA",
+        "École Él Ürün",
+        "A\u0301b Th\u0323e",
+    )
+    yield from (
+        MARK,
+        f"{MARK}the {MARK} cat",
+        f"a {MARK}",
+        "\ufb01Fi \u00a0The",
+        f"x{SPACE}The",
+        "\u3000The",
+        "3Th 4TH",
+    )
+    parts = [*WORDS, *"ABTHabth", " ", "  ", "\n", "\u00a0", ".", "(", "é", "É", "漢", "🙂", MARK, SPACE, "7", "\u0301"]
+    for _ in range(400):
+        yield "".join(rng.choice((str, str.title))(rng.choice(parts)) for _ in range(rng.randint(1, 25)))
+    yield from (sentence(rng) for _ in range(50))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = random.Random(0)
+    path = tmp_path_factory.mktemp("case") / "t.model"
+    train_tokenizer(
+        (" ".join(sentence(rng) for _ in range(4)) for _ in range(1000)), 400, path, 1, with_case_markup=True
+    )
+    return path
+
+
+def test_every_text_is_restored_and_its_bytes_are_counted(model: Path):
+    tokenizer = load_tokenizer(model)
+    table = ByteTable.from_tokenizer(tokenizer)
+    for text in texts():
+        truth = JUDGE.normalize(text).replace(MARK, "\ufffd").replace(SPACE, " ")
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == truth, repr(text)
+        assert normalized_bytes(tokenizer, text) == len(truth.encode()), repr(text)
+        assert table.total(np.concatenate([BEGIN, np.array(ids, dtype=np.uint16)])) == len(truth.encode()), repr(text)
+
+
+def test_capitals_at_the_start_of_words_are_marked_and_no_others(model: Path):
+    tokenizer = load_tokenizer(model)
+    known = set(
+        "".join(tokenizer.id_to_piece(t) for t in range(tokenizer.get_piece_size()) if not tokenizer.is_byte(t))
+    )
+    for text in texts():
+        clean = JUDGE.normalize(text).replace(MARK, "\ufffd").replace(SPACE, " ")
+        marked = re.sub("( ?)([A-Z])(?=[a-z])", lambda match: MARK + match[1] + match[2].lower(), clean)
+        pieces = [piece for piece in tokenizer.encode(text, out_type=str) if not piece.startswith("<0x")]
+        spelled = "".join(pieces).replace(SPACE, " ")
+        assert spelled == "".join(letter for letter in marked if letter.replace(" ", SPACE) in known), repr(text)
+
+
+def test_words_share_their_tokens_with_and_without_a_capital(model: Path):
+    tokenizer = load_tokenizer(model)
+    small, capital = tokenizer.encode("on the mat", out_type=str), tokenizer.encode("On The. Mat", out_type=str)
+    assert "".join(capital).replace(MARK, "").replace(".", "") == "".join(small)
+    assert [piece for piece in capital if not set(piece) <= {MARK, "."}] == small
+    assert f".{MARK}" in capital  # the mark merges with the punctuation before it, never with a letter
+    pieces = [tokenizer.id_to_piece(token) for token in range(tokenizer.get_piece_size())]
+    assert not [piece for piece in pieces if MARK in piece and re.search("[A-Za-z]", piece)]
+
+
+def test_sentencepiece_alone_reads_what_it_encodes(model: Path):
+    alone, tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model)), load_tokenizer(model)
+    for text in ("The cat. In New York", "iPhone TVs NASA"):
+        assert alone.encode(text) == tokenizer.encode(text)
+        assert alone.decode(tokenizer.encode(text)) == text
+
+
+def test_lists_of_texts_are_encoded_and_decoded_like_single_ones(model: Path):
+    tokenizer = load_tokenizer(model)
+    several = ["The  cat", "", f"In {MARK} Paris"]
+    ids = tokenizer.encode(several)
+    assert ids == [tokenizer.encode(text) for text in several]
+    assert [list(each) for each in tokenizer.encode_as_numpy(several, num_threads=2)] == ids
+    assert tokenizer.decode(ids) == [tokenizer.decode(each) for each in ids] == ["The cat", "", "In \ufffd Paris"]
+
+
+def test_a_mark_is_not_shown_before_its_letter_is_there(model: Path):
+    tokenizer = load_tokenizer(model)
+    prompt, whole = tokenizer.encode("the cat."), tokenizer.encode("the cat. The Mat. A")
+    assert whole[: len(prompt)] != prompt  # the last token is the point with the mark
+    shown = list(stream_text(tokenizer, whole[:3], iter(whole[3:])))
+    assert MARK not in "".join(shown)
+    assert tokenizer.decode(whole[:3]) + "".join(shown) == "the cat. The Mat. A"
+    assert tokenizer.decode(tokenizer.encode("Cat")[:1]) == ""
+
+
+def test_no_text_has_a_pair_that_canonical_scoring_excludes(model: Path):
+    tokenizer = load_tokenizer(model)
+    ids = [token for text in texts() for token in (1, *tokenizer.encode(text))]
+    excluded = excluded_pairs(tokenizer)
+    assert excluded.any()
+    check_canonical(torch.tensor(ids), excluded, tokenizer, "here", "mend it")
+
+
+def test_a_run_with_case_markup_scores_the_same_bytes(tmp_path: Path):
+    rng = random.Random(3)
+    (tmp_path / "t.txt").write_text("\n\n".join(sentence(rng) for _ in range(2000)))
+    args = ["--data.source=LocalText", "--data.source.train_files=t.txt", "--data.source.vocab_size=400"]
+    counted = {}
+    for markup, option in (("false", "false"), ("true", "null")):
+        folder = [f"--data.source.folder={markup}", f"--data.source.case_markup={option}"]
+        result = trainer_here("prepare", *args, *folder, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        manifest = Manifest.read(tmp_path / markup)
+        assert manifest is not None
+        counted[markup] = sum(shard.bytes for shard in manifest.shards)
+    assert counted["true"] == counted["false"]
+    small = ["--model.vocab_size=400", "--trainer.max_steps=2", "--report.enabled=false"]
+    result = trainer_here("fit", *args, *folder, *small, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    again = trainer_here("validate", "--ckpt", "runs/quickstart/1/artifact.zst", "--eval.canonical=true", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    manifest = Manifest.read(tmp_path / "true")
+    assert manifest is not None
+    assert score_of(again.stdout)["bytes"] == sum(shard.bytes for shard in manifest.shards if shard.split == "val")
+
+
+def test_case_markup_is_refused_beside_a_tokenizer(model: Path, tmp_path: Path):
+    (tmp_path / "t.txt").write_text("The cat")
+    args = ["--data.source=LocalText", "--data.source.train_files=t.txt", f"--data.source.tokenizer={model}"]
+    result = trainer_here("prepare", *args, "--data.source.case_markup=true", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "is trained already, so data.source.case_markup true cannot be chosen" in result.stderr
