@@ -352,6 +352,11 @@ def test_an_unknown_option_is_one_line_with_the_near_one(tmp_path: Path):
         "trainer fit: unrecognized arguments: --trainer.max_stepz 5; did you mean --trainer.max_steps? "
         "(trainer fit --help lists the options)\n"
     )
+    for command, near in (("runs", "--csv"), ("report", "--out"), ("inspect", "--documents"), ("submit", "--data")):
+        slip = near[:-1] + "q"
+        result = trainer_here(command, slip, "a.csv", cwd=tmp_path)  # no file of that name is looked for
+        start = f"trainer {command}: unrecognized arguments: {slip}; did you mean {near}? "
+        assert (result.returncode, result.stderr.count("\n"), result.stderr[: len(start)]) == (2, 1, start)
     for command in ("validate", "export", "generate", "report", "submit", "prepare", "inspect", "recipes"):
         assert re.search(r"[Ee]xample:\s+trainer", trainer_here(command, "--help", cwd=tmp_path).stdout), command
 

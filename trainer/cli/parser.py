@@ -100,6 +100,14 @@ class CommandParser(ShortErrors, ArgumentParser):
             self.add_argument(*flags, help=help_of[name], **settings)
         self.add_function_arguments(command, as_group=False, skip=set(by_hand))
 
+    def parse_args(self, *args: Any, **options: Any) -> Any:
+        """Parse; an unknown option is named before its value is taken for another argument."""
+        names = [arg.partition("=")[0] for arg in args[0]]
+        unknown = [name for name in names if name.startswith("--") and name not in self._option_string_actions]
+        if unknown:
+            self.error(UNKNOWN + " ".join(unknown))
+        return super().parse_args(*args, **options)
+
 
 def _takes_null(annotation: Any) -> bool:
     is_open = annotation in (inspect.Parameter.empty, Any, None) or isinstance(annotation, str)
