@@ -192,7 +192,7 @@ def test_the_fingerprint_tells_texts_apart_and_not_tokenizers_or_names(tmp_path:
     def fingerprint(name: str, texts: list[str], tokenizer: str | None) -> str:
         path = write_texts(tmp_path / f"{name}.jsonl", texts)
         source = LocalText(
-            [path], str(tmp_path / name), val_every=4, tokenizer=tokenizer, vocab_size=None if tokenizer else 280
+            [path], str(tmp_path / name), val_every=4, tokenizer=tokenizer, vocab_size=None if tokenizer else 285
         )
         source.prepare()
         return verify(source.folder).text_fingerprint

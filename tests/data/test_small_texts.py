@@ -66,10 +66,10 @@ def test_the_vocabulary_size_is_that_of_the_model_or_of_the_recipe(tmp_path: Pat
     (tmp_path / "mine.yaml").write_text("model:\n  vocab_size: 290\n")
     assert trainer_here("prepare", "--config=mine.yaml", *LOCAL, cwd=tmp_path).returncode == 0
     assert load_tokenizer(tmp_path / "data/texts/tokenizer.model").get_piece_size() == 290
-    steps = ["--model.vocab_size=280", "--trainer.max_steps=1", "--eval.max_tokens=200", "--report.enabled=false"]
+    steps = ["--model.vocab_size=285", "--trainer.max_steps=1", "--eval.max_tokens=200", "--report.enabled=false"]
     result = trainer_here("fit", *LOCAL, *steps, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert load_tokenizer(tmp_path / "data/texts/tokenizer.model").get_piece_size() == 280
+    assert load_tokenizer(tmp_path / "data/texts/tokenizer.model").get_piece_size() == 285
     read, scored = (len(open_shard(tmp_path / f"data/texts/text_{split}_000000.bin")) for split in ("train", "val"))
     numbers = f"{read:,} tokens for training, {scored - 1:,} for validation (so few that their scores are noisy)"
     assert f"text in data/texts: {numbers}" in result.stdout
@@ -81,7 +81,7 @@ def test_the_vocabulary_size_is_that_of_the_model_or_of_the_recipe(tmp_path: Pat
 
 
 def test_a_folder_that_nobody_chose_is_never_that_of_the_text_or_of_others(tmp_path: Path):
-    args = ["--data.source=LocalText", "--data.source.vocab_size=280"]
+    args = ["--data.source=LocalText", "--data.source.vocab_size=285"]
     (tmp_path / "data").mkdir()
     write_texts(tmp_path / "data/mine", 1, 100)
     inside = trainer_here("prepare", *args, "--data.source.train_files=data/mine", cwd=tmp_path)
@@ -98,7 +98,7 @@ def test_a_folder_that_nobody_chose_is_never_that_of_the_text_or_of_others(tmp_p
 
 def test_what_the_tokenizer_changes_is_said_on_request(tmp_path: Path):
     write_texts(tmp_path / "texts", 3, 100)
-    args = ["prepare", *LOCAL, "--data.source.vocab_size=280"]
+    args = ["prepare", *LOCAL, "--data.source.vocab_size=285"]
     assert "normalization changed" not in trainer_here(*args, cwd=tmp_path).stdout
     more = trainer_here(*args, "--data.source.val_every=7", "--verbose", cwd=tmp_path)
     assert "normalization changed" in more.stdout
