@@ -357,6 +357,12 @@ def test_an_unknown_option_is_one_line_with_the_near_one(tmp_path: Path):
         result = trainer_here(command, slip, "a.csv", cwd=tmp_path)  # no file of that name is looked for
         start = f"trainer {command}: unrecognized arguments: {slip}; did you mean {near}? "
         assert (result.returncode, result.stderr.count("\n"), result.stderr[: len(start)]) == (2, 1, start)
+    for words in (
+        ["inspect", "--", "--a"],
+        ["generate", "--ckpt=--a", "--prompt", "-- the end"],
+    ):  # values
+        result = trainer_here(*words, cwd=tmp_path)
+        assert (result.returncode, result.stderr[:13]) == (1, "trainer: --a:"), result.stderr
     for command in ("validate", "export", "generate", "report", "submit", "prepare", "inspect", "recipes"):
         assert re.search(r"[Ee]xample:\s+trainer", trainer_here(command, "--help", cwd=tmp_path).stdout), command
 

@@ -1,5 +1,6 @@
 """Tokenizers with case markup: every text comes back, and its bytes are those of the text without marks."""
 
+import json
 import random
 import re
 from collections.abc import Iterator
@@ -61,9 +62,7 @@ def texts() -> Iterator[str]:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = random.Random(0)
     path = tmp_path_factory.mktemp("case") / "t.model"
-    train_tokenizer(
-        (" ".join(sentence(rng) for _ in range(4)) for _ in range(1000)), 400, path, 1, with_case_markup=True
-    )
+    train_tokenizer((" ".join(sentence(rng) for _ in range(4)) for _ in range(1000)), 400, path, 1, case_markup=True)
     return path
 
 
@@ -96,13 +95,36 @@ def test_words_share_their_tokens_with_and_without_a_capital(model: Path):
     small, capital = tokenizer.encode("on the mat", out_type=str), tokenizer.encode("On The. Mat", out_type=str)
     assert "".join(capital).replace(MARK, "").replace(".", "") == "".join(small)
     assert [piece for piece in capital if not set(piece) <= {MARK, "."}] == small
-    assert f".{MARK}" in capital  # the mark merges with the punctuation before it, never with a letter
     pieces = [tokenizer.id_to_piece(token) for token in range(tokenizer.get_piece_size())]
-    assert not [piece for piece in pieces if MARK in piece and re.search("[A-Za-z]", piece)]
+    assert [piece for piece in pieces if MARK in piece] == [MARK]
+
+
+def test_the_letters_that_are_marked(model: Path):
+    tokenizer = load_tokenizer(model)
+    for text, marked in (
+        ("The cat. In", "^the cat.^ in"),
+        ("McDonald iPhone NASAs", "^mc^donald i^phone NAS^as"),
+        ("I NASA A Él É", "I NASA A Él É"),
+    ):
+        spelled = bytes(
+            byte
+            for piece in tokenizer.encode(text, out_type=str)
+            for byte in ([int(piece[3:-1], 16)] if piece.startswith("<0x") else piece.encode())
+        )
+        assert spelled.decode().replace(SPACE, " ").replace(MARK, "^") == marked
+
+
+def test_a_capital_does_not_change_the_tokens_before_it(model: Path):
+    tokenizer = load_tokenizer(model)
+    for start in ("the cat.", "Answer:", "(", "on", "the cat ", ""):
+        alone, whole = tokenizer.encode(start), tokenizer.encode(f"{start.rstrip()} The mat")
+        assert whole[: len(alone)] == alone, start
 
 
 def test_sentencepiece_alone_reads_what_it_encodes(model: Path):
     alone, tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model)), load_tokenizer(model)
+    counted, expected = ByteTable.from_tokenizer(alone), ByteTable.from_tokenizer(tokenizer)
+    assert torch.equal(counted.text_bytes, expected.text_bytes)
     for text in ("The cat. In New York", "iPhone TVs NASA"):
         assert alone.encode(text) == tokenizer.encode(text)
         assert alone.decode(tokenizer.encode(text)) == text
@@ -119,8 +141,7 @@ def test_lists_of_texts_are_encoded_and_decoded_like_single_ones(model: Path):
 
 def test_a_mark_is_not_shown_before_its_letter_is_there(model: Path):
     tokenizer = load_tokenizer(model)
-    prompt, whole = tokenizer.encode("the cat."), tokenizer.encode("the cat. The Mat. A")
-    assert whole[: len(prompt)] != prompt  # the last token is the point with the mark
+    whole = tokenizer.encode("the cat. The Mat. A")
     shown = list(stream_text(tokenizer, whole[:3], iter(whole[3:])))
     assert MARK not in "".join(shown)
     assert tokenizer.decode(whole[:3]) + "".join(shown) == "the cat. The Mat. A"
@@ -156,6 +177,30 @@ def test_a_run_with_case_markup_scores_the_same_bytes(tmp_path: Path):
     manifest = Manifest.read(tmp_path / "true")
     assert manifest is not None
     assert score_of(again.stdout)["bytes"] == sum(shard.bytes for shard in manifest.shards if shard.split == "val")
+
+
+def test_every_name_of_a_method_knows_the_marks(model: Path):
+    tokenizer = load_tokenizer(model)
+    text, ids = "The  \ufb01n Cat\n\nOn", tokenizer.encode("The \ufb01n Cat On")
+    for encode in (tokenizer.Encode, tokenizer.tokenize, tokenizer.Tokenize, tokenizer.EncodeAsIds, tokenizer.encode):
+        assert encode(text) == ids == encode(text.encode())
+    for decode in (tokenizer.Decode, tokenizer.detokenize, tokenizer.Detokenize, tokenizer.DecodeIds):
+        assert decode(ids) == "The fin Cat On"
+    assert tokenizer.decode(ids, bytes) == b"The fin Cat On"
+    assert tokenizer.Normalize([text]) == [tokenizer.normalize(text)] == [f"The{SPACE}fin{SPACE}Cat{SPACE}On"]
+
+
+def test_shards_of_before_the_setting_are_kept(model: Path, tmp_path: Path):
+    (tmp_path / "t.txt").write_text("\n\n".join(sentence(random.Random(seed)) for seed in range(300)))
+    args = ["--data.source=LocalText", "--data.source.train_files=t.txt", "--data.source.vocab_size=400"]
+    assert trainer_here("prepare", *args, "--data.source.case_markup=false", cwd=tmp_path).returncode == 0
+    manifest = tmp_path / "data/t/manifest.json"
+    content = json.loads(manifest.read_text())
+    assert content["source"].pop("case_markup") is False
+    manifest.write_text(json.dumps(content))
+    before = (tmp_path / "data/t/tokenizer.model").read_bytes()
+    assert trainer_here("prepare", *args, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "data/t/tokenizer.model").read_bytes() == before
 
 
 def test_case_markup_is_refused_beside_a_tokenizer(model: Path, tmp_path: Path):

@@ -8,6 +8,7 @@ import types
 import typing
 from collections.abc import Callable
 from difflib import get_close_matches
+from itertools import takewhile
 from typing import Any, NoReturn
 
 import docstring_parser
@@ -102,8 +103,9 @@ class CommandParser(ShortErrors, ArgumentParser):
 
     def parse_args(self, *args: Any, **options: Any) -> Any:
         """Parse; an unknown option is named before its value is taken for another argument."""
-        names = [arg.partition("=")[0] for arg in args[0]]
-        unknown = [name for name in names if name.startswith("--") and name not in self._option_string_actions]
+        names = [arg.partition("=")[0] for arg in takewhile(lambda arg: arg != "--", args[0])]
+        known = self._option_string_actions
+        unknown = [name for name in names if name.startswith("--") and " " not in name and name not in known]
         if unknown:
             self.error(UNKNOWN + " ".join(unknown))
         return super().parse_args(*args, **options)

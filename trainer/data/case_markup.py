@@ -1,69 +1,65 @@
-"""Case markup: a capital letter at the start of a word becomes a mark and the small letter, so that both share tokens.
+"""Case markup: a capital letter before a small one becomes a mark and its small letter, so that words share tokens.
 
-`The cat` is encoded as a mark, `the`, ` cat`, and decoded to `The cat` again. A to Z are marked where a small letter a
-to z follows; `I`, `NASA` and `École` stay as they are. The mark comes before a space, so that ` the` stays one token
-and BPE can merge the mark with the punctuation before it. The rules are in the SentencePiece model, as its
-normalization and denormalization. Sources: OpenNMT Tokenizer's case markup; openai/parameter-golf #1729 (CaseOps).
+`The cat` is encoded as a mark, `the`, ` cat`, and decoded to `The cat` again. The letters are A to Z and a to z; `I`,
+`NASA` and `École` stay as they are. The mark is a token of its own, before the space of its word, so ` the` stays one
+token. The rules are in the SentencePiece model, as its normalization and denormalization. Sources: OpenNMT Tokenizer's
+case markup; openai/parameter-golf #1729 (CaseOps).
 """
 
+import re
 import string
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 
-MARK = "\ue000"  # a code point for private use
-REPLACEMENT = "\ufffd"  # stands for a mark that is in the text itself; it has as many bytes
-SPACE = "\u2581"  # SentencePiece's visible space
+MARK = "\ue000"  # for private use; in a text it becomes REPLACEMENT
+DELIMITER = "\ue001"  # keeps the mark apart from other characters while a tokenizer is trained
+REPLACEMENT = "\ufffd"  # has as many bytes as the mark
 
 
 class CaseMarkupProcessor(sentencepiece.SentencePieceProcessor):
     """A tokenizer with case markup, behind SentencePiece's interface.
 
-    Text is normalized as by the challenge's tokenizers before the rules see it: a rule can mark a capital after a
-    space, but not remove the second of two spaces before it.
+    Text is normalized as by the challenge's tokenizers before the rules of the model see it: a rule can mark a capital
+    after a space, but not remove the second of two spaces before it.
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Open a model that was trained with the rules of `write_rules`."""
+        """Open a model that was trained with case markup."""
         super().__init__(model_file=str(path))
-        self._normalizer = text_normalizer()
+        self._normalizer, self._with_visible_spaces = _text_normalizer(), _text_normalizer(escape_whitespaces=True)
 
-    def normalize(self, input: str) -> str:  # type: ignore[override]
-        """The text that decoding restores, with visible spaces."""
-        return normalized(self._normalizer, input).replace(" ", SPACE)
+    def Normalize(self, input: str | list[str]) -> Any:  # type: ignore[override]
+        """The text that decoding restores, or each of several texts, with visible spaces."""
+        return _each(lambda text: _normalized(self._with_visible_spaces, text), input)
 
-    def Encode(self, input: str | list[str], **options: Any) -> Any:  # type: ignore[override]
+    def Encode(self, input: str | bytes | list[str], *args: Any, **options: Any) -> Any:  # type: ignore[override]
         """Tokens of a text, or of each of several texts."""
-        if isinstance(input, str):
-            return super().Encode(normalized(self._normalizer, input), **options)
-        return super().Encode([normalized(self._normalizer, text) for text in input], **options)
+        input = input.decode() if isinstance(input, bytes) else input
+        return super().Encode(_each(lambda text: _normalized(self._normalizer, text), input), *args, **options)
 
-    encode = Encode  # type: ignore[assignment]
-
-    def Decode(self, input: Any, **options: Any) -> Any:  # type: ignore[override]
+    def Decode(self, input: Any, *args: Any, **options: Any) -> Any:
         """The text of tokens, without a mark whose letter is missing, as at the end of a text that is cut off."""
-        decoded = super().Decode(input, **options)
-        return decoded.replace(MARK, "") if isinstance(decoded, str) else [text.replace(MARK, "") for text in decoded]
+        return _each(lambda text: text.replace(MARK, ""), super().Decode(input, *args, **options))
 
-    decode = Decode  # type: ignore[assignment]
-
-
-def text_normalizer() -> sentencepiece.SentencePieceNormalizer:
-    """The normalization of the challenge's tokenizers, which comes before the rules."""
-    return sentencepiece.SentencePieceNormalizer(
-        rule_name="nmt_nfkc", remove_extra_whitespaces=True, add_dummy_prefix=False, escape_whitespaces=False
-    )
-
-
-def normalized(normalizer: sentencepiece.SentencePieceNormalizer, text: str) -> str:
-    """A text as the rules get it: normalized, and without marks."""
-    return str(normalizer.normalize(text)).replace(MARK, REPLACEMENT)
+    normalize = Normalize  # type: ignore[assignment]
+    encode = tokenize = Tokenize = Encode  # type: ignore[assignment]
+    decode = detokenize = Detokenize = Decode
 
 
 def has_case_markup(tokenizer: sentencepiece.SentencePieceProcessor) -> bool:
-    """Whether a model has the rules, when SentencePiece itself opened it."""
-    return str(tokenizer.normalize("Aa")) == f"{MARK}aa"
+    """Whether a tokenizer was trained with case markup."""
+    return MARK in tokenizer.encode("Aa", out_type=str)
+
+
+def training_text(sentences: Iterable[str]) -> Iterator[str]:
+    """Sentences with marks, which SentencePiece's trainer must be told to keep apart at DELIMITER."""
+    normalizer = _text_normalizer()
+    for sentence in sentences:
+        text = _normalized(normalizer, sentence).replace(DELIMITER, REPLACEMENT)
+        yield re.sub(" ?[A-Z](?=[a-z])", lambda match: f"{DELIMITER}{MARK}{DELIMITER}{match[0].lower()}", text)
 
 
 def write_rules(folder: Path) -> tuple[str, str]:
@@ -86,6 +82,28 @@ def write_rules(folder: Path) -> tuple[str, str]:
     for path, rules in zip(paths, (marked, restored), strict=True):
         path.write_text("".join(f"{_code_points(old)}\t{_code_points(new)}\n" for old, new in sorted(rules.items())))
     return str(paths[0]), str(paths[1])
+
+
+def _text_normalizer(escape_whitespaces: bool = False) -> sentencepiece.SentencePieceNormalizer:
+    """The normalization of the challenge's tokenizers, which comes before the rules."""
+    return sentencepiece.SentencePieceNormalizer(
+        rule_name="nmt_nfkc",
+        remove_extra_whitespaces=True,
+        add_dummy_prefix=False,
+        escape_whitespaces=escape_whitespaces,
+    )
+
+
+def _normalized(normalizer: sentencepiece.SentencePieceNormalizer, text: str) -> str:
+    """A text as the rules get it: normalized, and without marks."""
+    return str(normalizer.normalize(text)).replace(MARK, REPLACEMENT)
+
+
+def _each(change: Callable[[str], str], texts: Any) -> Any:
+    """Change a text, or each of several texts; what is no text stays as it is."""
+    if isinstance(texts, str):
+        return change(texts)
+    return [_each(change, text) for text in texts] if isinstance(texts, list) else texts
 
 
 def _code_points(text: str) -> str:

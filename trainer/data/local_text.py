@@ -33,9 +33,9 @@ class LocalText(Source):
         val_every: int = 100,
         tokenizer: str | None = None,
         vocab_size: int | None = None,
-        case_markup: bool | None = None,
         shard_tokens: int = SHARD_TOKENS,
         field: str = FIELD,
+        case_markup: bool | None = None,
     ) -> None:
         """Tokenize files into a folder of shards.
 
@@ -52,10 +52,10 @@ class LocalText(Source):
                 of each file.
             vocab_size: Vocabulary size of a tokenizer that is trained here (261 to 65,536), so not beside
                 `tokenizer`. null: the model's.
-            case_markup: Whether a tokenizer that is trained here encodes a capital letter at the start of a word as a
-                mark and the small letter, so that `The` and `the` share a token; not beside `tokenizer`. null: it does.
             shard_tokens: Most tokens of a shard.
             field: Field of a .jsonl line, or column of a .parquet file, that holds the text.
+            case_markup: Whether a tokenizer that is trained here encodes a capital letter before a small one as a mark
+                and its small letter, so that `The` and `the` share a token; not beside `tokenizer`. null: it does.
         """
         if tokenizer and vocab_size is not None:
             raise UserError(
@@ -141,7 +141,8 @@ class LocalText(Source):
             "tokenizer": sha256_of(self.given_tokenizer)
             if self.given_tokenizer
             else self.vocab_size or self.model_vocab_size,
-            **({} if self.given_tokenizer else {"case_markup": self.case_markup}),
+            # Folders of before this setting are kept as they are.
+            **({} if self.case_markup else {"case_markup": False}),
             "shard_tokens": self.shard_tokens,
         }
 

@@ -36,21 +36,21 @@ class PythonDocumentation(Source):
         self,
         folder: str = "data/python-documentation",
         vocab_size: int | None = None,
-        case_markup: bool = True,
         max_bytes: int = 10_000_000,
         val_every: int = 40,
         roots: list[str] | None = None,
+        case_markup: bool = True,
     ) -> None:
         """Collect docstrings; a document joins a few neighbors of one module.
 
         Args:
             folder: Folder for the shards; it is made again when these settings change.
             vocab_size: Vocabulary size of the tokenizer that is trained on the text (261 to 65,536). null: the model's.
-            case_markup: Whether the tokenizer encodes a capital letter at the start of a word as a mark and the small
-                letter, so that `The` and `the` share a token.
             max_bytes: Stop collecting at this many bytes of text.
             val_every: About one document in this many goes to the validation split, chosen by its sha256 (at least 2).
             roots: Folders with Python files. null: the standard library, then the installed packages.
+            case_markup: Whether the tokenizer encodes a capital letter before a small one as a mark and its small
+                letter, so that `The` and `the` share a token.
         """
         paths = sysconfig.get_paths()
         self.folder = Path(folder)
@@ -90,10 +90,11 @@ class PythonDocumentation(Source):
         return {
             "class": "PythonDocumentation",
             "vocab_size": self.vocab_size or self.model_vocab_size,
-            "case_markup": self.case_markup,
             "max_bytes": self.max_bytes,
             "val_every": self.val_every,
             "roots": [str(root) for root in self.roots],
+            # Folders of before this setting are kept as they are.
+            **({} if self.case_markup else {"case_markup": False}),
         }
 
     def _make(self, folder: Path, record: dict[str, object]) -> None:

@@ -11,7 +11,7 @@ import sentencepiece
 import torch
 from torch import Tensor
 
-from trainer.data import case_markup
+from trainer.data.case_markup import DELIMITER, MARK, CaseMarkupProcessor, has_case_markup, training_text, write_rules
 from trainer.data.shards import MAX_VOCAB
 from trainer.errors import UserError
 
@@ -33,8 +33,8 @@ def load_tokenizer(path: str | Path) -> sentencepiece.SentencePieceProcessor:
         tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
         raise UserError(f"{path}: is not a SentencePiece model ({error})") from error
-    if case_markup.has_case_markup(tokenizer):
-        tokenizer = case_markup.CaseMarkupProcessor(path)
+    if has_case_markup(tokenizer):
+        tokenizer = CaseMarkupProcessor(path)
     if tokenizer.bos_id() != BOS:
         raise UserError(f"{path}: its BOS is token {tokenizer.bos_id()}, but shards use {BOS}; use another tokenizer")
     if _added_spaces(tokenizer)[1]:
@@ -87,7 +87,7 @@ def train_tokenizer(
     path: str | Path,
     num_threads: int,
     option: str = "--data.source.vocab_size",
-    with_case_markup: bool = False,
+    case_markup: bool = False,
 ) -> None:
     """Train a model of the challenge's kind: BPE, byte fallback, split digits, NFKC, no dummy prefix.
 
@@ -97,25 +97,26 @@ def train_tokenizer(
         path: The model file to write.
         num_threads: Threads for SentencePiece.
         option: Option that sets the vocabulary size, for the error.
-        with_case_markup: Whether its normalization marks capital letters (trainer/data/case_markup.py).
+        case_markup: Whether it marks capital letters (trainer/data/case_markup.py).
 
     Raises:
         UserError: If the text is too small for the vocabulary, or reading it fails.
     """
     failures: list[UserError] = []
-    normalizer = case_markup.text_normalizer()
 
     def read() -> Iterator[str]:
         try:
-            for sentence in sentences:
-                yield case_markup.normalized(normalizer, sentence) if with_case_markup else sentence
+            if case_markup:
+                yield from training_text(sentences)
+            else:
+                yield from sentences
         except UserError as error:
             failures.append(error)  # SentencePiece hides it behind one of its own
             raise
 
     try:
         with Path(path).open("wb") as model, TemporaryDirectory() as folder:
-            rules = case_markup.write_rules(Path(folder)) if with_case_markup else ("", "")
+            rules = write_rules(Path(folder)) if case_markup else ("", "")
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=read(),
                 model_writer=model,
@@ -123,12 +124,13 @@ def train_tokenizer(
                 vocab_size=vocab_size,
                 byte_fallback=True,
                 split_digits=True,
-                normalization_rule_name="identity" if with_case_markup else "nmt_nfkc",
+                normalization_rule_name="identity" if case_markup else "nmt_nfkc",
                 normalization_rule_tsv=rules[0],
                 denormalization_rule_tsv=rules[1],
+                pretokenization_delimiter=DELIMITER if case_markup else "",
                 add_dummy_prefix=False,
                 character_coverage=0.999,
-                required_chars=SPACE + case_markup.MARK * with_case_markup,  # else they could become three byte tokens
+                required_chars=SPACE + MARK * case_markup,  # else they could become three byte tokens
                 pad_id=0,
                 bos_id=BOS,
                 eos_id=2,
@@ -163,7 +165,7 @@ class ByteTable:
     A token counts the bytes of its text without one leading space. That space counts 1 byte, unless the token before is
     a boundary (a control, unknown or unused token) and the tokenizer itself adds a space at the start of a text. Byte
     tokens count 1. Source: openai/parameter-golf. A space inside a token counts as the one byte it is, not as the three
-    of SentencePiece's marker, and a mark of trainer/data/case_markup.py, which is no text, as none.
+    of SentencePiece's marker, and the mark of case markup, which is no text, as none.
 
     Attributes:
         text_bytes: (V,) int64, bytes without the leading space.
@@ -179,7 +181,7 @@ class ByteTable:
     def from_tokenizer(cls, tokenizer: sentencepiece.SentencePieceProcessor) -> "ByteTable":
         """Count the bytes of every token of a tokenizer."""
         adds_prefix, _ = _added_spaces(tokenizer)
-        is_marked = isinstance(tokenizer, case_markup.CaseMarkupProcessor)
+        mark = tokenizer.piece_to_id(MARK) if has_case_markup(tokenizer) else None
         size = tokenizer.get_piece_size()
         text_bytes = torch.zeros(size, dtype=torch.int64)
         leading_space = torch.zeros(size, dtype=torch.bool)
@@ -188,12 +190,13 @@ class ByteTable:
             piece = tokenizer.id_to_piece(index)
             if tokenizer.is_control(index) or tokenizer.is_unknown(index) or tokenizer.is_unused(index):
                 boundary[index] = adds_prefix
+            elif index == mark:
+                continue
             elif tokenizer.is_byte(index):
                 text_bytes[index] = 1
             else:
                 leading_space[index] = piece.startswith(SPACE)
-                text = piece.removeprefix(SPACE).replace(SPACE, " ")
-                text_bytes[index] = len((text.replace(case_markup.MARK, "") if is_marked else text).encode())
+                text_bytes[index] = len(piece.removeprefix(SPACE).replace(SPACE, " ").encode())
         return cls(text_bytes, leading_space, boundary)
 
     def to(self, device: torch.device | str) -> "ByteTable":
