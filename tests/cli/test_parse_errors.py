@@ -45,6 +45,12 @@ SIZE = "--data.source.vocab_size=abc"
         (["fit", "--data.source=Nothing"], "--data.source: there is no class Nothing; give one of LocalText, "),
         (["fit", "--trainer.callbacks=EarlyStopping"], "--trainer.callbacks.monitor: missing, but EarlyStopping needs"),
         (["fit", "--config=bad.yaml"], "--model.num_layers: must be a whole number, not many"),
+        (
+            ["fit", LOCAL, FILES, "--data.source.case_markup="],
+            "--data.source.case_markup: its value is empty (an unset",
+        ),
+        (["fit", "--model.num_layers="], "--model.num_layers: its value is empty (an unset variable?); give one"),
+        (["fit", "--data.order="], "--data.order: its value is empty (an unset variable?); give one"),
         (["generate", "--artifact=x", "--tokens=abc"], "--tokens: must be a whole number, not abc"),
     ],
 )

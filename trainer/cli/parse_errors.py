@@ -13,7 +13,7 @@ NOT_ACCEPTED = re.compile(r"Option '([^']+)' is not accepted")
 NO_CLASS = re.compile(r".*Expected a dot import path string: (\S+)")
 NOT_A_GROUP = re.compile(r"Unable to load config .(null|true|false|[0-9.]+)")
 MISSING = re.compile(r".*?(No module named '[^']+'|module '[^']+' has no attribute '[^']+')")
-VALUE = re.compile(r"(?:Got|Given) value: (.*?)(?= - Expected|$)")
+VALUE = re.compile(r"(?:Got|Given) value: ?(.*?)(?= ?- Expected|$)")
 TYPE = re.compile(r"Expected a <class '([^']+)'>")
 NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "list": "a list, such as [1,2]"}
 NAMES |= {"NoneType": "null", "str": "text", "dict": "settings", "Iterable": "a list"}
@@ -37,6 +37,8 @@ def _of_key(key: str, reason: str) -> str:
         return f"--{key}: {missing[1]}; modules are found in this folder and among the installed packages"
     if in_class := IN_CLASS.match(reason):
         return _of_class(key, *in_class.groups())
+    if value and not value[1]:
+        return f"--{key}: its value is empty (an unset variable?); give one, or leave the option out"
     if value and (choice := NOT_A_CHOICE.match(reason)):
         return f"--{key}: must be {' or '.join([f'one of {choice[1]}', *names])}, not {value[1]}"
     if no_class := NO_CLASS.match(reason):
