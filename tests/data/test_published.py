@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
+from trainer.data.case_markup import has_case_markup
 from trainer.data.published import PublishedFineWeb
 from trainer.data.shards import TokenFiles, write_shard
-from trainer.data.tokenizer import train_tokenizer
+from trainer.data.tokenizer import BOS, load_tokenizer, train_tokenizer
 from trainer.errors import UserError
 
 REPO = "someone/golf"
@@ -240,6 +241,34 @@ def test_the_download_is_announced_and_refused_without_space(hub, monkeypatch, c
     ]
     source().prepare()
     assert "downloading" not in capsys.readouterr().out
+
+
+def test_a_copy_with_case_markup_has_the_text_that_was_downloaded(hub, tmp_path, monkeypatch):
+    (tmp_path / "tiny.model").write_bytes(hub.files[f"datasets/{MODEL}"])
+    tokenizer = load_tokenizer(tmp_path / "tiny.model")
+    texts = {
+        "train_000000": "The golf Ball rolls",
+        "train_000001": "Into the Water and Over it",
+        "val_000000": "A Green",
+    }
+    for name, text in texts.items():
+        tokens = [BOS, *tokenizer.encode(text)] * 200
+        write_shard(tmp_path / name, np.array(tokens, dtype=np.uint16))
+        hub.files[shard(name)] = (tmp_path / name).read_bytes()
+    monkeypatch.chdir(tmp_path)
+    marked = source(case_markup=True)
+    marked.model_vocab_size = 290
+    assert marked.known_vocab_size() is None
+    marked.check()
+    marked.prepare()
+    hub.stop()  # the copy needs no network
+    prepared = marked.prepared()
+    assert prepared.tokenizer.parent == Path("data/tiny_sp280-case-markup")
+    copied = load_tokenizer(prepared.tokenizer)
+    assert has_case_markup(copied)
+    for shards, names in ((prepared.train, ["train_000000", "train_000001"]), (prepared.val, ["val_000000"])):
+        files = TokenFiles(shards)
+        assert copied.decode(files.read(0, len(files)).tolist()) == "".join(200 * texts[name] for name in names)
 
 
 def test_each_variant_has_its_publisher():

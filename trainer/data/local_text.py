@@ -10,13 +10,11 @@ from trainer.data.manifest import TOKENIZER, Manifest
 from trainer.data.normalization import DocumentKeys
 from trainer.data.preparation import check_folder, is_prepared, prepare_folder
 from trainer.data.shard_writer import SHARD_TOKENS, Document, split_of, tokenize
-from trainer.data.source import PreparedText, Source, list_shards, size_option, train_for_source
+from trainer.data.source import SAMPLE_BYTES, PreparedText, Source, list_shards, size_option, train_for_source
 from trainer.data.tokenizer import check_trainable_size, load_tokenizer
 from trainer.errors import UserError
 from trainer.files import copy_file, sha256_of
 from trainer.logging import counted, logger
-
-SAMPLE_BYTES = 50_000_000  # of training text, for a tokenizer
 
 
 class LocalText(Source):

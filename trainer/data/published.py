@@ -10,8 +10,10 @@ import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
+from trainer.data.retokenize import MarkedCopy
 from trainer.data.shards import open_shard
-from trainer.data.source import PreparedText, Source
+from trainer.data.source import PreparedText, Source, size_option
+from trainer.data.tokenizer import check_trainable_size
 from trainer.errors import UserError
 from trainer.files import sha256_of
 from trainer.logging import counted, logger
@@ -44,6 +46,7 @@ class PublishedFineWeb(Source):
         repo_id: str | None = None,
         revision: str = "main",
         parallel_files: int = 8,
+        case_markup: bool = False,
     ) -> None:
         """Fetch the first training shards and the whole validation split of one export.
 
@@ -53,20 +56,28 @@ class PublishedFineWeb(Source):
             repo_id: Name of the dataset on the Hub. null: the one that is known to have the variant.
             revision: Branch, tag or commit of the dataset.
             parallel_files: Number of files downloaded at once.
+            case_markup: Whether to train on a copy of the shards, in `data`, in a tokenizer that encodes a capital
+                letter before a small one as a mark and its small letter, so that `The` and `the` share a token. It is
+                trained on their first 50 MB, with the vocabulary size of the model.
         """
         self.variant = variant
         self.train_shards = train_shards
         self.repo_id = repo_id or PUBLISHERS.get(variant, CHALLENGE)
         self.revision = revision
         self.parallel_files = parallel_files
+        self.case_markup = case_markup
 
     def check(self) -> None:
         """Refuse fewer than one shard."""
         if self.train_shards is not None and self.train_shards < 1:
             raise UserError(f"data.source.train_shards must be at least 1, or null for all, not {self.train_shards}")
+        if self.case_markup:
+            check_trainable_size(self.model_vocab_size, size_option(None))
 
     def known_vocab_size(self) -> int | None:
-        """The number that ends the names of the challenge's exports."""
+        """The number that ends the names of the challenge's exports; of a copy with case markup, that of the model."""
+        if self.case_markup:
+            return None
         named = re.search(r"_sp(\d+)$", self.variant)
         return int(named[1]) if named else None
 
@@ -90,10 +101,15 @@ class PublishedFineWeb(Source):
             self._find(local=False)
         for path in damaged:
             open_shard(path)
+        if self.case_markup:
+            self._copy().prepare(only_if_missing)
 
     def prepared(self) -> PreparedText:
-        """The shards in the cache, without asking the network."""
-        return self._find(local=True)
+        """The shards in the cache, without asking the network, or their copy."""
+        return self._copy().prepared() if self.case_markup else self._find(local=True)
+
+    def _copy(self) -> MarkedCopy:
+        return MarkedCopy(self.variant, self._find(local=True), self.model_vocab_size)
 
     def _find(self, local: bool) -> PreparedText:
         """Files of the export, downloaded unless `local`."""

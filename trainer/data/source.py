@@ -13,6 +13,7 @@ from trainer.logging import logger
 
 TRAIN_PATTERN = "*_train_*.bin"
 VAL_PATTERN = "*_val_*.bin"
+SAMPLE_BYTES = 50_000_000  # of training text, for a tokenizer
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 from trainer.data.local_text import LocalText
 from trainer.data.manifest import TOKENIZER
 from trainer.data.python_documentation import PythonDocumentation
+from trainer.data.retokenize import MarkedCopy
 from trainer.data.shards import open_shard
 from trainer.data.source import PreparedText, Source, list_shards
 from trainer.data.tokenizer import load_tokenizer
@@ -15,30 +16,50 @@ __all__ = ["LocalText", "PreparedText", "PythonDocumentation", "Shards", "Source
 class Shards(Source):
     """Token shards that exist already, such as the challenge's FineWeb export."""
 
-    def __init__(self, folder: str = "data/fineweb10B_sp1024", tokenizer: str | None = None) -> None:
-        """Use the shards of a folder as they are.
+    def __init__(
+        self, folder: str = "data/fineweb10B_sp1024", tokenizer: str | None = None, case_markup: bool = False
+    ) -> None:
+        """Use the shards of a folder.
 
         Args:
             folder: Folder with `*_train_*.bin` and `*_val_*.bin`.
             tokenizer: SentencePiece model; default: `tokenizer.model` in the folder.
+            case_markup: Whether to train on a copy of the shards, in `data`, in a tokenizer that encodes a capital
+                letter before a small one as a mark and its small letter, so that `The` and `the` share a token. It is
+                trained on their first 50 MB, with the vocabulary size of the model. Shards that have it are not copied.
         """
         self.folder = Path(folder)
         self.tokenizer = Path(tokenizer) if tokenizer else self.folder / TOKENIZER
+        self.case_markup = case_markup
 
     def check(self) -> None:
         """Refuse a folder without shards, and damaged ones; a folder that is not there yet may be made elsewhere."""
         if self.folder.is_dir():
-            text = self.prepared()
+            text = list_shards(self.folder, self.tokenizer)
             for path in (*text.train, *text.val):
                 open_shard(path)
+            if self.case_markup:
+                self._copy().check()
+
+    def is_prepared(self) -> bool:
+        """Whether there is a copy with case markup, where one is asked for."""
+        return not (self.case_markup and self.folder.is_dir()) or self._copy().is_prepared()
 
     def known_vocab_size(self) -> int | None:
-        """That of the shards' tokenizer, once it is there."""
-        return int(load_tokenizer(self.tokenizer).get_piece_size()) if self.tokenizer.is_file() else None
+        """That of the shards' tokenizer, once it is there; of a copy, that of the model."""
+        if not self.tokenizer.is_file() or (self.case_markup and self.folder.is_dir() and self._copy().is_needed):
+            return None
+        return int(load_tokenizer(self.tokenizer).get_piece_size())
 
     def prepare(self, only_if_missing: bool = False) -> None:
-        """Do nothing: the shards exist."""
+        """Make the copy with case markup, where one is asked for; else the shards exist."""
+        if self.case_markup:
+            self._copy().prepare(only_if_missing)
 
     def prepared(self) -> PreparedText:
-        """The shards of the folder."""
-        return list_shards(self.folder, self.tokenizer)
+        """The shards of the folder, or of the copy."""
+        return self._copy().prepared() if self.case_markup else list_shards(self.folder, self.tokenizer)
+
+    def _copy(self) -> MarkedCopy:
+        text = list_shards(self.folder, self.tokenizer)
+        return MarkedCopy(self.folder.resolve().name, text, self.model_vocab_size)

@@ -1,0 +1,198 @@
+"""Copies of shards with case markup: the same documents, splits and bytes, whatever the shards cut."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from tests.data.test_case_markup import WORDS
+from tests.helpers import score_of, trainer_here
+from trainer.data.case_markup import has_case_markup
+from trainer.data.manifest import Manifest
+from trainer.data.shards import TokenFiles, write_shard
+from trainer.data.sources import Shards
+from trainer.data.tokenizer import BOS, load_tokenizer, train_tokenizer
+from trainer.errors import UserError
+
+JUDGE = sentencepiece.SentencePieceNormalizer(
+    rule_name="nmt_nfkc", remove_extra_whitespaces=True, add_dummy_prefix=False, escape_whitespaces=False
+)
+
+
+def document(rng: random.Random) -> str:
+    words = [rng.choice((str, str.title, str.upper))(word) for word in rng.choices(WORDS, k=rng.randint(1, 40))]
+    return " ".join([*words, rng.choice(("", "漢字 é", "  two\nlines", "🙂."))])
+
+
+@pytest.fixture(scope="module")
+def documents() -> dict[str, list[str]]:
+    rng = random.Random(0)
+    return {split: [document(rng) for _ in range(count)] for split, count in (("train", 900), ("val", 60))}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, documents: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two training shards, between which a document is cut, and a validation shard, without case markup."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "published"
+    folder.mkdir()
+    train_tokenizer(iter(documents["train"]), 400, folder / "tokenizer.model", 1)
+    train, val = (tokens_of(folder, documents[split]) for split in ("train", "val"))
+    middle = len(train) // 2
+    assert BOS not in train[middle : middle + 2]
+    write_shard(folder / "x_train_000000.bin", train[:middle])
+    write_shard(folder / "x_train_000001.bin", train[middle:])
+    write_shard(folder / "x_val_000000.bin", val)
+    return folder
+
+
+def tokens_of(folder: Path, texts: list[str]) -> np.ndarray:
+    tokenizer = load_tokenizer(folder / "tokenizer.model")
+    return np.array([token for text in texts for token in (BOS, *tokenizer.encode(text))], dtype=np.uint16)
+
+
+def source(folder: Path, vocab_size: int = 380) -> Shards:
+    shards = Shards(str(folder), case_markup=True)
+    shards.model_vocab_size = vocab_size
+    return shards
+
+
+def texts_of(shards: list[Path], model: Path) -> list[str]:
+    files = TokenFiles(shards)
+    tokens = files.read(0, len(files))
+    tokenizer = load_tokenizer(model)
+    return [tokenizer.decode(each[1:].tolist()) for each in np.split(tokens, np.flatnonzero(tokens == BOS)[1:])]
+
+
+def test_the_copy_has_the_same_documents_and_bytes(folder: Path, documents: dict[str, list[str]]):
+    copied = source(folder)
+    assert not copied.is_prepared()
+    assert copied.known_vocab_size() is None
+    copied.prepare()
+    assert copied.is_prepared()
+    text = copied.prepared()
+    assert text.tokenizer.resolve() == folder.parent / "data/published-case-markup/tokenizer.model"
+    assert has_case_markup(load_tokenizer(text.tokenizer))
+    assert load_tokenizer(text.tokenizer).get_piece_size() == 380
+    manifest = Manifest.read(text.tokenizer.parent)
+    assert manifest is not None
+    for split, shards in (("train", text.train), ("val", text.val)):
+        expected = [JUDGE.normalize(each) for each in documents[split]]
+        assert texts_of(shards, text.tokenizer) == expected
+        counted = sum(shard.bytes for shard in manifest.shards if shard.split == split)
+        assert counted == sum(len(each.encode()) for each in expected)
+
+
+def test_it_is_made_once_and_again_for_another_vocabulary(folder: Path):
+    source(folder).prepare()
+    model = folder.parent / "data/published-case-markup/tokenizer.model"
+    first = model.stat().st_mtime_ns
+    source(folder).prepare()
+    assert model.stat().st_mtime_ns == first
+    source(folder, 390).prepare(only_if_missing=True)
+    assert model.stat().st_mtime_ns == first
+    source(folder, 390).prepare()
+    assert load_tokenizer(model).get_piece_size() == 390
+
+
+def test_shards_with_case_markup_are_used_as_they_are(folder: Path):
+    source(folder).prepare()
+    marked = source(folder.parent / "data/published-case-markup")
+    marked.check()
+    marked.prepare()
+    assert marked.is_prepared()
+    assert marked.known_vocab_size() == 380
+    assert marked.prepared().tokenizer == folder.parent / "data/published-case-markup/tokenizer.model"
+    assert [path.name for path in (folder.parent / "data").iterdir()] == ["published-case-markup"]
+
+
+def test_a_last_training_document_that_is_cut_inside_a_character_is_left_out(
+    folder: Path, documents: dict[str, list[str]]
+):
+    tokenizer = load_tokenizer(folder / "tokenizer.model")
+    cut = [BOS, *tokenizer.encode("the cat 𝄞")[:-2]]
+    assert "\ufffd" in tokenizer.decode(cut[1:])
+    train = np.concatenate([tokens_of(folder, documents["train"][:500]), np.array(cut, dtype=np.uint16)])
+    write_shard(folder / "x_train_000000.bin", train)
+    (folder / "x_train_000001.bin").unlink()
+    copied = source(folder)
+    copied.prepare()
+    text = copied.prepared()
+    assert texts_of(text.train, text.tokenizer) == [JUDGE.normalize(each) for each in documents["train"][:500]]
+    write_shard(folder / "x_val_000000.bin", train)
+    with pytest.raises(UserError, match="a document that begins 'the cat .*' has .* bytes, but its tokens stand for"):
+        copied.prepare()
+
+
+def test_a_text_may_begin_without_the_token_of_a_beginning(folder: Path, documents: dict[str, list[str]]):
+    val = tokens_of(folder, documents["val"])
+    write_shard(folder / "x_val_000000.bin", val[1:])
+    copied = source(folder)
+    copied.prepare()
+    text = copied.prepared()
+    assert texts_of(text.val, text.tokenizer) == [JUDGE.normalize(each) for each in documents["val"]]
+
+
+def test_documents_longer_than_a_batch_are_whole(
+    folder: Path, documents: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("trainer.data.retokenize.CHUNK_TOKENS", 7)
+    copied = source(folder)
+    copied.prepare()
+    text = copied.prepared()
+    assert texts_of(text.train, text.tokenizer) == [JUDGE.normalize(each) for each in documents["train"]]
+
+
+def test_a_vocabulary_that_cannot_be_trained_is_refused_before_anything_is_read(folder: Path):
+    with pytest.raises(UserError, match="model.vocab_size must be between 261"):
+        source(folder, 100).check()
+    assert not (folder.parent / "data").exists()
+
+
+def test_a_folder_of_somebody_else_is_left_alone(folder: Path):
+    other = folder.parent / "data/published-case-markup/mine.txt"
+    other.parent.mkdir(parents=True)
+    other.write_text("mine")
+    for act in (source(folder).check, source(folder).prepare):
+        with pytest.raises(UserError, match=r"holds mine.txt, which this trainer did not make"):
+            act()
+    assert other.read_text() == "mine"
+
+
+def test_a_run_trains_on_the_copy_and_is_scored_on_it(folder: Path, documents: dict[str, list[str]]):
+    options = ["--data.source=Shards", "--data.source.folder=published", "--data.source.case_markup=true"]
+    small = ["--model.vocab_size=380", "--trainer.max_steps=2", "--report.enabled=false"]
+    result = trainer_here("fit", *options, *small, cwd=folder.parent)
+    assert result.returncode == 0, result.stderr
+    again = trainer_here("validate", "--ckpt", "runs/quickstart/1/artifact.zst", cwd=folder.parent)
+    assert again.returncode == 0, again.stderr
+    assert score_of(again.stdout)["bytes"] == sum(len(JUDGE.normalize(each).encode()) for each in documents["val"])
+
+
+def test_another_normalization_than_the_challenges_is_refused(folder: Path, documents: dict[str, list[str]]):
+    model = folder / "tokenizer.model"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(documents["train"]),
+        model_prefix=str(folder.parent / "other"),
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        allow_whitespace_only_pieces=True,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        minloglevel=2,
+    )
+    (folder.parent / "other.model").replace(model)
+    for split, name in (("train", "x_train_000000.bin"), ("val", "x_val_000000.bin")):
+        write_shard(folder / name, tokens_of(folder, documents[split]))
+    (folder / "x_train_000001.bin").unlink()
+    with pytest.raises(UserError, match="its normalization is not that of the challenge's tokenizers"):
+        source(folder).prepare()
+    assert not (folder.parent / "data/published-case-markup").exists()
