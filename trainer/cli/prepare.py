@@ -52,8 +52,9 @@ def run(args: list[str]) -> None:
         source: Source = parser.instantiate(config).data.source
     except ValueError as error:  # jsonargparse's, about the class of the source; its cause is the source's own
         raise UserError(str(error.__cause__ or error)) from error
+    source.model_vocab_size = (recipe.get("model") or {}).get("vocab_size", source.model_vocab_size)
     if getattr(source, "vocab_size", 0) is None:  # errors then name the option of this command
-        source.vocab_size = (recipe.get("model") or {}).get("vocab_size", source.model_vocab_size)  # type: ignore[attr-defined]
+        source.vocab_size = source.model_vocab_size  # type: ignore[attr-defined]
     started = time.monotonic()
     if not config.verify:  # a check must not repair what it is to find
         logger.setLevel(logging.DEBUG if config.verbose else logging.INFO)

@@ -1,5 +1,6 @@
 """The sources of text that `--data.source` knows; their import paths begin here."""
 
+import os
 from pathlib import Path
 
 from trainer.data.local_text import LocalText
@@ -62,4 +63,4 @@ class Shards(Source):
 
     def _copy(self) -> MarkedCopy:
         text = list_shards(self.folder, self.tokenizer)
-        return MarkedCopy(self.folder.resolve().name, text, self.model_vocab_size)
+        return MarkedCopy(Path(os.path.abspath(self.folder)).name, text, self.model_vocab_size)
