@@ -1,5 +1,6 @@
 """Copies of shards with case markup: the same documents, splits and bytes, whatever the shards cut."""
 
+import json
 import random
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import sentencepiece
 from tests.data.test_case_markup import WORDS
 from tests.helpers import score_of, trainer_here
 from trainer.data.case_markup import has_case_markup
+from trainer.data.local_text import LocalText
 from trainer.data.manifest import Manifest
 from trainer.data.shards import TokenFiles, write_shard
 from trainer.data.sources import Shards
@@ -169,6 +171,20 @@ def test_a_run_trains_on_the_copy_and_is_scored_on_it(folder: Path, documents: d
     again = trainer_here("validate", "--ckpt", "runs/quickstart/1/artifact.zst", cwd=folder.parent)
     assert again.returncode == 0, again.stderr
     assert score_of(again.stdout)["bytes"] == sum(len(JUDGE.normalize(each).encode()) for each in documents["val"])
+
+
+def test_a_copy_of_prepared_text_counts_as_the_same_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    rng = random.Random(1)
+    Path("t.jsonl").write_text("".join(json.dumps({"text": document(rng)}) + "\n" for _ in range(600)))
+    LocalText("t.jsonl", "plain", vocab_size=400, case_markup=False).prepare()
+    copied = source(Path("plain"))
+    copied.prepare()
+    one, two = Manifest.read(Path("plain")), Manifest.read(copied.prepared().tokenizer.parent)
+    assert one is not None
+    assert two is not None
+    assert one.text_fingerprint == two.text_fingerprint
+    assert one.tokenizer_sha256 != two.tokenizer_sha256
 
 
 def test_another_normalization_than_the_challenges_is_refused(folder: Path, documents: dict[str, list[str]]):

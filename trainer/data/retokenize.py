@@ -2,14 +2,15 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from trainer.data.case_markup import has_case_markup
-from trainer.data.manifest import TOKENIZER
+from trainer.data.manifest import TOKENIZER, Manifest
 from trainer.data.preparation import check_folder, is_prepared, prepare_folder
-from trainer.data.shard_writer import BEGIN, Document, tokenize
+from trainer.data.shard_writer import BEGIN, SPLITS, Document, tokenize
 from trainer.data.shards import TokenArray, TokenFiles
 from trainer.data.source import SAMPLE_BYTES, PreparedText, list_shards, size_option, train_for_source
 from trainer.data.tokenizer import BOS, ByteTable, check_trainable_size, load_tokenizer
@@ -92,6 +93,12 @@ class MarkedCopy:
                     yield Document(split, text, f"{files.paths[0].parent}: the {split} split")
 
         manifest = tokenize(documents(), folder / TOKENIZER, folder, self._record(), lambda: done / total)
+        self._refuse_lost_bytes(manifest)
+        before = Manifest.read(self.original.train[0].parent)
+        if before is not None and _counts(before) == _counts(manifest):  # the same documents, to `compare` as well
+            replace(manifest, text=before.text).write(folder)
+
+    def _refuse_lost_bytes(self, manifest: Manifest) -> None:
         for shard in manifest.shards:
             if shard.bytes != shard.text_bytes:
                 raise UserError(
@@ -128,6 +135,11 @@ class MarkedCopy:
                         f"bytes, but its tokens stand for {table.total(ids):,}; they were made by another tokenizer "
                         f"than {self.original.tokenizer}"
                     )
+
+
+def _counts(manifest: Manifest) -> list[int]:
+    """Documents of each split."""
+    return [sum(shard.documents for shard in manifest.of(split)) for split in SPLITS]
 
 
 def _batches(files: TokenFiles) -> Iterator[tuple[list[TokenArray], bool]]:
