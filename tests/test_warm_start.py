@@ -121,8 +121,8 @@ def test_what_does_not_fit_is_refused_in_one_line(parent: RunFolder, tmp_path: P
         (small(shard_folder, "--init_from=nowhere"), "nowhere: there is no such file"),
         (small(shard_folder, f"--init_from={parent.artifact}", "--init_from_sha256=abc"), "not the abc... of"),
         (
-            [*text, f"--init_from={parent.artifact}", "--data.source.case_markup=false"],
-            "data.source.case_markup false is for training a tokenizer, but --init_from takes that of the other run",
+            [*text, f"--init_from={parent.artifact}", "--data.case_markup=true"],
+            "this tokenizer has no case markup, but data.case_markup is true; give --data.case_markup false, or",
         ),
         (
             [*text, f"--init_from={parent.artifact}", "--data.source.vocab_size=300"],

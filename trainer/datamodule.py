@@ -24,7 +24,7 @@ from trainer.data.scored_text import ScoredText
 from trainer.data.shards import TokenArray, TokenFiles, check_vocab_size, open_shard
 from trainer.data.sources import PreparedText, Source
 from trainer.data.stream import Order, TrainStream
-from trainer.data.tokenizer import ByteTable, load_tokenizer
+from trainer.data.tokenizer import ByteTable, check_case_markup, load_tokenizer
 from trainer.device import default_device
 from trainer.distributed import all_ranks_agree
 from trainer.errors import UserError
@@ -61,6 +61,7 @@ class TokenData(pl.LightningDataModule):
         seed: int | None = None,
         held_out_tokens: int | None = None,
         vocab_size: int = 1024,
+        case_markup: bool | None = None,
         evaluation: EvaluationConfig = EvaluationConfig(),
     ) -> None:
         """Serve a source.
@@ -76,11 +77,15 @@ class TokenData(pl.LightningDataModule):
             held_out_tokens: Tokens at the end of the training text that are never trained on (at least 2), for
                 export.weights better. null: none.
             vocab_size: Vocabulary size of the model (1 to 65,536); linked to model.vocab_size.
+            case_markup: Whether the tokenizer encodes a capital letter before a small one as a mark and its small
+                letter, so that `The` and `the` share a token. true: shards without it are encoded again, in a copy in
+                `data`, with a tokenizer that is trained on their first 50 MB. null: shards and tokenizers that exist
+                are used as they are, and those that are trained here have it.
             evaluation: How validation text is scored; linked to eval.
         """
         super().__init__()
         self.source = source
-        source.model_vocab_size = vocab_size
+        source.model_vocab_size, source.case_markup = vocab_size, case_markup
         self.batch_tokens = batch_tokens
         self.sequence_length = sequence_length
         self.order = order
@@ -139,6 +144,7 @@ class TokenData(pl.LightningDataModule):
                 f"{self.text.tokenizer}: its vocabulary size is {vocab_size:,}, but the model's {self.vocab_size:,}; "
                 f"set --model.vocab_size {vocab_size} or use another tokenizer"
             )
+        check_case_markup(self.text.tokenizer, tokenizer, self.source.case_markup)
         self._check_tokenizer(self.text.tokenizer)
         self._check_tokenizer_of_shards()
         self.table = ByteTable.from_tokenizer(tokenizer)

@@ -46,8 +46,8 @@ SIZE = "--data.source.vocab_size=abc"
         (["fit", "--trainer.callbacks=EarlyStopping"], "--trainer.callbacks.monitor: missing, but EarlyStopping needs"),
         (["fit", "--config=bad.yaml"], "--model.num_layers: must be a whole number, not many"),
         (
-            ["fit", LOCAL, FILES, "--data.source.case_markup="],
-            "--data.source.case_markup: its value is empty (an unset",
+            ["fit", LOCAL, FILES, "--data.case_markup="],
+            "--data.case_markup: its value is empty (an unset",
         ),
         (["fit", "--model.num_layers="], "--model.num_layers: its value is empty (an unset variable?); give one"),
         (["fit", "--data.order="], "--data.order: its value is empty (an unset variable?); give one"),

@@ -162,7 +162,7 @@ def test_a_run_with_case_markup_scores_the_same_bytes(tmp_path: Path):
     args = ["--data.source=LocalText", "--data.source.train_files=t.txt", "--data.source.vocab_size=400"]
     counted = {}
     for markup, option in (("false", "false"), ("true", "null")):
-        folder = [f"--data.source.folder={markup}", f"--data.source.case_markup={option}"]
+        folder = [f"--data.source.folder={markup}", f"--data.case_markup={option}"]
         result = trainer_here("prepare", *args, *folder, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         manifest = Manifest.read(tmp_path / markup)
@@ -193,7 +193,7 @@ def test_every_name_of_a_method_knows_the_marks(model: Path):
 def test_shards_of_before_the_setting_are_kept(model: Path, tmp_path: Path):
     (tmp_path / "t.txt").write_text("\n\n".join(sentence(random.Random(seed)) for seed in range(300)))
     args = ["--data.source=LocalText", "--data.source.train_files=t.txt", "--data.source.vocab_size=400"]
-    assert trainer_here("prepare", *args, "--data.source.case_markup=false", cwd=tmp_path).returncode == 0
+    assert trainer_here("prepare", *args, "--data.case_markup=false", cwd=tmp_path).returncode == 0
     manifest = tmp_path / "data/t/manifest.json"
     content = json.loads(manifest.read_text())
     assert content["source"].pop("case_markup") is False
@@ -203,9 +203,15 @@ def test_shards_of_before_the_setting_are_kept(model: Path, tmp_path: Path):
     assert (tmp_path / "data/t/tokenizer.model").read_bytes() == before
 
 
-def test_case_markup_is_refused_beside_a_tokenizer(model: Path, tmp_path: Path):
+def test_a_tokenizer_of_the_other_kind_is_refused(model: Path, tmp_path: Path):
     (tmp_path / "t.txt").write_text("The cat")
-    args = ["--data.source=LocalText", "--data.source.train_files=t.txt", f"--data.source.tokenizer={model}"]
-    result = trainer_here("prepare", *args, "--data.source.case_markup=true", cwd=tmp_path)
-    assert result.returncode == 1
-    assert "is trained already, so data.source.case_markup true cannot be chosen" in result.stderr
+    train_tokenizer((" ".join(WORDS) for _ in range(9)), 300, tmp_path / "plain.model", 1)
+    for tokenizer, option, message in (
+        (model, "false", f"{model}: this tokenizer has case markup, but data.case_markup is false; give --data.case_"),
+        ("plain.model", "true", "plain.model: this tokenizer has no case markup, but data.case_markup is true; give "),
+    ):
+        args = ["--data.source=LocalText", "--data.source.train_files=t.txt", f"--data.source.tokenizer={tokenizer}"]
+        result = trainer_here("prepare", *args, f"--data.case_markup={option}", cwd=tmp_path)
+        assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
+        assert message in result.stderr
+    assert not (tmp_path / "data").exists()

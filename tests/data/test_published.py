@@ -256,8 +256,8 @@ def test_a_copy_with_case_markup_has_the_text_that_was_downloaded(hub, tmp_path,
         write_shard(tmp_path / name, np.array(tokens, dtype=np.uint16))
         hub.files[shard(name)] = (tmp_path / name).read_bytes()
     monkeypatch.chdir(tmp_path)
-    marked = source(case_markup=True)
-    marked.model_vocab_size = 290
+    marked = source()
+    marked.model_vocab_size, marked.case_markup = 290, True
     assert marked.known_vocab_size() is None
     marked.check()
     marked.prepare()

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -56,8 +57,8 @@ def tokens_of(folder: Path, texts: list[str]) -> np.ndarray:
 
 
 def source(folder: Path, vocab_size: int = 380) -> Shards:
-    shards = Shards(str(folder), case_markup=True)
-    shards.model_vocab_size = vocab_size
+    shards = Shards(str(folder))
+    shards.model_vocab_size, shards.case_markup = vocab_size, True
     return shards
 
 
@@ -163,11 +164,27 @@ def test_a_folder_of_somebody_else_is_left_alone(folder: Path):
     assert other.read_text() == "mine"
 
 
+def test_a_copy_of_other_shards_is_not_replaced(folder: Path):
+    source(folder).prepare()
+    model = folder.parent / "data/published-case-markup/tokenizer.model"
+    content = model.read_bytes()
+    other = folder.parent / "other/published"
+    shutil.copytree(folder, other)
+    for act in (source(other).check, source(other).prepare):
+        with pytest.raises(UserError, match=r"is a copy of other shards, .*/published/x_train_000000.bin; remove it"):
+            act()
+    assert model.read_bytes() == content
+
+
 def test_a_run_trains_on_the_copy_and_is_scored_on_it(folder: Path, documents: dict[str, list[str]]):
-    options = ["--data.source=Shards", "--data.source.folder=published", "--data.source.case_markup=true"]
+    options = ["--data.source=Shards", "--data.source.folder=published", "--data.case_markup=true"]
     small = ["--model.vocab_size=380", "--trainer.max_steps=2", "--report.enabled=false"]
     result = trainer_here("fit", *options, *small, cwd=folder.parent)
     assert result.returncode == 0, result.stderr
+    marked = ["--data.source=Shards", "--data.source.folder=data/published-case-markup", "--data.case_markup=false"]
+    refused = trainer_here("fit", *marked, *small, cwd=folder.parent)
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1), refused.stderr
+    assert "tokenizer.model: this tokenizer has case markup, but data.case_markup is false" in refused.stderr
     again = trainer_here("validate", "--ckpt", "runs/quickstart/1/artifact.zst", cwd=folder.parent)
     assert again.returncode == 0, again.stderr
     assert score_of(again.stdout)["bytes"] == sum(len(JUDGE.normalize(each).encode()) for each in documents["val"])
@@ -177,7 +194,9 @@ def test_a_copy_of_prepared_text_counts_as_the_same_text(tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     rng = random.Random(1)
     Path("t.jsonl").write_text("".join(json.dumps({"text": document(rng)}) + "\n" for _ in range(600)))
-    LocalText("t.jsonl", "plain", vocab_size=400, case_markup=False).prepare()
+    plain = LocalText("t.jsonl", "plain", vocab_size=400)
+    plain.case_markup = False
+    plain.prepare()
     copied = source(Path("plain"))
     copied.prepare()
     one, two = Manifest.read(Path("plain")), Manifest.read(copied.prepared().tokenizer.parent)

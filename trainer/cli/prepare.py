@@ -33,6 +33,12 @@ def make_parser() -> PrepareParser:
     )
     parser.add_argument("--verbose", action="store_true", help="Say what the tokenizer's normalization changes.")
     parser.add_subclass_arguments(Source, "data.source", required=True)
+    parser.add_argument(
+        "--data.case_markup",
+        type=bool | None,
+        help="Whether the tokenizer has case markup. true: shards without it are encoded again, in a copy in data. "
+        "null: existing shards stay as they are. Default: the recipe's.",
+    )
     return parser
 
 
@@ -45,13 +51,16 @@ def run(args: list[str]) -> None:
     parser = make_parser()
     given, _ = split_options(args, "--config", "--data.source,--data.source.class_path")
     recipe = load_recipe(find_recipe((given["config"] or ["quickstart"])[-1]))
+    data = recipe.get("data") or {}
+    parser.set_defaults({"data.case_markup": data.get("case_markup")})
     if not given["data.source"]:  # another source must not inherit the recipe's settings
-        parser.set_defaults({"data.source": (recipe.get("data") or {}).get("source")})
+        parser.set_defaults({"data.source": data.get("source")})
     config = parser.parse_args(args)
     try:
         source: Source = parser.instantiate(config).data.source
     except ValueError as error:  # jsonargparse's, about the class of the source; its cause is the source's own
         raise UserError(str(error.__cause__ or error)) from error
+    source.case_markup = config.data.case_markup
     source.model_vocab_size = (recipe.get("model") or {}).get("vocab_size", source.model_vocab_size)
     if getattr(source, "vocab_size", 0) is None:  # errors then name the option of this command
         source.vocab_size = source.model_vocab_size  # type: ignore[attr-defined]

@@ -40,13 +40,11 @@ def start_from(cli: TrainerCLI, resumes: bool) -> None:
     path = Path(cli.config.init_from)
     source, tokenizer = cli.datamodule.source, RunFolder.containing(path).tokenizer
     if isinstance(source, LocalText) and source.given_tokenizer is None and tokenizer.is_file():
-        given = cli.config.data.source.init_args
-        for name in ("vocab_size", "case_markup"):
-            if (value := given.get(name)) is not None:
-                raise UserError(
-                    f"data.source.{name} {str(value).lower()} is for training a tokenizer, but --init_from takes that "
-                    "of the other run; leave it out"
-                )
+        if (size := cli.config.data.source.init_args.get("vocab_size")) is not None:
+            raise UserError(
+                f"data.source.vocab_size {size} is for training a tokenizer, but --init_from takes that of the other "
+                "run; leave it out"
+            )
         source.given_tokenizer = tokenizer
         cli.config.data.source.init_args.tokenizer = str(tokenizer)
     if resumes:

@@ -21,7 +21,7 @@ TRUSTED_SOURCES = [
         *("local_text.LocalText", "python_documentation.PythonDocumentation"),
     )
 ]
-DATA_OPTIONS = ("batch_tokens", "sequence_length", "order", "seed", "held_out_tokens", "vocab_size")
+DATA_OPTIONS = ("batch_tokens", "sequence_length", "order", "seed", "held_out_tokens", "vocab_size", "case_markup")
 
 
 def settings_beside(ckpt: str, rest: list[str], has_source: bool) -> list[str]:

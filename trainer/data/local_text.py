@@ -11,7 +11,7 @@ from trainer.data.normalization import DocumentKeys
 from trainer.data.preparation import check_folder, is_prepared, prepare_folder
 from trainer.data.shard_writer import SHARD_TOKENS, Document, split_of, tokenize
 from trainer.data.source import SAMPLE_BYTES, PreparedText, Source, list_shards, size_option, train_for_source
-from trainer.data.tokenizer import check_trainable_size, load_tokenizer
+from trainer.data.tokenizer import check_case_markup, check_trainable_size, load_tokenizer
 from trainer.errors import UserError
 from trainer.files import copy_file, sha256_of
 from trainer.logging import counted, logger
@@ -33,7 +33,6 @@ class LocalText(Source):
         vocab_size: int | None = None,
         shard_tokens: int = SHARD_TOKENS,
         field: str = FIELD,
-        case_markup: bool | None = None,
     ) -> None:
         """Tokenize files into a folder of shards.
 
@@ -52,18 +51,11 @@ class LocalText(Source):
                 `tokenizer`. null: the model's.
             shard_tokens: Most tokens of a shard.
             field: Field of a .jsonl line, or column of a .parquet file, that holds the text.
-            case_markup: Whether a tokenizer that is trained here encodes a capital letter before a small one as a mark
-                and its small letter, so that `The` and `the` share a token; not beside `tokenizer`. null: it does.
         """
         if tokenizer and vocab_size is not None:
             raise UserError(
                 f"data.source.tokenizer {tokenizer} has its own vocabulary, so data.source.vocab_size {vocab_size:,} "
                 "cannot be chosen; leave one of the two out"
-            )
-        if tokenizer and case_markup is not None:
-            raise UserError(
-                f"data.source.tokenizer {tokenizer} is trained already, so data.source.case_markup "
-                f"{str(case_markup).lower()} cannot be chosen; leave one of the two out"
             )
         self.field = field
         self.train_files = [train_files] if isinstance(train_files, str) else train_files
@@ -73,7 +65,6 @@ class LocalText(Source):
         self.folder = Path(folder or _folder_of(self.train_files[0] if self.train_files else "text"))
         self.given_tokenizer = Path(tokenizer) if tokenizer else None
         self.vocab_size = vocab_size
-        self.case_markup = case_markup is not False
         self.shard_tokens = shard_tokens
 
     def check(self) -> None:
@@ -97,7 +88,7 @@ class LocalText(Source):
         if self.val_every < 2:
             raise UserError(f"data.source.val_every must be at least 2, not {self.val_every}")
         if self.given_tokenizer:
-            load_tokenizer(self.given_tokenizer)
+            check_case_markup(self.given_tokenizer, load_tokenizer(self.given_tokenizer), self.case_markup)
         else:
             check_trainable_size(self.vocab_size or self.model_vocab_size, size_option(self.vocab_size))
 
@@ -140,7 +131,7 @@ class LocalText(Source):
             if self.given_tokenizer
             else self.vocab_size or self.model_vocab_size,
             # Folders of before this setting are kept as they are.
-            **({} if self.case_markup else {"case_markup": False}),
+            **({"case_markup": False} if self.case_markup is False and not self.given_tokenizer else {}),
             "shard_tokens": self.shard_tokens,
         }
 
@@ -209,7 +200,7 @@ class LocalText(Source):
         if self.given_tokenizer:
             copy_file(self.given_tokenizer, model)
         else:
-            train_for_source(model, texts, self.vocab_size, self.model_vocab_size, self.case_markup)
+            train_for_source(model, texts, self.vocab_size, self.model_vocab_size, self.case_markup is not False)
 
     def prepared(self) -> PreparedText:
         """The shards of the folder."""

@@ -46,7 +46,6 @@ class PublishedFineWeb(Source):
         repo_id: str | None = None,
         revision: str = "main",
         parallel_files: int = 8,
-        case_markup: bool = False,
     ) -> None:
         """Fetch the first training shards and the whole validation split of one export.
 
@@ -56,16 +55,12 @@ class PublishedFineWeb(Source):
             repo_id: Name of the dataset on the Hub. null: the one that is known to have the variant.
             revision: Branch, tag or commit of the dataset.
             parallel_files: Number of files downloaded at once.
-            case_markup: Whether to train on a copy of the shards, in `data`, in a tokenizer that encodes a capital
-                letter before a small one as a mark and its small letter, so that `The` and `the` share a token. It is
-                trained on their first 50 MB, with the vocabulary size of the model.
         """
         self.variant = variant
         self.train_shards = train_shards
         self.repo_id = repo_id or PUBLISHERS.get(variant, CHALLENGE)
         self.revision = revision
         self.parallel_files = parallel_files
-        self.case_markup = case_markup
 
     def check(self) -> None:
         """Refuse fewer than one shard."""

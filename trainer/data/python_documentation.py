@@ -39,7 +39,6 @@ class PythonDocumentation(Source):
         max_bytes: int = 10_000_000,
         val_every: int = 40,
         roots: list[str] | None = None,
-        case_markup: bool = True,
     ) -> None:
         """Collect docstrings; a document joins a few neighbors of one module.
 
@@ -49,13 +48,10 @@ class PythonDocumentation(Source):
             max_bytes: Stop collecting at this many bytes of text.
             val_every: About one document in this many goes to the validation split, chosen by its sha256 (at least 2).
             roots: Folders with Python files. null: the standard library, then the installed packages.
-            case_markup: Whether the tokenizer encodes a capital letter before a small one as a mark and its small
-                letter, so that `The` and `the` share a token.
         """
         paths = sysconfig.get_paths()
         self.folder = Path(folder)
         self.vocab_size = vocab_size
-        self.case_markup = case_markup
         self.max_bytes = max_bytes
         self.val_every = val_every
         self.roots = [Path(root) for root in (roots or [paths["stdlib"], paths["purelib"]])]
@@ -94,7 +90,7 @@ class PythonDocumentation(Source):
             "val_every": self.val_every,
             "roots": [str(root) for root in self.roots],
             # Folders of before this setting are kept as they are.
-            **({} if self.case_markup else {"case_markup": False}),
+            **({"case_markup": False} if self.case_markup is False else {}),
         }
 
     def _make(self, folder: Path, record: dict[str, object]) -> None:
@@ -109,7 +105,9 @@ class PythonDocumentation(Source):
         if not train or len(train) == len(splits):
             roots = ", ".join(map(str, self.roots))
             raise UserError(f"{roots}: too few docstrings for two splits; use another data.source")
-        train_for_source(folder / TOKENIZER, train, self.vocab_size, self.model_vocab_size, self.case_markup)
+        train_for_source(
+            folder / TOKENIZER, train, self.vocab_size, self.model_vocab_size, self.case_markup is not False
+        )
         logger.info(f"tokenizing {counted(len(splits), 'document')}")
         tokenize(splits, folder / TOKENIZER, folder, record)
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -44,8 +45,17 @@ class MarkedCopy:
     def check(self) -> None:
         """Refuse a vocabulary that cannot be trained, and a folder that is not ours."""
         check_trainable_size(self.vocab_size, size_option(None))
-        if self.is_needed:
-            check_folder(self.folder, self._record())
+        if not self.is_needed:
+            return
+        check_folder(self.folder, record := self._record())
+        copied = Manifest.read(self.folder)
+        before, now = (
+            {shard[0] for shard in source.get("shards", [])} for source in (copied.source if copied else record, record)
+        )
+        if not before & now:
+            raise UserError(
+                f"{self.folder}: is a copy of other shards, {min(before)}; remove it, or run from another folder"
+            )
 
     def is_prepared(self) -> bool:
         """Whether `prepare` would leave the copy as it is."""
@@ -65,7 +75,7 @@ class MarkedCopy:
         """The shards of the copy, or the original where it has case markup."""
         return list_shards(self.folder, self.folder / TOKENIZER) if self.is_needed else self.original
 
-    def _record(self) -> dict[str, object]:
+    def _record(self) -> dict[str, Any]:
         """What the manifest says of the source."""
         shards = [*self.original.train, *self.original.val]
         return {
@@ -104,7 +114,7 @@ class MarkedCopy:
                 raise UserError(
                     f"{self.original.tokenizer}: its normalization is not that of the challenge's tokenizers: of "
                     f"{shard.text_bytes:,} bytes, {shard.bytes:,} would be left; use the shards as they are, "
-                    "--data.source.case_markup false"
+                    "--data.case_markup null"
                 )
 
     def _sample(self, files: TokenFiles) -> Iterator[str]:

@@ -31,9 +31,11 @@ class Source(ABC):
     Attributes:
         model_vocab_size: Vocabulary size of the model, which the data module sets; a tokenizer that is trained has it
             unless the source was given another.
+        case_markup: `data.case_markup`, which the data module sets. None: of tokenizers that are trained here.
     """
 
     model_vocab_size = 1024
+    case_markup: bool | None = None
 
     def check(self) -> None:  # noqa: B027 - a source may have nothing to check
         """Refuse settings and files that `prepare` would refuse, for `--dry_run`; reads no text and makes nothing.

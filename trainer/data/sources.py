@@ -17,21 +17,15 @@ __all__ = ["LocalText", "PreparedText", "PythonDocumentation", "Shards", "Source
 class Shards(Source):
     """Token shards that exist already, such as the challenge's FineWeb export."""
 
-    def __init__(
-        self, folder: str = "data/fineweb10B_sp1024", tokenizer: str | None = None, case_markup: bool = False
-    ) -> None:
+    def __init__(self, folder: str = "data/fineweb10B_sp1024", tokenizer: str | None = None) -> None:
         """Use the shards of a folder.
 
         Args:
             folder: Folder with `*_train_*.bin` and `*_val_*.bin`.
             tokenizer: SentencePiece model; default: `tokenizer.model` in the folder.
-            case_markup: Whether to train on a copy of the shards, in `data`, in a tokenizer that encodes a capital
-                letter before a small one as a mark and its small letter, so that `The` and `the` share a token. It is
-                trained on their first 50 MB, with the vocabulary size of the model. Shards that have it are not copied.
         """
         self.folder = Path(folder)
         self.tokenizer = Path(tokenizer) if tokenizer else self.folder / TOKENIZER
-        self.case_markup = case_markup
 
     def check(self) -> None:
         """Refuse a folder without shards, and damaged ones; a folder that is not there yet may be made elsewhere."""

@@ -47,6 +47,24 @@ def load_tokenizer(path: str | Path) -> sentencepiece.SentencePieceProcessor:
     return tokenizer
 
 
+def check_case_markup(path: str | Path, tokenizer: sentencepiece.SentencePieceProcessor, wanted: bool | None) -> None:
+    """Refuse a tokenizer that has case markup where none is wanted, or the other way round.
+
+    Args:
+        path: Its file, for the error.
+        tokenizer: The tokenizer.
+        wanted: `data.case_markup`; None: any.
+
+    Raises:
+        UserError: If it is the other kind.
+    """
+    if wanted is not None and (has := has_case_markup(tokenizer)) != wanted:
+        raise UserError(
+            f"{path}: this tokenizer has {'' if has else 'no '}case markup, but data.case_markup is "
+            f"{str(wanted).lower()}; give --data.case_markup {str(has).lower()}, or another tokenizer"
+        )
+
+
 def normalized_bytes(tokenizer: sentencepiece.SentencePieceProcessor, text: str) -> int:
     """UTF-8 bytes of a text after the tokenizer's normalization, the denominator of bits per byte.
 
