@@ -223,7 +223,7 @@ def test_python_documentation_finds_docstrings_and_splits_them_by_hash(tmp_path:
         text = " ".join(f"word{index}{letter} about the number {index * 7}" for letter in "abcdefghijklmnop")
         (root / f"m{index}.py").write_text(f'"""Module {index}.\n\n{text}\n"""\n\ndef f():\n    """Return {text}."""\n')
     (root / "broken.py").write_text('"""never closed')
-    source = PythonDocumentation(str(tmp_path / "out"), 320, val_every=4, roots=[str(root)])
+    source = PythonDocumentation(str(tmp_path / "out"), vocab_size=320, val_every=4, roots=[str(root)])
     source.prepare()
     text = source.prepared()
     tokenizer = load_tokenizer(text.tokenizer)

@@ -394,7 +394,7 @@ def test_a_script_that_prepares_at_its_top_level_runs_once(tmp_path: Path):
     (tmp_path / "script.py").write_text(
         "from trainer.data.sources import PythonDocumentation\n"
         "print('begins')\n"
-        "PythonDocumentation('out', 300, val_every=5, roots=['modules']).prepare()\n"
+        "PythonDocumentation('out', vocab_size=300, val_every=5, roots=['modules']).prepare()\n"
         "print(__file__, __spec__)\n"
     )
     command = [sys.executable, "script.py"]

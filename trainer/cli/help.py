@@ -50,7 +50,7 @@ TEXTS = {
     "trainer.log_every_n_steps": "Steps between two rows of metrics.csv",
     "data.source": "Class of the text; --data.source.help LocalText lists the options of one",
 }
-SOURCE_OPTIONS = 3  # of the chosen class; the other ones are rarely changed
+SOURCE_OPTIONS = 2  # of the chosen class; the other ones are rarely changed
 NAMES_OF_GROUPS = "_ActionConfigLoad"  # jsonargparse's `--model FILE` and the like
 COLUMN = 46
 

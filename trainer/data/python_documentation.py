@@ -35,8 +35,8 @@ class PythonDocumentation(Source):
     def __init__(
         self,
         folder: str = "data/python-documentation",
-        vocab_size: int | None = None,
         max_bytes: int = 10_000_000,
+        vocab_size: int | None = None,
         val_every: int = 40,
         roots: list[str] | None = None,
     ) -> None:
@@ -44,8 +44,8 @@ class PythonDocumentation(Source):
 
         Args:
             folder: Folder for the shards; it is made again when these settings change.
-            vocab_size: Vocabulary size of the tokenizer that is trained on the text (261 to 65,536). null: the model's.
             max_bytes: Stop collecting at this many bytes of text.
+            vocab_size: Vocabulary size of the tokenizer that is trained on the text (261 to 65,536). null: the model's.
             val_every: About one document in this many goes to the validation split, chosen by its sha256 (at least 2).
             roots: Folders with Python files. null: the standard library, then the installed packages.
         """
