@@ -125,6 +125,18 @@ def test_what_changes_no_experiment_does_not_split_a_setting(tmp_path: Path):
     assert list(group.scores.values()) == [1.30, 1.31, 1.32]
 
 
+def test_another_tokenizer_is_another_setting(tmp_path: Path):
+    runs = [
+        make_run(tmp_path, f"{tokenizer}{seed}", seed, score, summary_tokenizer_sha256=tokenizer * 64)
+        for tokenizer, score in (("a", 1.2), ("b", 1.1))
+        for seed in (1, 2)
+    ]
+    first, second = group_runs([run.read() for run in runs])
+    assert (len(first.runs), len(second.runs)) == (2, 2)
+    assert "tokenizer=bbbbbbbbbbbb" in second.name
+    assert change(first, second).pairs == 2
+
+
 def test_one_run_on_each_side_has_a_difference_and_no_p(tmp_path: Path):
     first, second = make_run(tmp_path, "b", 1, 1.30), make_run(tmp_path, "w", 1, 1.28, **WIDE)
     groups = group_runs([first.read(), second.read()])

@@ -76,7 +76,11 @@ def group_runs(runs: list[RunData]) -> list[Group]:
         UserError: If two runs saw other text, had another budget or scored something else, or are the same run twice.
     """
     first = runs[0]
-    settings = [{key: value for key, value in run.config.items() if value is not None and _counts(key)} for run in runs]
+    settings = [
+        {key: value for key, value in run.config.items() if value is not None and _counts(key)}
+        | {"tokenizer": run.summary["tokenizer_sha256"][:12]}
+        for run in runs
+    ]
     groups: list[tuple[dict[str, object], dict[Seed, RunData]]] = []
     for run, setting in zip(runs, settings, strict=True):
         _check_comparable(first, run)

@@ -18,7 +18,7 @@ from trainer.data import published  # noqa: F401 - a choice for --data.source
 from trainer.data.calibration import calibration_sequences
 from trainer.data.canonical import check_canonical, excluded_pairs
 from trainer.data.identity import Identity, difference, identify
-from trainer.data.manifest import NAME, Manifest, check_vocabulary
+from trainer.data.manifest import check_tokenizer, check_vocabulary
 from trainer.data.prefetch import Prefetcher
 from trainer.data.scored_text import ScoredText
 from trainer.data.shards import TokenArray, TokenFiles, check_vocab_size, open_shard
@@ -146,7 +146,7 @@ class TokenData(pl.LightningDataModule):
             )
         check_case_markup(self.text.tokenizer, tokenizer, self.source.case_markup)
         self._check_tokenizer(self.text.tokenizer)
-        self._check_tokenizer_of_shards()
+        check_tokenizer(self.text.train[0].parent, self.text.tokenizer)
         self.table = ByteTable.from_tokenizer(tokenizer)
         scored = self.text.val if self.split == "val" else self.text.train
         tokens = self._read_scored(scored, self.evaluation.max_tokens if stage == "validate" else None)
@@ -226,15 +226,6 @@ class TokenData(pl.LightningDataModule):
             raise UserError(
                 f"{self.text.train[0].parent} on {socket.gethostname()}: is not the text of process 0 ({change}); "
                 "share the folder between the nodes, or copy it to all of them"
-            )
-
-    def _check_tokenizer_of_shards(self) -> None:
-        """Refuse shards whose manifest names another tokenizer: their tokens would mean other text."""
-        manifest = Manifest.read(self.text.train[0].parent)
-        if manifest is not None and manifest.tokenizer_sha256 != self.tokenizer_sha256:
-            raise UserError(
-                f"{self.text.tokenizer}: is not the tokenizer that made the shards in {self.text.train[0].parent} "
-                f"(sha256 {self.tokenizer_sha256[:12]}..., their {NAME} says {manifest.tokenizer_sha256[:12]}...)"
             )
 
     def _check_training_tokens(self, vocab_size: int) -> None:

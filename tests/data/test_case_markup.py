@@ -77,6 +77,27 @@ def test_every_text_is_restored_and_its_bytes_are_counted(model: Path):
         assert table.total(np.concatenate([BEGIN, np.array(ids, dtype=np.uint16)])) == len(truth.encode()), repr(text)
 
 
+def test_a_tokenizer_is_the_same_each_time_and_names_no_place(tmp_path: Path):
+    rng = random.Random(0)
+    sentences = [sentence(rng) for _ in range(500)]
+    models = []
+    for index in range(2):
+        train_tokenizer(iter(sentences), 400, tmp_path / f"{index}.model", 1, case_markup=True)
+        models.append((tmp_path / f"{index}.model").read_bytes())
+    assert models[0] == models[1]
+    assert b"normalization.tsv" not in models[0]
+
+
+def test_an_interrupted_training_says_so(tmp_path: Path):
+    def sentences() -> Iterator[str]:
+        yield from ["the cat"] * 10
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_tokenizer(sentences(), 300, tmp_path / "t.model", 1, case_markup=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_capitals_at_the_start_of_words_are_marked_and_no_others(model: Path):
     tokenizer = load_tokenizer(model)
     known = set(

@@ -263,7 +263,7 @@ def test_a_copy_with_case_markup_has_the_text_that_was_downloaded(hub, tmp_path,
     marked.prepare()
     hub.stop()  # the copy needs no network
     prepared = marked.prepared()
-    assert prepared.tokenizer.parent == Path("data/tiny_sp280-case-markup")
+    assert prepared.tokenizer.parent == Path("data/tiny_sp280-case-markup-290")
     copied = load_tokenizer(prepared.tokenizer)
     assert has_case_markup(copied)
     for shards, names in ((prepared.train, ["train_000000", "train_000001"]), (prepared.val, ["val_000000"])):

@@ -1,6 +1,7 @@
 """Copies of shards with case markup: the same documents, splits and bytes, whatever the shards cut."""
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -22,6 +23,9 @@ from trainer.errors import UserError
 JUDGE = sentencepiece.SentencePieceNormalizer(
     rule_name="nmt_nfkc", remove_extra_whitespaces=True, add_dummy_prefix=False, escape_whitespaces=False
 )
+
+
+COPY = "data/published-case-markup-380"
 
 
 def document(rng: random.Random) -> str:
@@ -76,7 +80,7 @@ def test_the_copy_has_the_same_documents_and_bytes(folder: Path, documents: dict
     copied.prepare()
     assert copied.is_prepared()
     text = copied.prepared()
-    assert text.tokenizer.resolve() == folder.parent / "data/published-case-markup/tokenizer.model"
+    assert text.tokenizer.resolve() == folder.parent / COPY / "tokenizer.model"
     assert has_case_markup(load_tokenizer(text.tokenizer))
     assert load_tokenizer(text.tokenizer).get_piece_size() == 380
     manifest = Manifest.read(text.tokenizer.parent)
@@ -88,27 +92,45 @@ def test_the_copy_has_the_same_documents_and_bytes(folder: Path, documents: dict
         assert counted == sum(len(each.encode()) for each in expected)
 
 
-def test_it_is_made_once_and_again_for_another_vocabulary(folder: Path):
+def test_it_is_made_once_for_each_vocabulary_and_always_the_same(folder: Path):
     source(folder).prepare()
-    model = folder.parent / "data/published-case-markup/tokenizer.model"
-    first = model.stat().st_mtime_ns
+    files = sorted((folder.parent / COPY).iterdir())
+    contents, first = [path.read_bytes() for path in files], files[0].stat().st_mtime_ns
     source(folder).prepare()
-    assert model.stat().st_mtime_ns == first
-    source(folder, 390).prepare(only_if_missing=True)
-    assert model.stat().st_mtime_ns == first
     source(folder, 390).prepare()
-    assert load_tokenizer(model).get_piece_size() == 390
+    assert files[0].stat().st_mtime_ns == first
+    assert load_tokenizer(folder.parent / "data/published-case-markup-390/tokenizer.model").get_piece_size() == 390
+    os.utime(folder / "x_val_000000.bin")
+    source(folder).prepare(only_if_missing=True)
+    assert files[0].stat().st_mtime_ns == first
+    source(folder).prepare()
+    assert files[0].stat().st_mtime_ns != first
+    for path, content in zip(files, contents, strict=True):
+        assert path.name == "manifest.json" or path.read_bytes() == content  # runs of before can go on
+
+
+def test_the_copy_is_used_where_the_original_is_gone(folder: Path):
+    source(folder).prepare()
+    prepared = source(folder).prepared()
+    folder.rename(folder.parent / "elsewhere")
+    away = source(folder)
+    assert away.is_prepared()
+    assert away.known_vocab_size() is None
+    away.prepare()
+    assert away.prepared() == prepared
+    with pytest.raises(UserError, match="published: is not a folder"):
+        source(folder, 390).prepare()
 
 
 def test_shards_with_case_markup_are_used_as_they_are(folder: Path):
     source(folder).prepare()
-    marked = source(folder.parent / "data/published-case-markup")
+    marked = source(folder.parent / COPY)
     marked.check()
     marked.prepare()
     assert marked.is_prepared()
     assert marked.known_vocab_size() == 380
-    assert marked.prepared().tokenizer == folder.parent / "data/published-case-markup/tokenizer.model"
-    assert [path.name for path in (folder.parent / "data").iterdir()] == ["published-case-markup"]
+    assert marked.prepared().tokenizer == folder.parent / COPY / "tokenizer.model"
+    assert [path.name for path in (folder.parent / "data").iterdir()] == ["published-case-markup-380"]
 
 
 def test_a_last_training_document_that_is_cut_inside_a_character_is_left_out(
@@ -125,8 +147,69 @@ def test_a_last_training_document_that_is_cut_inside_a_character_is_left_out(
     text = copied.prepared()
     assert texts_of(text.train, text.tokenizer) == [JUDGE.normalize(each) for each in documents["train"][:500]]
     write_shard(folder / "x_val_000000.bin", train)
-    with pytest.raises(UserError, match="a document that begins 'the cat .*' has .* bytes, but its tokens stand for"):
+    with pytest.raises(UserError, match=r"the document that begins 'the cat .*' cannot be encoded again without a"):
         copied.prepare()
+
+
+def test_training_shards_may_begin_and_end_anywhere(folder: Path, documents: dict[str, list[str]]):
+    tokenizer = load_tokenizer(folder / "tokenizer.model")
+    space = tokenizer.piece_to_id("\u2581")
+    whole = tokens_of(folder, documents["train"][:500])
+    second = int(np.flatnonzero(whole == BOS)[1])
+    word = next(i for i in range(2, second) if tokenizer.id_to_piece(int(whole[i])).startswith("\u2581"))
+    cut = np.array([*whole[word:], BOS, *tokenizer.encode("the cat"), space], dtype=np.uint16)
+    write_shard(folder / "x_train_000000.bin", cut)
+    (folder / "x_train_000001.bin").unlink()
+    copied = source(folder)
+    copied.prepare()
+    text = copied.prepared()
+    assert texts_of(text.train, text.tokenizer) == [JUDGE.normalize(each) for each in documents["train"][1:500]]
+
+
+def test_rare_characters_and_empty_documents_stay_as_they_are(folder: Path, documents: dict[str, list[str]]):
+    tokenizer = load_tokenizer(folder / "tokenizer.model")
+    texts = ["\ufb01\u0301 The \u2167\u0301", "", "a \u2103\u0301 Cat", *documents["val"]]
+    twice = [JUDGE.normalize(JUDGE.normalize(each)) for each in texts]
+    once = [JUDGE.normalize(each) for each in texts]
+    assert once != twice
+    write_shard(folder / "x_val_000000.bin", tokens_of(folder, texts))
+    copied = source(folder)
+    copied.prepare()
+    text = copied.prepared()
+    assert texts_of(text.val, text.tokenizer) == once == [tokenizer.decode(each) for each in tokenizer.encode(texts)]
+    manifest = Manifest.read(text.tokenizer.parent)
+    assert manifest is not None
+    counted = [shard.bytes for shard in manifest.shards if shard.split == "val"]
+    assert counted == [sum(len(each.encode()) for each in once)]
+
+
+def test_what_is_no_text_of_the_tokenizer_is_refused_in_a_line(folder: Path, documents: dict[str, list[str]]):
+    val = tokens_of(folder, documents["val"])
+    strange = val.copy()
+    strange[5] = 5000
+    for tokens, message in (
+        (strange, "holds token 5000, but the tokenizer's vocabulary size is 400"),
+        (val[val != BOS], r"no document begins with token 1 \(BOS\)"),
+    ):
+        write_shard(folder / "x_val_000000.bin", tokens)
+        with pytest.raises(UserError, match=message):
+            source(folder).prepare()
+    assert not (folder.parent / COPY).exists()
+
+
+def test_the_tokenizer_must_be_the_one_of_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    rng = random.Random(1)
+    Path("t.jsonl").write_text("".join(json.dumps({"text": document(rng)}) + "\n" for _ in range(600)))
+    for name, size in (("one", 400), ("two", 390)):
+        plain = LocalText("t.jsonl", name, vocab_size=size)
+        plain.case_markup = False
+        plain.prepare()
+    mixed = Shards("one", "two/tokenizer.model")
+    mixed.model_vocab_size, mixed.case_markup = 380, True
+    for act in (mixed.check, mixed.prepare):
+        with pytest.raises(UserError, match="is not the tokenizer that made the shards in one"):
+            act()
 
 
 def test_a_text_may_begin_without_the_token_of_a_beginning(folder: Path, documents: dict[str, list[str]]):
@@ -155,7 +238,7 @@ def test_a_vocabulary_that_cannot_be_trained_is_refused_before_anything_is_read(
 
 
 def test_a_folder_of_somebody_else_is_left_alone(folder: Path):
-    other = folder.parent / "data/published-case-markup/mine.txt"
+    other = folder.parent / COPY / "mine.txt"
     other.parent.mkdir(parents=True)
     other.write_text("mine")
     for act in (source(folder).check, source(folder).prepare):
@@ -166,12 +249,12 @@ def test_a_folder_of_somebody_else_is_left_alone(folder: Path):
 
 def test_a_copy_of_other_shards_is_not_replaced(folder: Path):
     source(folder).prepare()
-    model = folder.parent / "data/published-case-markup/tokenizer.model"
+    model = folder.parent / COPY / "tokenizer.model"
     content = model.read_bytes()
     other = folder.parent / "other/published"
     shutil.copytree(folder, other)
     for act in (source(other).check, source(other).prepare):
-        with pytest.raises(UserError, match=r"is a copy of other shards, .*/published/x_train_000000.bin; remove it"):
+        with pytest.raises(UserError, match=r"is a copy of other shards, .*/x_train_000000.bin; run from"):
             act()
     assert model.read_bytes() == content
 
@@ -181,7 +264,7 @@ def test_a_run_trains_on_the_copy_and_is_scored_on_it(folder: Path, documents: d
     small = ["--model.vocab_size=380", "--trainer.max_steps=2", "--report.enabled=false"]
     result = trainer_here("fit", *options, *small, cwd=folder.parent)
     assert result.returncode == 0, result.stderr
-    marked = ["--data.source=Shards", "--data.source.folder=data/published-case-markup", "--data.case_markup=false"]
+    marked = ["--data.source=Shards", f"--data.source.folder={COPY}", "--data.case_markup=false"]
     refused = trainer_here("fit", *marked, *small, cwd=folder.parent)
     assert (refused.returncode, refused.stderr.count("\n")) == (1, 1), refused.stderr
     assert "tokenizer.model: this tokenizer has case markup, but data.case_markup is false" in refused.stderr
@@ -228,6 +311,6 @@ def test_another_normalization_than_the_challenges_is_refused(folder: Path, docu
     for split, name in (("train", "x_train_000000.bin"), ("val", "x_val_000000.bin")):
         write_shard(folder / name, tokens_of(folder, documents[split]))
     (folder / "x_train_000001.bin").unlink()
-    with pytest.raises(UserError, match="its normalization is not that of the challenge's tokenizers"):
+    with pytest.raises(UserError, match=r"the document that begins '.*' cannot be encoded again without a change"):
         source(folder).prepare()
-    assert not (folder.parent / "data/published-case-markup").exists()
+    assert not (folder.parent / COPY).exists()

@@ -17,6 +17,7 @@ import sentencepiece
 MARK = "\ue000"  # for private use; in a text it becomes REPLACEMENT
 DELIMITER = "\ue001"  # keeps the mark apart from other characters while a tokenizer is trained
 REPLACEMENT = "\ufffd"  # has as many bytes as the mark
+VISIBLE_SPACE = "\u2581"  # SentencePiece's
 
 
 class CaseMarkupProcessor(sentencepiece.SentencePieceProcessor):
@@ -26,14 +27,19 @@ class CaseMarkupProcessor(sentencepiece.SentencePieceProcessor):
     after a space, but not remove the second of two spaces before it.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        """Open a model that was trained with case markup."""
+    def __init__(self, path: str | Path, normalizes: bool = True) -> None:
+        """Open a model that was trained with case markup.
+
+        Args:
+            path: The model file.
+            normalizes: Whether texts are normalized; those that are decoded from tokens are normalized already.
+        """
         super().__init__(model_file=str(path))
-        self._normalizer, self._with_visible_spaces = _text_normalizer(), _text_normalizer(escape_whitespaces=True)
+        self._normalizer = _text_normalizer() if normalizes else None
 
     def Normalize(self, input: str | list[str]) -> Any:  # type: ignore[override]
         """The text that decoding restores, or each of several texts, with visible spaces."""
-        return _each(lambda text: _normalized(self._with_visible_spaces, text), input)
+        return _each(lambda text: _normalized(self._normalizer, text).replace(" ", VISIBLE_SPACE), input)
 
     def Encode(self, input: str | bytes | list[str], *args: Any, **options: Any) -> Any:  # type: ignore[override]
         """Tokens of a text, or of each of several texts."""
@@ -84,19 +90,56 @@ def write_rules(folder: Path) -> tuple[str, str]:
     return str(paths[0]), str(paths[1])
 
 
-def _text_normalizer(escape_whitespaces: bool = False) -> sentencepiece.SentencePieceNormalizer:
+def _text_normalizer() -> sentencepiece.SentencePieceNormalizer:
     """The normalization of the challenge's tokenizers, which comes before the rules."""
     return sentencepiece.SentencePieceNormalizer(
-        rule_name="nmt_nfkc",
-        remove_extra_whitespaces=True,
-        add_dummy_prefix=False,
-        escape_whitespaces=escape_whitespaces,
+        rule_name="nmt_nfkc", remove_extra_whitespaces=True, add_dummy_prefix=False, escape_whitespaces=False
     )
 
 
-def _normalized(normalizer: sentencepiece.SentencePieceNormalizer, text: str) -> str:
+def _normalized(normalizer: sentencepiece.SentencePieceNormalizer | None, text: str) -> str:
     """A text as the rules get it: normalized, and without marks."""
-    return str(normalizer.normalize(text)).replace(MARK, REPLACEMENT)
+    return (text if normalizer is None else str(normalizer.normalize(text))).replace(MARK, REPLACEMENT)
+
+
+def without_paths(model: bytes) -> bytes:
+    """A model without the paths of the rules that it was trained with, which are others each time.
+
+    Args:
+        model: The serialized message of SentencePiece's sentencepiece_model.proto. Its fields 3 and 5 specify the
+            normalization and the denormalization, and their field 6 is the path.
+    """
+    kept = b""
+    for number, field, content in _fields(model):
+        if number in (3, 5):
+            content = b"".join(inner for name, inner, _ in _fields(content) if name != 6)
+            field = field[:1] + _as_varint(len(content)) + content
+        kept += field
+    return kept
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, bytes, bytes]]:
+    """The fields of a Protocol Buffers message: number, the whole field, and its content if it has a length."""
+    position = 0
+    while position < len(message):
+        start = position
+        key, position = _varint(message, position)
+        size, position = _varint(message, position)  # or the number itself
+        content = message[position : position + size] if key % 8 == 2 else b""
+        position += len(content)
+        yield key // 8, message[start:position], content
+
+
+def _varint(message: bytes, position: int) -> tuple[int, int]:
+    """A number of seven bits a byte, the lowest first, and the position after it."""
+    end = position
+    while message[end] > 127:
+        end += 1
+    return sum(byte % 128 << 7 * index for index, byte in enumerate(message[position : end + 1])), end + 1
+
+
+def _as_varint(number: int) -> bytes:
+    return bytes([number % 128 + 128]) + _as_varint(number // 128) if number > 127 else bytes([number])
 
 
 def _each(change: Callable[[str], str], texts: Any) -> Any:

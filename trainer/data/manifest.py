@@ -105,6 +105,20 @@ def documents_of(tokens: TokenArray) -> Iterator[TokenArray]:
         yield tokens[start + 1 : end]
 
 
+def check_tokenizer(folder: Path, tokenizer: Path) -> None:
+    """Refuse shards whose manifest names another tokenizer: their tokens would mean other text.
+
+    Raises:
+        UserError: If it names another.
+    """
+    manifest, found = Manifest.read(folder), sha256_of(tokenizer)
+    if manifest is not None and manifest.tokenizer_sha256 != found:
+        raise UserError(
+            f"{tokenizer}: is not the tokenizer that made the shards in {folder} (sha256 {found[:12]}..., their {NAME} "
+            f"says {manifest.tokenizer_sha256[:12]}...)"
+        )
+
+
 def check_vocabulary(path: Path, tokens: TokenArray, vocab_size: int) -> None:
     """Check every token of a shard.
 

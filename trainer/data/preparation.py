@@ -17,11 +17,16 @@ from trainer.files import sha256_of
 from trainer.lock import exclusive
 from trainer.logging import logger
 
+HINT = "choose another data.source.folder"
 MARKER = "preparing"  # a file in a folder that is being prepared
 
 
 def prepare_folder(
-    folder: Path, source: dict[str, Any], make: Callable[[Path], None], only_if_missing: bool = False
+    folder: Path,
+    source: dict[str, Any],
+    make: Callable[[Path], None],
+    only_if_missing: bool = False,
+    hint: str = HINT,
 ) -> None:
     """Make a folder of shards, unless its manifest says that this was done.
 
@@ -30,6 +35,7 @@ def prepare_folder(
         source: Class and settings of the source.
         make: Writes shards and manifest into the folder it is given.
         only_if_missing: Leave a folder as it is that was prepared from other files or settings.
+        hint: What to do about a folder that cannot be used, for the error.
 
     Raises:
         UserError: If the folder holds anything that this trainer did not make, or cannot be written.
@@ -37,17 +43,16 @@ def prepare_folder(
     if is_prepared(folder, source) or (only_if_missing and _keeps(folder)):
         return
     folder = folder.resolve()
-    hint = "choose another data.source.folder"
     if folder == Path.cwd() or folder in Path.cwd().parents:
         raise UserError(f"{folder}: is the current folder, or holds it; {hint}")
-    refuse_foreign(folder)
+    refuse_foreign(folder, hint)
     refuse_other_source(folder, source)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(_beside(folder, "lock"), f"preparing {folder}"):
             if is_prepared(folder, source):
                 return
-            refuse_foreign(folder)
+            refuse_foreign(folder, hint)
             refuse_other_source(folder, source)
             temporary = _beside(folder, "preparing")
             if temporary.exists() and not (temporary / MARKER).exists() and any(temporary.iterdir()):
@@ -57,7 +62,7 @@ def prepare_folder(
             (temporary / MARKER).touch()
             try:
                 make(temporary)
-                refuse_foreign(folder)  # somebody may have put a file there meanwhile
+                refuse_foreign(folder, hint)  # somebody may have put a file there meanwhile
                 (temporary / MARKER).unlink()
                 _replace(folder, temporary)
             finally:
@@ -66,18 +71,19 @@ def prepare_folder(
         raise UserError(f"{folder}: cannot be written ({error.strerror or error}); {hint}") from error
 
 
-def check_folder(folder: Path, source: dict[str, Any]) -> None:
+def check_folder(folder: Path, source: dict[str, Any], hint: str = HINT) -> None:
     """Refuse a folder that `prepare_folder` would refuse.
 
     Args:
         folder: The folder.
         source: Class and settings of the source.
+        hint: What to do about it, for the error.
 
     Raises:
         UserError: If it holds anything that this trainer did not make, or the shards of another source.
     """
     if not is_prepared(folder, source):
-        refuse_foreign(folder)
+        refuse_foreign(folder, hint)
         refuse_other_source(folder, source)
 
 
@@ -96,13 +102,13 @@ def is_prepared(folder: Path, source: dict[str, Any]) -> bool:
     )
 
 
-def refuse_foreign(folder: Path) -> None:
+def refuse_foreign(folder: Path, hint: str = HINT) -> None:
     """Refuse a folder that holds anything but what a manifest of ours names.
 
     Raises:
         UserError: With the name of one such file.
     """
-    hint = "choose another data.source.folder, or remove it"
+    hint = f"{hint}, or remove it"
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file, not a folder; {hint}")
     try:

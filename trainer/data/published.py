@@ -12,8 +12,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 
 from trainer.data.retokenize import MarkedCopy
 from trainer.data.shards import open_shard
-from trainer.data.source import PreparedText, Source, size_option
-from trainer.data.tokenizer import check_trainable_size
+from trainer.data.source import PreparedText, Source
 from trainer.errors import UserError
 from trainer.files import sha256_of
 from trainer.logging import counted, logger
@@ -67,7 +66,11 @@ class PublishedFineWeb(Source):
         if self.train_shards is not None and self.train_shards < 1:
             raise UserError(f"data.source.train_shards must be at least 1, or null for all, not {self.train_shards}")
         if self.case_markup:
-            check_trainable_size(self.model_vocab_size, size_option(None))
+            self._copy().check()
+
+    def is_prepared(self) -> bool:
+        """Whether there is a copy with case markup, where one is asked for."""
+        return not self.case_markup or self._copy().is_prepared()
 
     def known_vocab_size(self) -> int | None:
         """The number that ends the names of the challenge's exports; of a copy with case markup, that of the model."""
@@ -104,7 +107,7 @@ class PublishedFineWeb(Source):
         return self._copy().prepared() if self.case_markup else self._find(local=True)
 
     def _copy(self) -> MarkedCopy:
-        return MarkedCopy(self.variant, self._find(local=True), self.model_vocab_size)
+        return MarkedCopy(self.variant, lambda: self._find(local=True), self.model_vocab_size)
 
     def _find(self, local: bool) -> PreparedText:
         """Files of the export, downloaded unless `local`."""

@@ -1,15 +1,15 @@
-"""Published shards encoded again with a tokenizer that has case markup: the same documents, splits and bytes."""
+"""Shards encoded again with a tokenizer that has case markup: the same documents, splits and bytes."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from trainer.data.case_markup import has_case_markup
-from trainer.data.manifest import TOKENIZER, Manifest
+from trainer.data.case_markup import CaseMarkupProcessor, has_case_markup
+from trainer.data.manifest import NAME, TOKENIZER, Manifest, check_tokenizer, check_vocabulary
 from trainer.data.preparation import check_folder, is_prepared, prepare_folder
 from trainer.data.shard_writer import BEGIN, SPLITS, Document, tokenize
 from trainer.data.shards import TokenArray, TokenFiles
@@ -20,131 +20,136 @@ from trainer.files import sha256_of
 from trainer.logging import counted, logger
 
 CHUNK_TOKENS = 1_000_000  # decoded at once
+HINT = "run from another folder"
+CLASS = "MarkedCopy"  # of the source, in manifests
 
 
 class MarkedCopy:
     """A folder in `data` with shards of the text of other shards, in a tokenizer with case markup."""
 
-    def __init__(self, name: str, original: PreparedText, vocab_size: int) -> None:
-        """Take the shards; nothing is written yet.
+    def __init__(self, name: str, original: Callable[[], PreparedText], vocab_size: int) -> None:
+        """Take the shards; nothing is read or written yet.
 
         Args:
             name: Of the original; the copy's folder is named after it.
-            original: Shards, and the tokenizer that they were made with.
+            original: Returns the shards and the tokenizer that they were made with, or raises a UserError.
             vocab_size: Vocabulary size of the tokenizer that is trained for the copy.
         """
-        self.folder = Path("data") / f"{name}-case-markup"
+        self.folder = Path("data") / f"{name}-case-markup-{vocab_size}"
         self.original = original
         self.vocab_size = vocab_size
 
-    @property
-    def is_needed(self) -> bool:
-        """Whether the original has no case markup yet."""
-        return not has_case_markup(load_tokenizer(self.original.tokenizer))
-
     def check(self) -> None:
-        """Refuse a vocabulary that cannot be trained, and a folder that is not ours."""
+        """Refuse shards that cannot be copied, unless they are not there yet, and a folder that is not ours.
+
+        Raises:
+            UserError: With what is wrong.
+        """
         check_trainable_size(self.vocab_size, size_option(None))
-        if not self.is_needed:
+        try:
+            original = self.original()
+        except UserError:
+            check_folder(self.folder, {"class": CLASS}, HINT)
             return
-        check_folder(self.folder, record := self._record())
+        if not _needs_copy(original):
+            return
+        check_tokenizer(original.train[0].parent, original.tokenizer)
+        check_folder(self.folder, record := self._record(original), HINT)
         copied = Manifest.read(self.folder)
         before, now = (
             {shard[0] for shard in source.get("shards", [])} for source in (copied.source if copied else record, record)
         )
         if not before & now:
-            raise UserError(
-                f"{self.folder}: is a copy of other shards, {min(before)}; remove it, or run from another folder"
-            )
+            raise UserError(f"{self.folder}: is a copy of other shards, {min(before)}; {HINT}, or remove it")
 
     def is_prepared(self) -> bool:
         """Whether `prepare` would leave the copy as it is."""
-        return not self.is_needed or is_prepared(self.folder, self._record())
+        try:
+            original = self.original()
+        except UserError:
+            return self._is_there()
+        return not _needs_copy(original) or is_prepared(self.folder, self._record(original))
 
     def prepare(self, only_if_missing: bool = False) -> None:
-        """Write the copy, unless its manifest says that this was done.
+        """Write the copy, unless its manifest says that this was done, or it is all that is left.
 
         Raises:
-            UserError: If the bytes of a document are not those that its tokens stood for.
+            UserError: If the original is missing or damaged.
         """
-        if self.is_needed:
+        try:
+            original = self.original()
+        except UserError:
+            if self._is_there():
+                return
+            raise
+        if _needs_copy(original):
             self.check()
-            prepare_folder(self.folder, self._record(), self._make, only_if_missing)
+            record = self._record(original)
+            prepare_folder(
+                self.folder, record, lambda folder: self._make(folder, record, original), only_if_missing, HINT
+            )
 
     def prepared(self) -> PreparedText:
-        """The shards of the copy, or the original where it has case markup."""
-        return list_shards(self.folder, self.folder / TOKENIZER) if self.is_needed else self.original
+        """The shards of the copy, or the original where it has case markup.
 
-    def _record(self) -> dict[str, Any]:
+        Raises:
+            UserError: If neither is there.
+        """
+        try:
+            original = self.original()
+        except UserError:
+            if not self._is_there():
+                raise
+        else:
+            if not _needs_copy(original):
+                return original
+        return list_shards(self.folder, self.folder / TOKENIZER)
+
+    def has_original_vocabulary(self) -> bool:
+        """Whether the original is there and is used as it is."""
+        try:
+            return not _needs_copy(self.original())
+        except UserError:
+            return False
+
+    def _is_there(self) -> bool:
+        return (self.folder / NAME).is_file()
+
+    def _record(self, original: PreparedText) -> dict[str, Any]:
         """What the manifest says of the source."""
-        shards = [*self.original.train, *self.original.val]
+        shards = [path.absolute() for path in (*original.train, *original.val)]
         return {
-            "class": "MarkedCopy",
+            "class": CLASS,
             "shards": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in shards],
-            "tokenizer": sha256_of(self.original.tokenizer),
+            "tokenizer": sha256_of(original.tokenizer),
             "vocab_size": self.vocab_size,
         }
 
-    def _make(self, folder: Path) -> None:
+    def _make(self, folder: Path, record: dict[str, Any], original: PreparedText) -> None:
         """Write shards and manifest into a folder."""
-        train, val = TokenFiles(self.original.train), TokenFiles(self.original.val)
-        train_for_source(folder / TOKENIZER, self._sample(train), None, self.vocab_size, case_markup=True)
+        train, val = TokenFiles(original.train), TokenFiles(original.val)
+        model = folder / TOKENIZER
+        train_for_source(model, _sample(train, original.tokenizer), None, self.vocab_size, case_markup=True)
         total, done = len(train) + len(val), 0
-        logger.info(
-            f"encoding {counted(total, 'token')} of {self.original.tokenizer} again, with case markup, into "
-            f"{self.folder}"
-        )
+        logger.info(f"encoding {counted(total, 'token')} again, with case markup, into {self.folder}")
 
         def documents() -> Iterator[Document]:
             nonlocal done
             for split, files in (("val", val), ("train", train)):
-                for text, count in self._texts(files):
+                for text, count in _texts(files, original.tokenizer, may_be_cut=split == "train"):
                     done += count
-                    yield Document(split, text, f"{files.paths[0].parent}: the {split} split")
+                    yield Document(split, text, f"{files.paths[0].parent}, {split} split")
 
-        manifest = tokenize(documents(), folder / TOKENIZER, folder, self._record(), lambda: done / total)
-        self._refuse_lost_bytes(manifest)
-        before = Manifest.read(self.original.train[0].parent)
-        if before is not None and _counts(before) == _counts(manifest):  # the same documents, to `compare` as well
+        # What was decoded is normalized; NFKC once more would change a few rare characters.
+        processor = CaseMarkupProcessor(model, normalizes=False)
+        manifest = tokenize(documents(), model, folder, record, lambda: done / total, processor=processor)
+        before = Manifest.read(original.train[0].parent)
+        if before is not None and _counts(before) == _counts(manifest):  # the same text, to `compare` as well
             replace(manifest, text=before.text).write(folder)
 
-    def _refuse_lost_bytes(self, manifest: Manifest) -> None:
-        for shard in manifest.shards:
-            if shard.bytes != shard.text_bytes:
-                raise UserError(
-                    f"{self.original.tokenizer}: its normalization is not that of the challenge's tokenizers: of "
-                    f"{shard.text_bytes:,} bytes, {shard.bytes:,} would be left; use the shards as they are, "
-                    "--data.case_markup null"
-                )
 
-    def _sample(self, files: TokenFiles) -> Iterator[str]:
-        """The first training documents."""
-        size = 0
-        for text, _ in self._texts(files):
-            yield text
-            size += len(text.encode())
-            if size >= SAMPLE_BYTES:
-                return
-
-    def _texts(self, files: TokenFiles) -> Iterator[tuple[str, int]]:
-        """The documents of one split as text, each with the number of its tokens."""
-        tokenizer = load_tokenizer(self.original.tokenizer)
-        table = ByteTable.from_tokenizer(tokenizer)
-        threads = os.cpu_count() or 1
-        for batch, is_last in _batches(files):
-            if batch and batch[0][0] != BOS:  # of a text that begins without one
-                batch[0] = np.concatenate([BEGIN, batch[0]])
-            texts = tokenizer.decode([ids[1:].tolist() for ids in batch], num_threads=threads)
-            for index, (ids, text) in enumerate(zip(batch, texts, strict=True)):
-                if table.total(ids) == len(text.encode()):
-                    if text:
-                        yield text, len(ids)
-                elif not (is_last and index == len(batch) - 1 and files.paths == self.original.train):
-                    raise UserError(
-                        f"{files.paths[0].parent}: a document that begins {text[:40]!r} has {len(text.encode()):,} "
-                        f"bytes, but its tokens stand for {table.total(ids):,}; they were made by another tokenizer "
-                        f"than {self.original.tokenizer}"
-                    )
+def _needs_copy(original: PreparedText) -> bool:
+    return not has_case_markup(load_tokenizer(original.tokenizer))
 
 
 def _counts(manifest: Manifest) -> list[int]:
@@ -152,18 +157,72 @@ def _counts(manifest: Manifest) -> list[int]:
     return [sum(shard.documents for shard in manifest.of(split)) for split in SPLITS]
 
 
-def _batches(files: TokenFiles) -> Iterator[tuple[list[TokenArray], bool]]:
-    """The tokens of documents, each with its BOS, and whether they are the last.
+def _sample(files: TokenFiles, tokenizer: Path) -> Iterator[str]:
+    """The first training documents."""
+    size = 0
+    for text, _ in _texts(files, tokenizer, may_be_cut=True):
+        yield text
+        size += len(text.encode())
+        if size >= SAMPLE_BYTES:
+            return
 
-    A document may go on in the next shard. The last one may be cut where the shards that were chosen end.
+
+def _texts(files: TokenFiles, model: Path, may_be_cut: bool) -> Iterator[tuple[str, int]]:
+    """The documents of one split as text, each with the number of its tokens.
+
+    Args:
+        files: The shards.
+        model: Their tokenizer.
+        may_be_cut: Whether the first and the last document are left out if they are cut inside a character or a word.
+
+    Raises:
+        UserError: If another document, or one that may not be cut, does not have the bytes that its tokens stand for,
+            or has spaces that the challenge's tokenizers remove.
+    """
+    tokenizer = load_tokenizer(model)
+    table = ByteTable.from_tokenizer(tokenizer)
+    threads = os.cpu_count() or 1
+    for batch, is_first, is_last in _batches(files):
+        for ids in batch:
+            check_vocabulary(files.paths[0].parent, ids, tokenizer.get_piece_size())
+        texts = tokenizer.decode([ids[1:].tolist() for ids in batch], num_threads=threads)
+        for index, (ids, text) in enumerate(zip(batch, texts, strict=True)):
+            is_plain = not text or all(text.split(" "))  # no other space than one between two words
+            if is_plain and table.total(ids) == len(text.encode()):
+                yield text, len(ids)
+            elif not (may_be_cut and ((is_first and index == 0) or (is_last and index == len(batch) - 1))):
+                raise UserError(
+                    f"{files.paths[0].parent}: the document that begins {text[:40]!r} cannot be encoded again without "
+                    f"a change: it is cut, or has spaces that {model} should not leave, or was made with another "
+                    "tokenizer; use the shards as they are, --data.case_markup null"
+                )
+
+
+def _batches(files: TokenFiles) -> Iterator[tuple[list[TokenArray], bool, bool]]:
+    """The tokens of documents, each with its BOS, and whether they are the first and the last.
+
+    A document may go on in the next shard.
+
+    Raises:
+        UserError: If there is no BOS.
     """
     rest = np.empty(0, dtype=np.uint16)
+    is_first = True
     for start in range(0, len(files), CHUNK_TOKENS):
         count = min(CHUNK_TOKENS, len(files) - start)
         tokens = np.concatenate([rest, files.read(start, count)])
         is_last = start + count == len(files)
         starts = np.flatnonzero(tokens == BOS)
-        starts = starts[starts > 0]
-        documents = np.split(tokens, starts)
-        rest = documents[-1]
-        yield (documents if is_last else documents[:-1]), is_last
+        if is_last and is_first and not len(starts):
+            raise UserError(
+                f"{files.paths[0].parent}: no document begins with token {BOS} (BOS), so that they cannot be told "
+                "apart; use the shards as they are, --data.case_markup null"
+            )
+        documents = np.split(tokens, starts[starts > 0])
+        if not is_last:
+            rest = documents.pop()
+        if documents:
+            if documents[0][0] != BOS:  # cut at its beginning
+                documents[0] = np.concatenate([BEGIN, documents[0]])
+            yield documents, is_first, is_last
+            is_first = False

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import sentencepiece
 
 from trainer.data.manifest import Manifest, ShardRecord
 from trainer.data.normalization import NormalizationSample
@@ -117,6 +118,7 @@ def tokenize(
     source: dict[str, Any],
     fraction: Callable[[], float] | None = None,
     shard_tokens: int = SHARD_TOKENS,
+    processor: sentencepiece.SentencePieceProcessor | None = None,
 ) -> Manifest:
     """Write shards and, at the end, their manifest.
 
@@ -130,11 +132,12 @@ def tokenize(
         source: Class and settings of the source, for the manifest.
         fraction: Returns the share of the input that has been read (0 to 1), for the progress display.
         shard_tokens: Most tokens of a shard.
+        processor: The model, opened in another way than `load_tokenizer` does.
 
     Raises:
         UserError: If a split stays empty, a document is longer than a shard, or a file cannot be written.
     """
-    processor = load_tokenizer(tokenizer)
+    processor = processor or load_tokenizer(tokenizer)
     check_vocab_size(tokenizer, processor.get_piece_size())
     table = ByteTable.from_tokenizer(processor)
     writers = {split: ShardWriter(folder, split, table, shard_tokens) for split in SPLITS}

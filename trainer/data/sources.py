@@ -38,11 +38,11 @@ class Shards(Source):
 
     def is_prepared(self) -> bool:
         """Whether there is a copy with case markup, where one is asked for."""
-        return not (self.case_markup and self.folder.is_dir()) or self._copy().is_prepared()
+        return not self.case_markup or self._copy().is_prepared()
 
     def known_vocab_size(self) -> int | None:
         """That of the shards' tokenizer, once it is there; of a copy, that of the model."""
-        if not self.tokenizer.is_file() or (self.case_markup and self.folder.is_dir() and self._copy().is_needed):
+        if not self.tokenizer.is_file() or (self.case_markup and not self._copy().has_original_vocabulary()):
             return None
         return int(load_tokenizer(self.tokenizer).get_piece_size())
 
@@ -56,5 +56,5 @@ class Shards(Source):
         return self._copy().prepared() if self.case_markup else list_shards(self.folder, self.tokenizer)
 
     def _copy(self) -> MarkedCopy:
-        text = list_shards(self.folder, self.tokenizer)
-        return MarkedCopy(Path(os.path.abspath(self.folder)).name, text, self.model_vocab_size)
+        name = Path(os.path.abspath(self.folder)).name
+        return MarkedCopy(name, lambda: list_shards(self.folder, self.tokenizer), self.model_vocab_size)

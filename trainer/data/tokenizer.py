@@ -1,5 +1,6 @@
 """The SentencePiece tokenizer, and how many UTF-8 bytes of text each token stands for."""
 
+import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,13 +12,22 @@ import sentencepiece
 import torch
 from torch import Tensor
 
-from trainer.data.case_markup import DELIMITER, MARK, CaseMarkupProcessor, has_case_markup, training_text, write_rules
+from trainer.data.case_markup import (
+    DELIMITER,
+    MARK,
+    VISIBLE_SPACE,
+    CaseMarkupProcessor,
+    has_case_markup,
+    training_text,
+    without_paths,
+    write_rules,
+)
 from trainer.data.shards import MAX_VOCAB
 from trainer.errors import UserError
 
 BOS = 1
 MIN_VOCAB = 261  # 256 byte tokens, 4 control tokens and one of text
-SPACE = "\u2581"  # SentencePiece's visible space
+SPACE = VISIBLE_SPACE
 
 
 def load_tokenizer(path: str | Path) -> sentencepiece.SentencePieceProcessor:
@@ -120,7 +130,7 @@ def train_tokenizer(
     Raises:
         UserError: If the text is too small for the vocabulary, or reading it fails.
     """
-    failures: list[UserError] = []
+    failures: list[BaseException] = []
 
     def read() -> Iterator[str]:
         try:
@@ -128,12 +138,13 @@ def train_tokenizer(
                 yield from training_text(sentences)
             else:
                 yield from sentences
-        except UserError as error:
+        except (UserError, KeyboardInterrupt) as error:
             failures.append(error)  # SentencePiece hides it behind one of its own
             raise
 
     try:
-        with Path(path).open("wb") as model, TemporaryDirectory() as folder:
+        model = io.BytesIO()
+        with TemporaryDirectory() as folder:
             rules = write_rules(Path(folder)) if case_markup else ("", "")
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=read(),
@@ -157,7 +168,6 @@ def train_tokenizer(
                 minloglevel=2,
             )
     except RuntimeError as error:
-        Path(path).unlink(missing_ok=True)
         if failures:
             raise failures[0] from error
         most = re.search(r"<= (\d+)", str(error))
@@ -174,6 +184,7 @@ def train_tokenizer(
         reason = str(error).splitlines()[-1].rpartition("] ")[2]  # after the place in SentencePiece's sources
         reason = reason or "it is empty"
         raise UserError(f"this text is too short to train a tokenizer ({reason}); give more text") from error
+    Path(path).write_bytes(without_paths(model.getvalue()) if case_markup else model.getvalue())
 
 
 @dataclass(frozen=True)
