@@ -109,13 +109,13 @@ def without_paths(model: bytes) -> bytes:
         model: The serialized message of SentencePiece's sentencepiece_model.proto. Its fields 3 and 5 specify the
             normalization and the denormalization, and their field 6 is the path.
     """
-    kept = b""
+    kept = []
     for number, field, content in _fields(model):
         if number in (3, 5):
             content = b"".join(inner for name, inner, _ in _fields(content) if name != 6)
             field = field[:1] + _as_varint(len(content)) + content
-        kept += field
-    return kept
+        kept.append(field)
+    return b"".join(kept)
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, bytes, bytes]]:
