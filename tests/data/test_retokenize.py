@@ -15,7 +15,7 @@ from tests.helpers import score_of, trainer_here
 from trainer.data.case_markup import has_case_markup
 from trainer.data.local_text import LocalText
 from trainer.data.manifest import Manifest
-from trainer.data.shards import TokenFiles, write_shard
+from trainer.data.shards import TokenFiles, open_shard, write_shard
 from trainer.data.sources import Shards
 from trainer.data.tokenizer import BOS, load_tokenizer, train_tokenizer
 from trainer.errors import UserError
@@ -101,12 +101,19 @@ def test_it_is_made_once_for_each_vocabulary_and_always_the_same(folder: Path):
     assert files[0].stat().st_mtime_ns == first
     assert load_tokenizer(folder.parent / "data/published-case-markup-390/tokenizer.model").get_piece_size() == 390
     os.utime(folder / "x_val_000000.bin")
+    source(folder).prepare()
+    assert files[0].stat().st_mtime_ns == first
+    shard = folder / "x_train_000001.bin"
+    tokens = np.array(open_shard(shard))
+    write_shard(shard, tokens[:-1])
     source(folder).prepare(only_if_missing=True)
+    source(folder).prepared()
     assert files[0].stat().st_mtime_ns == first
     source(folder).prepare()
     assert files[0].stat().st_mtime_ns != first
-    for path, content in zip(files, contents, strict=True):
-        assert path.name == "manifest.json" or path.read_bytes() == content  # runs of before can go on
+    write_shard(shard, tokens)
+    source(folder).prepare()
+    assert [path.read_bytes() for path in files] == contents  # runs of before can go on
 
 
 def test_the_copy_is_used_where_the_original_is_gone(folder: Path):
@@ -253,8 +260,12 @@ def test_a_copy_of_other_shards_is_not_replaced(folder: Path):
     content = model.read_bytes()
     other = folder.parent / "other/published"
     shutil.copytree(folder, other)
-    for act in (source(other).check, source(other).prepare):
-        with pytest.raises(UserError, match=r"is a copy of other shards, .*/x_train_000000.bin; run from"):
+    assert source(other).is_prepared()  # the same shards in another place
+    for path in other.glob("*.bin"):
+        tokens = TokenFiles([path])
+        write_shard(path, np.concatenate([[BOS], tokens.read(0, len(tokens))]).astype(np.uint16))
+    for act in (source(other).check, source(other).prepare, source(other).prepared):
+        with pytest.raises(UserError, match=r"is a copy of other shards than these; run from another folder, or rem"):
             act()
     assert model.read_bytes() == content
 
@@ -264,6 +275,11 @@ def test_a_run_trains_on_the_copy_and_is_scored_on_it(folder: Path, documents: d
     small = ["--model.vocab_size=380", "--trainer.max_steps=2", "--report.enabled=false"]
     result = trainer_here("fit", *options, *small, cwd=folder.parent)
     assert result.returncode == 0, result.stderr
+    resumed = trainer_here(
+        "fit", *options[:2], *small, "--data.case_markup=false", "--ckpt=last", "--run_name=1", cwd=folder.parent
+    )
+    assert (resumed.returncode, resumed.stderr.count("\n")) == (1, 1), resumed.stderr
+    assert "1/tokenizer.model: this tokenizer has case markup, but data.case_markup is false" in resumed.stderr
     marked = ["--data.source=Shards", f"--data.source.folder={COPY}", "--data.case_markup=false"]
     refused = trainer_here("fit", *marked, *small, cwd=folder.parent)
     assert (refused.returncode, refused.stderr.count("\n")) == (1, 1), refused.stderr

@@ -3,12 +3,14 @@
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentParser
 
 from trainer.cli.parser import ShortErrors, split_options
 from trainer.data import manifest, published  # noqa: F401 - a choice for --data.source
 from trainer.data.sources import Source
+from trainer.data.tokenizer import check_case_markup, load_tokenizer
 from trainer.errors import UserError
 from trainer.logging import counted, logger
 from trainer.recipes import find_recipe, load_recipe
@@ -50,8 +52,9 @@ def run(args: list[str]) -> None:
     """
     parser = make_parser()
     given, _ = split_options(args, "--config", "--data.source,--data.source.class_path")
-    recipe = load_recipe(find_recipe((given["config"] or ["quickstart"])[-1]))
-    data = recipe.get("data") or {}
+    path = find_recipe((given["config"] or ["quickstart"])[-1])
+    recipe = load_recipe(path)
+    data, model = _section(recipe, "data"), _section(recipe, "model")
     parser.set_defaults({"data.case_markup": data.get("case_markup")})
     if not given["data.source"]:  # another source must not inherit the recipe's settings
         parser.set_defaults({"data.source": data.get("source")})
@@ -61,7 +64,10 @@ def run(args: list[str]) -> None:
     except ValueError as error:  # jsonargparse's, about the class of the source; its cause is the source's own
         raise UserError(str(error.__cause__ or error)) from error
     source.case_markup = config.data.case_markup
-    source.model_vocab_size = (recipe.get("model") or {}).get("vocab_size", source.model_vocab_size)
+    size = model.get("vocab_size", source.model_vocab_size)
+    if not isinstance(size, int):
+        raise UserError(f"{path}: model.vocab_size must be a whole number, not {size!r}")
+    source.model_vocab_size = size
     if getattr(source, "vocab_size", 0) is None:  # errors then name the option of this command
         source.vocab_size = source.model_vocab_size  # type: ignore[attr-defined]
     started = time.monotonic()
@@ -71,11 +77,18 @@ def run(args: list[str]) -> None:
             source.prepare()
         finally:
             logger.setLevel(logging.INFO)
-    folder = source.prepared().train[0].parent
+    text = source.prepared()
+    check_case_markup(text.tokenizer, load_tokenizer(text.tokenizer), source.case_markup)
+    folder = text.train[0].parent
     if config.verify:
         shards = manifest.verify(folder).shards
         print(f"verified {counted(len(shards), 'shard')} in {time.monotonic() - started:.1f} s")
     print_manifest(folder)
+
+
+def _section(recipe: dict[str, Any], name: str) -> dict[str, Any]:
+    content = recipe.get(name)
+    return content if isinstance(content, dict) else {}
 
 
 def print_manifest(folder: Path) -> None:

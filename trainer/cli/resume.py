@@ -9,6 +9,7 @@ from trainer.callbacks.warm_start import WarmStart
 from trainer.checkpoint import METADATA_KEY, stored_checksum
 from trainer.cli.lightning_cli import TrainerCLI
 from trainer.data.local_text import LocalText
+from trainer.data.tokenizer import check_case_markup, load_tokenizer
 from trainer.errors import UserError
 from trainer.files import sha256_of
 from trainer.loading import load_run
@@ -47,6 +48,7 @@ def start_from(cli: TrainerCLI, resumes: bool) -> None:
             )
         source.given_tokenizer = tokenizer
         cli.config.data.source.init_args.tokenizer = str(tokenizer)
+    _check_case_markup(cli, tokenizer)
     if resumes:
         return
     if cli.datamodule.held_out_tokens is not None:
@@ -74,6 +76,7 @@ def resume(cli: TrainerCLI, ckpt: str) -> None:
     try:
         checkpoint = load_run(ckpt)
         _check_source(cli, RunFolder.containing(Path(ckpt)))
+        _check_case_markup(cli, RunFolder.containing(Path(ckpt)).tokenizer)
         _check_parent(cli, checkpoint[METADATA_KEY].get("ancestry") or [])
         cli.model.check_resumable(checkpoint[METADATA_KEY], cli.datamodule)
         checkpoints.resumed = stored_checksum(ckpt)
@@ -117,6 +120,16 @@ def _raise_together(cli: TrainerCLI, error: UserError) -> None:
     if cli.trainer.world_size == 1 or environment is None or not environment.creates_processes_externally:
         raise error
     _callback(cli, Checkpoints).problem = error
+
+
+def _check_case_markup(cli: TrainerCLI, tokenizer: Path) -> None:
+    """Refuse another setting than that of the run before its text is encoded again, which takes minutes.
+
+    Raises:
+        UserError: If the run's tokenizer has case markup and none is wanted, or the other way round.
+    """
+    if tokenizer.is_file():
+        check_case_markup(tokenizer, load_tokenizer(tokenizer), cli.datamodule.source.case_markup)
 
 
 def _check_source(cli: TrainerCLI, run: RunFolder) -> None:

@@ -89,6 +89,8 @@ class PublishedFineWeb(Source):
                 download fails.
         """
         self.check()
+        if self.case_markup and self._copy().is_prepared():
+            return
         text = self._find(local=False)
         damaged = [path for path in [*text.train, *text.val] if not _is_whole(path)]
         for path in damaged:

@@ -1,5 +1,6 @@
 """Shards encoded again with a tokenizer that has case markup: the same documents, splits and bytes."""
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -20,6 +21,7 @@ from trainer.files import sha256_of
 from trainer.logging import counted, logger
 
 CHUNK_TOKENS = 1_000_000  # decoded at once
+BLOCKS, BLOCK_BYTES = 16, 65_536  # of a shard, for its hash
 HINT = "run from another folder"
 CLASS = "MarkedCopy"  # of the source, in manifests
 
@@ -55,12 +57,7 @@ class MarkedCopy:
             return
         check_tokenizer(original.train[0].parent, original.tokenizer)
         check_folder(self.folder, record := self._record(original), HINT)
-        copied = Manifest.read(self.folder)
-        before, now = (
-            {shard[0] for shard in source.get("shards", [])} for source in (copied.source if copied else record, record)
-        )
-        if not before & now:
-            raise UserError(f"{self.folder}: is a copy of other shards, {min(before)}; {HINT}, or remove it")
+        self._refuse_other_shards(record)
 
     def is_prepared(self) -> bool:
         """Whether `prepare` would leave the copy as it is."""
@@ -103,6 +100,7 @@ class MarkedCopy:
         else:
             if not _needs_copy(original):
                 return original
+            self._refuse_other_shards(self._record(original))
         return list_shards(self.folder, self.folder / TOKENIZER)
 
     def has_original_vocabulary(self) -> bool:
@@ -115,12 +113,21 @@ class MarkedCopy:
     def _is_there(self) -> bool:
         return (self.folder / NAME).is_file()
 
+    def _refuse_other_shards(self, record: dict[str, Any]) -> None:
+        copied = Manifest.read(self.folder)
+        if copied is None or copied.source["class"] != CLASS:
+            return
+        before, now = (set(map(tuple, source["shards"])) for source in (copied.source, record))
+        if not before & now:
+            raise UserError(f"{self.folder}: is a copy of other shards than these; {HINT}, or remove it")
+
     def _record(self, original: PreparedText) -> dict[str, Any]:
-        """What the manifest says of the source."""
-        shards = [path.absolute() for path in (*original.train, *original.val)]
+        """What the manifest says of the source: wherever the shards are, and whenever they came there."""
         return {
             "class": CLASS,
-            "shards": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in shards],
+            "shards": [
+                [path.name, path.stat().st_size, _sample_hash(path)] for path in (*original.train, *original.val)
+            ],
             "tokenizer": sha256_of(original.tokenizer),
             "vocab_size": self.vocab_size,
         }
@@ -146,6 +153,16 @@ class MarkedCopy:
         before = Manifest.read(original.train[0].parent)
         if before is not None and _counts(before) == _counts(manifest):  # the same text, to `compare` as well
             replace(manifest, text=before.text).write(folder)
+
+
+def _sample_hash(path: Path) -> str:
+    """A hash of a few blocks all over a shard, which tells other shards apart without reading 200 MB of each."""
+    content = hashlib.sha256()
+    with path.open("rb") as file:
+        for part in range(BLOCKS):
+            file.seek(path.stat().st_size * part // BLOCKS)
+            content.update(file.read(BLOCK_BYTES))
+    return content.hexdigest()[:16]
 
 
 def _needs_copy(original: PreparedText) -> bool:
