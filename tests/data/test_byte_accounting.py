@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from trainer.data.case_markup import SPACE
 from trainer.data.shard_writer import BEGIN, ShardWriter
-from trainer.data.tokenizer import BOS, SPACE, ByteTable, load_tokenizer, normalized_bytes
+from trainer.data.tokenizer import BOS, ByteTable, load_tokenizer, normalized_bytes
 from trainer.errors import UserError
 
 SETTINGS: dict[str, tuple[Any, Any]] = {

@@ -11,9 +11,10 @@ import torch
 
 from tests.conftest import ALL_OPTIONS, TINY, make_documents
 from trainer.data.canonical import excluded_pairs
+from trainer.data.case_markup import SPACE
 from trainer.data.shards import write_shard
 from trainer.data.sources import Shards
-from trainer.data.tokenizer import BOS, SPACE, load_tokenizer, train_tokenizer
+from trainer.data.tokenizer import BOS, load_tokenizer, train_tokenizer
 from trainer.datamodule import TokenData
 from trainer.errors import UserError
 from trainer.evaluation.sliding import score

@@ -17,7 +17,7 @@ import sentencepiece
 MARK = "\ue000"  # for private use; in a text it becomes REPLACEMENT
 DELIMITER = "\ue001"  # keeps the mark apart from other characters while a tokenizer is trained
 REPLACEMENT = "\ufffd"  # has as many bytes as the mark
-VISIBLE_SPACE = "\u2581"  # SentencePiece's
+SPACE = "\u2581"  # SentencePiece's visible space
 
 
 class CaseMarkupProcessor(sentencepiece.SentencePieceProcessor):
@@ -39,7 +39,7 @@ class CaseMarkupProcessor(sentencepiece.SentencePieceProcessor):
 
     def Normalize(self, input: str | list[str]) -> Any:  # type: ignore[override]
         """The text that decoding restores, or each of several texts, with visible spaces."""
-        return _each(lambda text: _normalized(self._normalizer, text).replace(" ", VISIBLE_SPACE), input)
+        return _each(lambda text: _normalized(self._normalizer, text).replace(" ", SPACE), input)
 
     def Encode(self, input: str | bytes | list[str], *args: Any, **options: Any) -> Any:  # type: ignore[override]
         """Tokens of a text, or of each of several texts."""
@@ -109,13 +109,13 @@ def without_paths(model: bytes) -> bytes:
         model: The serialized message of SentencePiece's sentencepiece_model.proto. Its fields 3 and 5 specify the
             normalization and the denormalization, and their field 6 is the path.
     """
-    kept = []
+    fields = []
     for number, field, content in _fields(model):
         if number in (3, 5):
             content = b"".join(inner for name, inner, _ in _fields(content) if name != 6)
             field = field[:1] + _as_varint(len(content)) + content
-        kept.append(field)
-    return b"".join(kept)
+        fields.append(field)
+    return b"".join(fields)
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, bytes, bytes]]:

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from trainer.data.case_markup import SPACE
 from trainer.data.normalization import DocumentKeys
 from trainer.data.shards import TokenArray, open_shard
-from trainer.data.tokenizer import BOS, SPACE, load_tokenizer
+from trainer.data.tokenizer import BOS, load_tokenizer
 from trainer.errors import UserError
 from trainer.files import atomic_write, sha256_of
 
@@ -111,11 +112,11 @@ def check_tokenizer(folder: Path, tokenizer: Path) -> None:
     Raises:
         UserError: If it names another.
     """
-    manifest, found = Manifest.read(folder), sha256_of(tokenizer)
-    if manifest is not None and manifest.tokenizer_sha256 != found:
+    manifest, digest = Manifest.read(folder), sha256_of(tokenizer)
+    if manifest is not None and manifest.tokenizer_sha256 != digest:
         raise UserError(
-            f"{tokenizer}: is not the tokenizer that made the shards in {folder} (sha256 {found[:12]}..., their {NAME} "
-            f"says {manifest.tokenizer_sha256[:12]}...)"
+            f"{tokenizer}: is not the tokenizer that made the shards in {folder} (sha256 {digest[:12]}..., their "
+            f"{NAME} says {manifest.tokenizer_sha256[:12]}...)"
         )
 
 

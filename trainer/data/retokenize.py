@@ -33,7 +33,7 @@ class MarkedCopy:
         """Take the shards; nothing is read or written yet.
 
         Args:
-            name: Of the original; the copy's folder is named after it.
+            name: Name of the original folder or variant, with which the name of the copy begins.
             original: Returns the shards and the tokenizer that they were made with, or raises a UserError.
             vocab_size: Vocabulary size of the tokenizer that is trained for the copy.
         """
@@ -49,8 +49,10 @@ class MarkedCopy:
         """
         check_trainable_size(self.vocab_size, size_option(None))
         try:
-            original = self.original()
+            original = self._find()
         except UserError:
+            original = None
+        if original is None:
             check_folder(self.folder, {"class": CLASS}, HINT)
             return
         if not _needs_copy(original):
@@ -62,10 +64,10 @@ class MarkedCopy:
     def is_prepared(self) -> bool:
         """Whether `prepare` would leave the copy as it is."""
         try:
-            original = self.original()
+            original = self._find()
         except UserError:
-            return self._is_there()
-        return not _needs_copy(original) or is_prepared(self.folder, self._record(original))
+            return False
+        return original is None or not _needs_copy(original) or is_prepared(self.folder, self._record(original))
 
     def prepare(self, only_if_missing: bool = False) -> None:
         """Write the copy, unless its manifest says that this was done, or it is all that is left.
@@ -73,13 +75,8 @@ class MarkedCopy:
         Raises:
             UserError: If the original is missing or damaged.
         """
-        try:
-            original = self.original()
-        except UserError:
-            if self._is_there():
-                return
-            raise
-        if _needs_copy(original):
+        original = self._find()
+        if original is not None and _needs_copy(original):
             self.check()
             record = self._record(original)
             prepare_folder(
@@ -92,12 +89,8 @@ class MarkedCopy:
         Raises:
             UserError: If neither is there.
         """
-        try:
-            original = self.original()
-        except UserError:
-            if not self._is_there():
-                raise
-        else:
+        original = self._find()
+        if original is not None:
             if not _needs_copy(original):
                 return original
             self._refuse_other_shards(self._record(original))
@@ -110,8 +103,14 @@ class MarkedCopy:
         except UserError:
             return False
 
-    def _is_there(self) -> bool:
-        return (self.folder / NAME).is_file()
+    def _find(self) -> PreparedText | None:
+        """The original, or None where only the copy is left; raises a UserError if neither is there."""
+        try:
+            return self.original()
+        except UserError:
+            if (self.folder / NAME).is_file():
+                return None
+            raise
 
     def _refuse_other_shards(self, record: dict[str, Any]) -> None:
         copied = Manifest.read(self.folder)

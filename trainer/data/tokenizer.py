@@ -15,7 +15,7 @@ from torch import Tensor
 from trainer.data.case_markup import (
     DELIMITER,
     MARK,
-    VISIBLE_SPACE,
+    SPACE,
     CaseMarkupProcessor,
     has_case_markup,
     training_text,
@@ -27,7 +27,6 @@ from trainer.errors import UserError
 
 BOS = 1
 MIN_VOCAB = 261  # 256 byte tokens, 4 control tokens and one of text
-SPACE = VISIBLE_SPACE
 
 
 def load_tokenizer(path: str | Path) -> sentencepiece.SentencePieceProcessor:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from trainer.data.canonical import excluded_pairs
+from trainer.data.case_markup import SPACE
 from trainer.data.manifest import NAME, Manifest, documents_of, verify
 from trainer.data.shards import TokenArray, TokenFiles
 from trainer.data.sources import Shards
-from trainer.data.tokenizer import BOS, SPACE
+from trainer.data.tokenizer import BOS
 from trainer.errors import UserError
 from trainer.loading import load_artifact
 from trainer.model.transformer import Transformer
