@@ -1,5 +1,6 @@
 """Text generation, token by token, with a key-value cache."""
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from trainer.data.case_markup import SENTENCE_ENDS
 from trainer.data.tokenizer import BOS
 from trainer.errors import UserError
 from trainer.kernels.attention_backends import AttentionBackend, SdpaBackend
@@ -17,6 +19,9 @@ from trainer.model.transformer import Block, Transformer
 
 EMBEDDING_CONTEXT = 2  # tokens before its own that a position's embedding depends on
 DECODING_CONTEXT = 16  # tokens that the text of a new one depends on, with room to spare
+# The end of a text that the next token may change: a character that is spelled in bytes, or a letter that becomes a
+# capital if its word goes on.
+UNFINISHED = re.compile(rf"(\ufffd|[{SENTENCE_ENDS}] [a-z])\Z")
 MAX_CONTEXT = 2**20  # tokens; RoPE tables for all of them are made at once
 
 
@@ -160,13 +165,13 @@ def generate_tokens(
 def stream_text(
     tokenizer: sentencepiece.SentencePieceProcessor, prompt: list[int], tokens: Iterator[int]
 ) -> Iterator[str]:
-    """The text that tokens add to a prompt; a character that is spelled in bytes comes when it is complete."""
+    """The text that tokens add to a prompt; a character that the next token may change comes after it."""
     ids = list(prompt)
     shown = tokenizer.decode(ids)
     for token in tokens:
         ids.append(token)
         text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):
+        if not UNFINISHED.search(text):
             yield text[len(shown) :]
             ids = ids[-DECODING_CONTEXT:]  # decoding all of them for every token would take quadratic time
             shown = tokenizer.decode(ids)

@@ -1,9 +1,10 @@
 """Case markup: a capital letter before a small one becomes a mark and its small letter, so that words share tokens.
 
-`The cat` is encoded as a mark, `the`, ` cat`, and decoded to `The cat` again. The letters are A to Z and a to z; `I`,
-`NASA` and `École` stay as they are. The mark is a token of its own, before the space of its word, so ` the` stays one
-token. The rules are in the SentencePiece model, as its normalization and denormalization. Sources: OpenNMT Tokenizer's
-case markup; openai/parameter-golf #1729 (CaseOps).
+`The cat` is encoded as a mark, `the`, ` cat`, and decoded to `The cat` again. After a period, an exclamation or a
+question mark and a space, where a capital is expected, it is the small letter that gets the mark: `It is. The end` is
+a mark and `it is. the end`. The letters are A to Z and a to z; `I`, `NASA` and `École` stay as they are. The mark is a
+token of its own, before the space of its word, so ` the` stays one token. The rules are in the SentencePiece model, as
+its normalization and denormalization. Sources: OpenNMT Tokenizer's case markup; openai/parameter-golf #1729 (CaseOps).
 """
 
 import re
@@ -18,6 +19,11 @@ MARK = "\ue000"  # for private use; in a text it becomes REPLACEMENT
 DELIMITER = "\ue001"  # keeps the mark apart from other characters while a tokenizer is trained
 REPLACEMENT = "\ufffd"  # has as many bytes as the mark
 SPACE = "\u2581"  # SentencePiece's visible space
+SENTENCE_ENDS = ".!?"
+# A letter that needs a mark, with the space before it: a small one after the end of a sentence, or a capital elsewhere.
+UNEXPECTED = re.compile(
+    rf"(?<=[{SENTENCE_ENDS}]) [a-z](?=[a-z])|(?<![{SENTENCE_ENDS}] )(?:(?<![{SENTENCE_ENDS}]) )?[A-Z](?=[a-z])"
+)
 
 
 class CaseMarkupProcessor(sentencepiece.SentencePieceProcessor):
@@ -61,11 +67,14 @@ def has_case_markup(tokenizer: sentencepiece.SentencePieceProcessor) -> bool:
 
 
 def training_text(sentences: Iterable[str]) -> Iterator[str]:
-    """Sentences with marks, which SentencePiece's trainer must be told to keep apart at DELIMITER."""
+    """Sentences with marks, which SentencePiece's trainer must be told to keep apart at DELIMITER.
+
+    The capitals that need no mark are left to the rules, which the trainer applies.
+    """
     normalizer = _text_normalizer()
     for sentence in sentences:
         text = _normalized(normalizer, sentence).replace(DELIMITER, REPLACEMENT)
-        yield re.sub(" ?[A-Z](?=[a-z])", lambda match: f"{DELIMITER}{MARK}{DELIMITER}{match[0].lower()}", text)
+        yield UNEXPECTED.sub(lambda match: f"{DELIMITER}{MARK}{DELIMITER}{match[0].lower()}", text)
 
 
 def write_rules(folder: Path) -> tuple[str, str]:
@@ -77,13 +86,18 @@ def write_rules(folder: Path) -> tuple[str, str]:
     Returns:
         The paths of the rules for normalization and for denormalization.
     """
-    letters = [(space, capital, capital.lower()) for space in ("", " ") for capital in string.ascii_uppercase]
-    marked = {
-        f"{space}{capital}{following}": f"{MARK}{space}{small}{following}"
-        for space, capital, small in letters
-        for following in string.ascii_lowercase
-    }
-    restored = {f"{MARK}{space}{small}": f"{space}{capital}" for space, capital, small in letters}
+    marked: dict[str, str] = {}
+    restored: dict[str, str] = {}
+    for small, capital in zip(string.ascii_lowercase, string.ascii_uppercase, strict=True):
+        for space in ("", " "):
+            restored[f"{MARK}{space}{small}"] = f"{space}{capital}"
+        restored |= {f"{end}{MARK} {small}": f"{end} {small}" for end in SENTENCE_ENDS}
+        for following in string.ascii_lowercase:
+            word, title = small + following, capital + following
+            marked |= {f"{space}{title}": f"{MARK}{space}{word}" for space in ("", " ")}
+            marked |= {f"{end} {title}": f"{end} {word}" for end in SENTENCE_ENDS}
+            marked |= {f"{end} {word}": f"{end}{MARK} {word}" for end in SENTENCE_ENDS}
+            restored |= {f"{end} {word}": f"{end} {title}" for end in SENTENCE_ENDS}
     paths = folder / "normalization.tsv", folder / "denormalization.tsv"
     for path, rules in zip(paths, (marked, restored), strict=True):
         path.write_text("".join(f"{_code_points(old)}\t{_code_points(new)}\n" for old, new in sorted(rules.items())))
