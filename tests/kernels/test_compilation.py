@@ -34,8 +34,9 @@ def heads(dtype: torch.dtype, has_offset: bool) -> None:
     qkv, tables, gain = torch.zeros(2, 64, 8, 128, dtype=dtype), torch.zeros(2, 64, 128), torch.ones(4)
     q, k, v = fused_heads_triton.qk_norm_rope(qkv, tables, gain, 2, 1e-6, 1, offset_from)
     fused_heads_triton.qk_norm_rope_backward(q, k, v, qkv, tables, gain, 1e-6, offset_from)
-    fused_heads_triton.xsa(q, v)
-    fused_heads_triton.xsa_backward(q, q, v)
+    for factor in (None, q[..., 0].contiguous()):
+        fused_heads_triton.xsa(q, v, factor)
+        fused_heads_triton.xsa_backward(q, q, v, factor)
 
 
 def mlp(dtype: torch.dtype, is_backward: bool) -> None:

@@ -63,20 +63,30 @@ def qk_norm_rope_backward(q_grad, k_grad, v_grad, qkv, tables, gain, eps, offset
     return torch.cat(grads, dim=2), gains
 
 
-def xsa_backward(grad, y, v):
-    """The derivative of `xsa` as the kernel computes it."""
+def scaled_xsa(y, v, factor):
+    """What the kernel computes, as a formula."""
+    return xsa(y, v) if factor is None else xsa(y, v) * factor[..., None]
+
+
+def xsa_backward(grad, y, v, factor):
+    """Its derivative as the kernel computes it."""
+    factor_grad = y.new_empty(0) if factor is None else (grad * xsa(y, v)).sum(-1)
+    grad = grad if factor is None else grad * factor[..., None]
     group = y.size(2) // v.size(2)
     value = v.repeat_interleave(group, dim=2)
     inverse = 1 / value.square().sum(-1, keepdim=True)
     share, g_share = ((each * value).sum(-1, keepdim=True) * inverse for each in (y, grad))
     v_grad = -share * grad - g_share * (y - 2 * share * value)
-    return grad - g_share * value, v_grad.unflatten(2, (-1, group)).sum(3)
+    return grad - g_share * value, v_grad.unflatten(2, (-1, group)).sum(3), factor_grad
 
 
 @pytest.fixture
 def formulas(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = SimpleNamespace(
-        qk_norm_rope=qk_norm_rope, qk_norm_rope_backward=qk_norm_rope_backward, xsa=xsa, xsa_backward=xsa_backward
+        qk_norm_rope=qk_norm_rope,
+        qk_norm_rope_backward=qk_norm_rope_backward,
+        xsa=scaled_xsa,
+        xsa_backward=xsa_backward,
     )
     monkeypatch.setitem(sys.modules, fused_heads.TRITON, kernels)
 
@@ -91,19 +101,24 @@ def test_operators_pass_on_the_right_derivatives():
         operator = partial(fused_heads.qk_norm_rope, kv_heads=2, eps=eps, copies=copies, offset_from=offset_from)
         assert torch.autograd.gradcheck(lambda x, g, run=operator: run(x, tables, g), (qkv, gain))
     y, v = (torch.randn(2, 5, heads, 6, dtype=torch.float64, requires_grad=True) for heads in (4, 2))
+    factor = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(fused_heads.xsa, (y, v))
+    assert torch.autograd.gradcheck(fused_heads.xsa, (y, v, factor))
 
 
 @pytest.mark.usefixtures("formulas")
 @pytest.mark.parametrize("start_pos", [0, 3])
+@pytest.mark.parametrize("gate_dims", [None, 12])
 @pytest.mark.parametrize("has_key_offset", [False, True])
 @pytest.mark.parametrize(("has_value_embedding", "copies_kv"), [(True, True), (False, True), (False, False)])
 def test_attention_and_all_its_gradients_are_the_same_with_the_operators(
-    start_pos: int, has_value_embedding: bool, copies_kv: bool, has_key_offset: bool
+    start_pos: int, has_value_embedding: bool, copies_kv: bool, has_key_offset: bool, gate_dims: int | None
 ):
     torch.manual_seed(0)
-    config = AttentionConfig(4, 2, rope_dims=4, xsa=True)
+    config = AttentionConfig(4, 2, rope_dims=4, xsa=True, gate_dims=gate_dims)
     attention = Attention(config, 32, has_value_embedding, has_key_offset).double()
+    if attention.gate is not None:
+        torch.nn.init.normal_(attention.gate)
     attention.backend = SdpaBackend("math", copies_kv)
     tables = rotary_tables(7, 8, 100.0, CPU, 4).double()
     x = torch.randn(2, 7, 32, dtype=torch.float64, requires_grad=True)
@@ -147,10 +162,13 @@ def test_kernels_equal_the_formulas_also_for_lengths_that_no_block_divides(
         assert is_close(result, expected)
     v = v[:, :, ::copies].contiguous()
     y, grad = (torch.randn(3, 11, heads, width, device=HERE, dtype=dtype) for _ in range(2))
-    assert is_close(fused_heads.xsa(y, v), xsa(y.double(), v.double()))
-    expected_grads = xsa_backward(grad.double(), y.double(), v.double())
-    for result, expected in zip(kernels.xsa_backward(grad, y, v), expected_grads, strict=True):
-        assert is_close(result, expected)
+    for factor in (None, torch.randn(3, 11, heads, device=HERE, dtype=dtype)):
+        exact_factor = None if factor is None else factor.double()
+        assert is_close(fused_heads.xsa(y, v, factor), scaled_xsa(y.double(), v.double(), exact_factor))
+        expected_grads = xsa_backward(grad.double(), y.double(), v.double(), exact_factor)
+        for result, expected in zip(kernels.xsa_backward(grad, y, v, factor), expected_grads, strict=True):
+            assert result.shape == expected.shape
+            assert not expected.numel() or is_close(result, expected)
 
 
 @pytest.mark.skipif(not CAN_RUN, reason="the kernels need a GPU or Triton's interpreter")

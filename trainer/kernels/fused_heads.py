@@ -30,7 +30,7 @@ def runs_on(heads: tuple[int, int, int], device: torch.device, dtype: torch.dtyp
         gain = torch.ones(queries, device=device).requires_grad_()
         for offset_from in (None, width // 4):
             q, k, v = qk_norm_rope(qkv, tables, gain, keys, PROBE_EPS, offset_from=offset_from)
-            (xsa(q, v).sum() + k.sum()).backward()
+            (xsa(q, v, q[..., 0]).sum() + k.sum()).backward()
     except Exception:  # no Triton, another version of it, no compiler: they cannot be used
         return False
     return qkv.grad is not None and bool(qkv.grad.isfinite().all())
@@ -131,33 +131,49 @@ qk_norm_rope.register_autograd(_differentiate_heads, setup_context=_save_heads)
 
 
 @torch.library.custom_op("golf_trainer::xsa", mutates_args=())
-def xsa(y: Tensor, v: Tensor) -> Tensor:
-    """As `model.attention.xsa`: (B, T, H, d) and (B, T, K, d) to (B, T, H, d), 16-bit."""
-    return import_module(TRITON).xsa(y.contiguous(), v.contiguous())
+def xsa(y: Tensor, v: Tensor, factor: Tensor | None = None) -> Tensor:
+    """As `model.attention.xsa`, each head then multiplied by a factor.
+
+    Args:
+        y: (B, T, H, d), 16-bit.
+        v: (B, T, K, d) of the same type.
+        factor: (B, T, H); None: one.
+
+    Returns:
+        (B, T, H, d).
+    """
+    factor = None if factor is None else factor.contiguous()
+    return import_module(TRITON).xsa(y.contiguous(), v.contiguous(), factor)
 
 
 @xsa.register_fake
-def _(y: Tensor, v: Tensor) -> Tensor:
+def _(y: Tensor, v: Tensor, factor: Tensor | None = None) -> Tensor:
     return y.new_empty(y.shape)
 
 
 @torch.library.custom_op("golf_trainer::xsa_backward", mutates_args=())
-def _xsa_backward(grad: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return import_module(TRITON).xsa_backward(grad, y, v)
+def _xsa_backward(grad: Tensor, y: Tensor, v: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return import_module(TRITON).xsa_backward(grad, y, v, factor)
 
 
 @_xsa_backward.register_fake
-def _(grad: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return y.new_empty(y.shape), v.new_empty(v.shape)
+def _(grad: Tensor, y: Tensor, v: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        y.new_empty(y.shape),
+        v.new_empty(v.shape),
+        y.new_empty(0) if factor is None else factor.new_empty(factor.shape),
+    )
 
 
-def _save_values(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+def _save_values(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _differentiate_values(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    y, v = ctx.saved_tensors
-    return _xsa_backward(grad.contiguous(), y.contiguous(), v.contiguous())
+def _differentiate_values(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    y, v, factor = ctx.saved_tensors
+    contiguous = None if factor is None else factor.contiguous()
+    y_grad, v_grad, factor_grad = _xsa_backward(grad.contiguous(), y.contiguous(), v.contiguous(), contiguous)
+    return y_grad, v_grad, None if factor is None else factor_grad
 
 
 xsa.register_autograd(_differentiate_values, setup_context=_save_values)

@@ -142,8 +142,10 @@ def _qk_norm_rope_backward(
 def _xsa(
     y,
     v,
+    factor,
     out,
     positions,
+    has_factor: tl.constexpr,
     group: tl.constexpr,
     kv_heads: tl.constexpr,
     width: tl.constexpr,
@@ -160,6 +162,8 @@ def _xsa(
             offset = ((row * kv_heads + kv_head) * group + member) * width + column
             head = tl.load(y + offset, inside, 0.0).to(tl.float32)
             head -= tl.sum(head * value, 1)[:, None] * inverse * value
+            if has_factor:
+                head *= tl.load(factor + (row * kv_heads + kv_head) * group + member, inside, 0.0).to(tl.float32)
             tl.store(out + offset, head.to(out.dtype.element_ty), inside)
 
 
@@ -168,9 +172,12 @@ def _xsa_backward(
     grad,
     y,
     v,
+    factor,
     y_grad,
     v_grad,
+    factor_grad,
     positions,
+    has_factor: tl.constexpr,
     group: tl.constexpr,
     kv_heads: tl.constexpr,
     width: tl.constexpr,
@@ -190,6 +197,11 @@ def _xsa_backward(
             head = tl.load(y + offset, inside, 0.0).to(tl.float32)
             g = tl.load(grad + offset, inside, 0.0).to(tl.float32)
             share = tl.sum(head * value, 1)[:, None] * inverse
+            if has_factor:
+                place = (row * kv_heads + kv_head) * group + member
+                sum_of_products = tl.sum(g * (head - share * value), 1)[:, None]
+                tl.store(factor_grad + place, sum_of_products.to(factor_grad.dtype.element_ty), inside)
+                g *= tl.load(factor + place, inside, 0.0).to(tl.float32)
             g_share = tl.sum(g * value, 1)[:, None] * inverse
             tl.store(y_grad + offset, (g - g_share * value).to(y_grad.dtype.element_ty), inside)
             total -= share * g + g_share * (head - 2 * share * value)
@@ -244,22 +256,25 @@ def _sizes(
     return sizes | {"offset_from": half if offset_from is None else offset_from}
 
 
-def xsa(y: Tensor, v: Tensor) -> Tensor:
+def xsa(y: Tensor, v: Tensor, factor: Tensor | None) -> Tensor:
     """The operator `fused_heads.xsa` on contiguous tensors."""
     out = torch.empty_like(y)
-    _launch(_xsa, (y, v, out), y, v)
+    _launch(_xsa, (y, v, v if factor is None else factor, out), y, v, factor is not None)
     return out
 
 
-def xsa_backward(grad: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of `y` and `v`; all contiguous."""
+def xsa_backward(grad: Tensor, y: Tensor, v: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `y`, `v` and, unless it is None, `factor`; all contiguous."""
     y_grad, v_grad = torch.empty_like(y), torch.empty_like(v)
-    _launch(_xsa_backward, (grad, y, v, y_grad, v_grad), y, v)
-    return y_grad, v_grad
+    factor_grad = y.new_empty(0) if factor is None else torch.empty_like(factor)
+    tensors = grad, y, v, v if factor is None else factor, y_grad, v_grad, factor_grad
+    _launch(_xsa_backward, tensors, y, v, factor is not None)
+    return y_grad, v_grad, factor_grad
 
 
-def _launch(kernel: triton.JITFunction, tensors: tuple[Tensor, ...], y: Tensor, v: Tensor) -> None:
+def _launch(kernel: triton.JITFunction, tensors: tuple[Tensor, ...], y: Tensor, v: Tensor, has_factor: bool) -> None:
     batch, length, heads, width = y.shape
     kv_heads = v.size(2)
     sizes = {"group": heads // kv_heads, "kv_heads": kv_heads, "width": width, "rows": ROWS, "min_square": MIN_SQUARE}
-    kernel[triton.cdiv(batch * length, ROWS),](*tensors, batch * length, **sizes, num_warps=WARPS)
+    programs = triton.cdiv(batch * length, ROWS)
+    kernel[programs,](*tensors, batch * length, has_factor, **sizes, num_warps=WARPS)

@@ -187,12 +187,19 @@ class Attention(nn.Module):
         if self.value_gain is not None and value_embeddings is not None:
             v = v + self.value_gain.to(v.dtype)[:, None] * value_embeddings
         y = self.backend(q, k, v)  # (B, S, H, d)
-        if self.config.xsa:
-            y = fused_heads.xsa(y, v) if is_fused else xsa(y, v[:, start_pos:])
-        if self.gate is not None:
-            gate = F.linear(x[:, start_pos:, : self.config.gate_dims], self.gate.to(x.dtype))
-            y = y * (2 * gate.sigmoid())[..., None]  # one at the start
+        factor = None if self.gate is None else self._factor(x[:, start_pos:], self.gate)
+        if self.config.xsa and is_fused:
+            y = fused_heads.xsa(y, v, factor)
+        else:
+            if self.config.xsa:
+                y = xsa(y, v[:, start_pos:])
+            if factor is not None:
+                y = y * factor[..., None]
         return self.out(y.flatten(2), scale)
+
+    def _factor(self, x: Tensor, gate: Tensor) -> Tensor:
+        """Factor of each head, (B, S, H), one at the start."""
+        return 2 * F.linear(x[..., : self.config.gate_dims], gate.to(x.dtype)).sigmoid()
 
     def _qkv(self, x: Tensor, rotary: Tensor, start_pos: int, is_fused: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Queries from `start_pos` on, (B, S, H, d), keys and values of all positions, (B, T, K, d) or (B, T, H, d)."""
