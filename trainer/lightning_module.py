@@ -250,8 +250,9 @@ class LanguageModel(pl.LightningModule):
             raise UserError("eval.adapt_rate: the processes would train different models; use one device")
         if str(self.trainer.precision) == "16-mixed":
             raise UserError("eval.adapt_rate: its gradients underflow in float16; give --precision 32-true")
-        length = evaluation.attention_window or evaluation.window
-        return Adapter(self.model.parameters(), self.nll, evaluation.adapt_rate, length)
+        targets = (evaluation.stride or evaluation.window) * evaluation.batch_windows  # of every batch but the first
+        length = min(evaluation.attention_window or evaluation.window, targets)
+        return Adapter(self.model.parameters(), self.nll, evaluation.adapt_rate, length, targets // length)
 
     @override
     def validation_step(self, batch: WindowBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -260,7 +261,8 @@ class LanguageModel(pl.LightningModule):
         assert isinstance(metric, BitsPerByte)
         is_last = dataloader_idx == len(self.scorers) - 1
         self.scorers[dataloader_idx].add(metric, self.nll, batch, self.documents if is_last else None)
-        if self.adapter is not None and is_last:
+        has_more = batch_idx + 1 < self.trainer.num_val_batches[dataloader_idx]
+        if self.adapter is not None and is_last and has_more:
             self.adapter.learn(self.scorers[dataloader_idx].scored(batch))
 
     @override

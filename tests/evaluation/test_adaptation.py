@@ -9,6 +9,7 @@ import torch
 from tests.conftest import TINY
 from trainer.data.tokenizer import ByteTable, load_tokenizer
 from trainer.errors import UserError
+from trainer.evaluation import adaptation
 from trainer.evaluation.adaptation import Adapter
 from trainer.evaluation.metric import BitsPerByte
 from trainer.evaluation.sliding import WindowScorer
@@ -23,7 +24,7 @@ def losses(tokens: torch.Tensor, rate: float, shard_folder, batch_windows: int =
     model = Transformer(TINY)
     table = ByteTable.from_tokenizer(load_tokenizer(shard_folder / "tokenizer.model"))
     plan = plan_windows(len(tokens) - 1, 32, 8)
-    scorer, adapter = WindowScorer(tokens, table, 32), Adapter(model.parameters(), model.nll, rate, 16)
+    scorer, adapter = WindowScorer(tokens, table, 32), Adapter(model.parameters(), model.nll, rate, 16, 2)
     scores, steps = torch.full((len(tokens) - 1,), float("nan")), []
 
     def nll(inputs: torch.Tensor, targets: torch.Tensor, start_pos: int, excluded: None) -> torch.Tensor:
@@ -53,12 +54,18 @@ def test_every_target_is_scored_once_and_trained_on_only_afterward(shard_folder)
     assert (adapted[steps[0] :] != plain[steps[0] :]).all()
 
 
-@pytest.mark.parametrize(("count", "starts", "length"), [(12, [0, 4, 8], 4), (11, [0, 4], 4), (5, [0], 4), (3, [0], 3)])
-def test_a_step_is_sgd_on_the_mean_loss_of_whole_sequences(count: int, starts: list[int], length: int):
+@pytest.mark.parametrize("micro_batch_tokens", [1, 8, 8192])
+@pytest.mark.parametrize(
+    ("count", "starts", "length"), [(18, [4, 8, 12], 4), (12, [0, 4, 8], 4), (11, [0, 4], 4), (5, [0], 4), (3, [0], 3)]
+)
+def test_a_step_is_sgd_on_the_mean_loss_of_whole_sequences(
+    count: int, starts: list[int], length: int, micro_batch_tokens: int, monkeypatch: pytest.MonkeyPatch
+):
     """A target's loss is 7 times a weight that is chosen by input and target, so the gradient counts such pairs."""
+    monkeypatch.setattr(adaptation, "MICRO_BATCH_TOKENS", micro_batch_tokens)
     rng = np.random.default_rng(3)
     weights = torch.zeros(50, requires_grad=True)
-    adapter = Adapter([weights], lambda x, y, start: 7.0 * weights[x + y], rate=0.25, length=4)
+    adapter = Adapter([weights], lambda x, y, start: 7.0 * weights[x + y], rate=0.25, length=4, sequences=3)
     expected = np.zeros(50)
     for segment in rng.integers(0, 25, (3, count + 1)):
         adapter.learn(torch.from_numpy(segment))
@@ -103,3 +110,35 @@ def test_it_lowers_the_loss_of_a_text_that_repeats_itself(shard_folder):
     plain, _ = losses(tokens, 0.0, shard_folder)
     adapted, _ = losses(tokens, 0.1, shard_folder)
     assert adapted[-100:].mean() < plain[-100:].mean() - 0.5
+
+
+@pytest.mark.parametrize(
+    ("window", "stride", "attention_window"), [(64, 48, 16), (64, 40, 16), (32, 8, None), (32, None, None)]
+)
+def test_steps_have_tensors_of_one_shape_and_none_comes_after_the_last_score(
+    window: int, stride: int | None, attention_window: int | None, shard_folder, monkeypatch: pytest.MonkeyPatch
+):
+    """Each shape is compiled, which takes longer than a hundred steps."""
+    config = EvaluationConfig(window, stride, 1, attention_window=attention_window, adapt_rate=0.1)
+    trainer = SimpleNamespace(world_size=1, precision="32-true", datamodule=SimpleNamespace(evaluation=config))
+    monkeypatch.setattr(LanguageModel, "trainer", trainer)
+    module = LanguageModel(vocab_size=300, num_layers=2, model_dim=16)
+    shapes = []
+
+    def nll(inputs: torch.Tensor, targets: torch.Tensor, start_pos: int, excluded: None = None) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            shapes.append(inputs.shape)
+        return module.model.nll(inputs, targets, start_pos)
+
+    module.nll = nll
+    module.adapter = module._adapter()
+    tokens = torch.randint(4, 300, (400,), dtype=torch.int32)
+    table = ByteTable.from_tokenizer(load_tokenizer(shard_folder / "tokenizer.model"))
+    plan = plan_windows(len(tokens) - 1, window, stride)
+    batches = batch_plan(plan, 1)
+    trainer.num_val_batches = [len(batches)]
+    module.scorers, module.metrics = [WindowScorer(tokens, table, plan.window)], torch.nn.ModuleList([BitsPerByte()])
+    for index, batch in enumerate(batches):
+        module.validation_step(batch, index)
+    assert len(shapes) == len(batches) - 1
+    assert len(set(shapes)) == 1

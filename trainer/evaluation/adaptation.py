@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from trainer.evaluation.sliding import NllFn
-from trainer.step import clip_gradients, train_step
+from trainer.step import clip_gradients, micro_batch_count, train_step
 
 MAX_NORM = 1.0
+MICRO_BATCH_TOKENS = 8192  # whose gradients are computed at once, to bound memory
 
 
 class Adapter:
     """Trains the model on segments of text."""
 
-    def __init__(self, parameters: Iterable[Tensor], nll_fn: NllFn, rate: float, length: int) -> None:
+    def __init__(self, parameters: Iterable[Tensor], nll_fn: NllFn, rate: float, length: int, sequences: int) -> None:
         """Take the parameters.
 
         Args:
@@ -26,10 +27,13 @@ class Adapter:
             nll_fn: Losses of the model, as `Transformer.nll`.
             rate: Learning rate of SGD.
             length: Tokens of a sequence; a segment is cut into sequences.
+            sequences: Most sequences of a step. The first segment of a text may have more, but one shape of tensors
+                for all steps is compiled once.
         """
         self.parameters = list(parameters)
         self.nll_fn = nll_fn
         self.length = length
+        self.sequences = sequences
         self.optimizer = torch.optim.SGD(self.parameters, lr=rate)
 
     def learn(self, tokens: Tensor) -> None:
@@ -37,10 +41,11 @@ class Adapter:
 
         Args:
             tokens: (n + 1,), the token before the first target and all targets. An incomplete last sequence is left
-                out, unless it is the only one.
+                out, unless it is the only one, and so are the first of too many.
         """
         length = min(self.length, len(tokens) - 1)
-        sequences = tokens.unfold(0, length + 1, length)
+        sequences = tokens.unfold(0, length + 1, length)[-self.sequences :]
+        micro_batches = micro_batch_count(len(sequences), length, MICRO_BATCH_TOKENS)
 
         def update() -> None:
             clip_gradients(self.parameters, MAX_NORM)
@@ -48,4 +53,4 @@ class Adapter:
             self.optimizer.zero_grad()
 
         with torch.enable_grad():
-            train_step(self.nll_fn, sequences, len(sequences), lambda loss, last: loss.backward(), update)
+            train_step(self.nll_fn, sequences, micro_batches, lambda loss, last: loss.backward(), update)
