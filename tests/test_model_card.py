@@ -82,7 +82,7 @@ def test_a_card_says_that_its_scores_are_canonical(run: RunFolder):
 
 
 def test_the_score_by_source_sums_its_documents(run: RunFolder):
-    write_csv(run.documents, ["a", "b", "a", "c"], [3, 4, 5, 1], [10, 20, 30, 0], [1.0, 2.0, 6.0, 0.5])
+    write_csv(run.documents, ["a", "b", "a", "c"], "", [3, 4, 5, 1], [10, 20, 30, 0], [1.0, 2.0, 6.0, 0.5])
     same = {**SUMMARY, "val_bytes": 60, "val_bpb": 9.5 / math.log(2) / 60}
     text = card(run, summary=same)
     assert "| a | 0.2525 | 2 | 40 |" in text  # 7 nats / ln 2 / 40 bytes

@@ -28,12 +28,14 @@ class DocumentTable:
         sources: Where each document comes from; may be empty.
         bytes: UTF-8 bytes of each document.
         bits: Negative log-likelihood of each document.
+        evaluation: How they were scored.
     """
 
     path: Path
     sources: list[str]
     bytes: Floats
     bits: Floats
+    evaluation: str
 
     @property
     def bpb(self) -> float:
@@ -100,7 +102,8 @@ def read_table(path: Path) -> DocumentTable:
         raise UserError(f"{path}: is no file of trainer validate --per_document ({error})") from error
     if not np.isfinite(numbers).all() or (numbers < 0).any() or not numbers[:, 0].sum() > 0:
         raise UserError(f"{path}: holds no document with bytes, or numbers that are no counts; write it again")
-    return DocumentTable(path, [row["source"] for row in rows], numbers[:, 0], numbers[:, 1] / math.log(2))
+    sources, evaluation = [row["source"] for row in rows], rows[0]["evaluation"]
+    return DocumentTable(path, sources, numbers[:, 0], numbers[:, 1] / math.log(2), evaluation)
 
 
 def compare_documents(before: DocumentTable, after: DocumentTable) -> Paired:
@@ -152,6 +155,7 @@ def sentences(paired: Paired) -> list[str]:
     pairs = enumerate(zip(before.sources, after.sources, strict=True), start=1)
     others = [(number, *pair) for number, pair in pairs if all(pair) and pair[0] != pair[1]]
     few = "" if len(before.bytes) >= MANY else ", too few for it to mean much"
+    ways = [before.evaluation, after.evaluation]
     return [
         f"{before.path}: {before.bpb:.5f} bpb, {after.path}: {after.bpb:.5f} bpb, on {len(before.bytes):,} documents "
         f"with {before.bytes.sum():,.0f} bytes",
@@ -162,6 +166,7 @@ def sentences(paired: Paired) -> list[str]:
             "same text?"
             for number, one, two in others[:1]
         ),
+        *([f"warning: scored in two ways, first with {ways[0]}, then with {ways[1]}"] if ways[0] != ways[1] else []),
     ]
 
 

@@ -15,6 +15,7 @@ from trainer.data.shards import open_shard
 from trainer.data.tokenizer import BOS
 from trainer.errors import UserError
 from trainer.evaluation.per_document import document_of_targets, write_csv
+from trainer.evaluation.windows import EvaluationConfig
 from trainer.loading import load_artifact
 from trainer.paired import compare_documents, read_table, sentences
 from trainer.run_folder import RunFolder
@@ -129,8 +130,8 @@ def test_what_cannot_be_scored_is_refused_in_one_line(
 
 
 def write(path: Path, num_bytes: list[int], nats: list[float]) -> Path:
-    rows = [f"{n + 1},,{size},{size},{each!r}" for n, (size, each) in enumerate(zip(num_bytes, nats, strict=True))]
-    path.write_text("\n".join(["document,source,tokens,bytes,nats", *rows, ""]))
+    rows = [f"{n + 1},,{size},{size},{each!r},x" for n, (size, each) in enumerate(zip(num_bytes, nats, strict=True))]
+    path.write_text("\n".join(["document,source,tokens,bytes,nats,evaluation", *rows, ""]))
     return path
 
 
@@ -171,8 +172,23 @@ def test_the_interval_is_that_of_the_normal_approximation_for_many_documents_of_
 
 def test_a_source_may_be_any_text(tmp_path: Path):
     sources = ["a,b", 'quo"te', "line\rend", "two\nlines", "\ud800", ""]
-    write_csv(tmp_path / "a.csv", sources, [1] * 6, [10] * 6, [0.5] * 6)
+    write_csv(tmp_path / "a.csv", sources, "window 8", [1] * 6, [10] * 6, [0.5] * 6)
     assert read_table(tmp_path / "a.csv").sources == [*sources[:4], "\\ud800", ""]
+
+
+def test_scores_of_two_kinds_are_compared_with_a_warning(tmp_path: Path):
+    ways = [EvaluationConfig(128, 32), EvaluationConfig(128, None), EvaluationConfig(128, 32, canonical=True)]
+    ways.append(EvaluationConfig(128, 32, 4, attention_window=96, adapt_rate=0.1))
+    for index, way in enumerate(ways):
+        write_csv(tmp_path / f"{index}.csv", [], way.description, [1], [10], [0.5])
+    tables = [read_table(tmp_path / f"{index}.csv") for index in range(len(ways))]
+    assert len({table.evaluation for table in tables}) == len(ways)
+    assert len(sentences(compare_documents(tables[0], tables[0]))) == 2
+    warning = sentences(compare_documents(tables[1], tables[3]))[2]
+    assert warning == (
+        "warning: scored in two ways, first with window 128, then with window 128, stride 32, attention_window 96, "
+        "adapt_rate 0.1, batch_windows 4"
+    )
 
 
 def test_large_documents_count_for_their_bytes(tmp_path: Path):
@@ -191,8 +207,8 @@ def test_only_the_same_documents_are_compared(tmp_path: Path):
     for text in (
         "",
         "a,b\n1,2\n",
-        "document,source,tokens,bytes,nats\n1,,3\n",
-        "document,source,tokens,bytes,nats\n1,,2,3,nan\n",
+        "document,source,tokens,bytes,nats,evaluation\n1,,3\n",
+        "document,source,tokens,bytes,nats,evaluation\n1,,2,3,nan,x\n",
         "\udcff",
     ):
         (tmp_path / "c.csv").write_text(text, errors="surrogateescape")

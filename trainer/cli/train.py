@@ -27,6 +27,7 @@ from trainer.cli.resume import last_checkpoint, resume, start_from
 from trainer.cli.trusted_settings import settings_beside
 from trainer.data.documents import FIELD
 from trainer.data.scored_text import ScoredText
+from trainer.datamodule import TokenData
 from trainer.distributed import is_lost_process
 from trainer.errors import OptionError, UserError
 from trainer.evaluation.metric import Score
@@ -215,7 +216,7 @@ def validate(cli: TrainerCLI, stored: Artifact, ckpt: Path, is_cut: bool) -> dic
         logger.info(f"{name:<8} {score.line()}")
     logger.info(f"scored in {cli.model.validation_seconds:.1f} s")
     if cli.model.documents is not None and cli.trainer.is_global_zero:
-        _report_documents(Path(cli.config.per_document or ""), cli.datamodule.document_sources, cli.model.documents)
+        _report_documents(Path(cli.config.per_document or ""), cli.datamodule, cli.model.documents)
     logger.info(cli.model.scores[-1].line())
     return scores
 
@@ -253,11 +254,11 @@ def _choose_text(cli: TrainerCLI, ckpt: Path, is_cut: bool) -> None:
     data.scores_documents = True
 
 
-def _report_documents(path: Path, sources: list[str], documents: DocumentScores) -> None:
+def _report_documents(path: Path, data: TokenData, documents: DocumentScores) -> None:
     """Log the score of each source, and write the documents' scores if there is a path for them."""
-    columns = documents.compute()
+    sources, columns = data.document_sources, documents.compute()
     if path.name:
-        write_csv(path, sources, *columns)
+        write_csv(path, sources, data.evaluation.description, *columns)
     rows = by_source(sources[: len(columns[0])], *columns)
     for name, count, score in rows[:SOURCES]:
         logger.info(f"{score.bpb:.4f} bpb  {counted(count, 'document')}, {score.bytes:,} bytes  {name}")

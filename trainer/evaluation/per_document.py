@@ -14,7 +14,7 @@ from trainer.data.tokenizer import BOS
 from trainer.evaluation.metric import Score
 from trainer.files import atomic_write
 
-COLUMNS = ("document", "source", "tokens", "bytes", "nats")
+COLUMNS = ("document", "source", "tokens", "bytes", "nats", "evaluation")
 
 
 def document_of_targets(tokens: Tensor) -> Tensor:
@@ -79,9 +79,22 @@ def total(tokens: Sequence[int], num_bytes: Sequence[int], nats: Sequence[float]
 
 
 def write_csv(
-    path: Path, sources: Sequence[str], tokens: Sequence[int], num_bytes: Sequence[int], nats: Sequence[float]
+    path: Path,
+    sources: Sequence[str],
+    evaluation: str,
+    tokens: Sequence[int],
+    num_bytes: Sequence[int],
+    nats: Sequence[float],
 ) -> None:
-    """Write a row for each document; a source that is not known is empty.
+    """Write a row for each document.
+
+    Args:
+        path: The file.
+        sources: Where each document comes from; one that is not known is empty.
+        evaluation: How all of them were scored, `EvaluationConfig.description`.
+        tokens: Targets of each document.
+        num_bytes: UTF-8 bytes of each.
+        nats: Negative log-likelihood of each.
 
     Raises:
         UserError: If the file cannot be written.
@@ -90,7 +103,8 @@ def write_csv(
     writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)  # a source may hold a line end
     writer.writerow(COLUMNS)
     names = [*sources, *[""] * (len(tokens) - len(sources))]
-    writer.writerows(zip(range(1, len(tokens) + 1), names, tokens, num_bytes, nats, strict=False))
+    numbers = range(1, len(tokens) + 1)
+    writer.writerows((*row, evaluation) for row in zip(numbers, names, tokens, num_bytes, nats, strict=False))
     with atomic_write(path) as file:
         file.write(text.getvalue().encode(errors="backslashreplace"))
 

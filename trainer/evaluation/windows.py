@@ -78,6 +78,13 @@ class EvaluationConfig:
         )
 
     @property
+    def description(self) -> str:
+        """What determines a score, in the names of the options."""
+        names = ["window", "stride", "attention_window", "adapt_rate", "canonical"]
+        names += ["batch_windows"] if self.adapt_rate else []  # as often as that, it trains
+        return ", ".join(f"{name} {value}" for name in names if (value := getattr(self, name)))
+
+    @property
     def is_plain(self) -> bool:
         """Whether every window is scored whole."""
         return self.stride is None or self.stride >= self.window
