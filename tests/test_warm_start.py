@@ -61,7 +61,7 @@ def test_training_on_other_text_begins_with_the_parents_weights_and_lowers_its_s
     assert origin["shards_fingerprint"] == before["shards_fingerprint"]
     assert f"init_from_sha256: {origin['sha256']}" in run.config.read_text()
     submission = tmp_path / "submission"
-    make_folder(Entry("name", "author", "id", "track", ""), [run.path], submission)
+    make_folder(Entry("name", "author", "id", "track", ""), [run.path], tmp_path / "data/texts", submission)
     shipped = json.loads((submission / "submission.json").read_text())["ancestry"]
     assert shipped == [{**origin, "file": "artifact.zst"}]
     assert f"(sha256 {origin['sha256']}), trained on {before['train_tokens']} tokens" in (

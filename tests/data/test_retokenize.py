@@ -4,6 +4,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -287,6 +289,28 @@ def test_a_run_trains_on_the_copy_and_is_scored_on_it(folder: Path, documents: d
     again = trainer_here("validate", "--ckpt", "runs/quickstart/1/artifact.zst", cwd=folder.parent)
     assert again.returncode == 0, again.stderr
     assert score_of(again.stdout)["bytes"] == sum(len(JUDGE.normalize(each).encode()) for each in documents["val"])
+    _submit_and_copy_again(folder)
+
+
+def _submit_and_copy_again(folder: Path) -> None:
+    """A submission says how to make the copy that the run was scored on, and it becomes the same."""
+    who = ["--name=a", "--author=b", "--github_id=c", "--track=d", f"--data={COPY}", "--out=submitted"]
+    result = trainer_here("submit", "runs/quickstart/1", *who, cwd=folder.parent)
+    assert result.returncode == 0, result.stderr
+    command = next(
+        line
+        for line in (folder.parent / "submitted/README.md").read_text().splitlines()
+        if line.startswith("python train_gpt.py prepare")
+    )
+    judge = folder.parent / "judge"
+    shutil.copytree(folder.parent / "submitted", judge)
+    shutil.copytree(folder, judge / "published")
+    words = [sys.executable, *command.replace("OTHER", "published").split()[1:]]
+    subprocess.run(words, cwd=judge, check=True, capture_output=True)
+    made, scored = (
+        {path.name: path.read_bytes() for path in each.iterdir()} for each in (judge / COPY, folder.parent / COPY)
+    )
+    assert made == scored
 
 
 def test_a_copy_of_prepared_text_counts_as_the_same_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.data import retokenize
+from trainer.data.manifest import Manifest
 from trainer.errors import UserError
 from trainer.files import atomic_write
 from trainer.quantize.export import SIZE_CAP
@@ -16,6 +18,15 @@ from trainer.versions import EXTRAS, PACKAGES
 
 # Settings that may differ between the seeds of one recipe.
 RUN_SETTINGS = ("seed_everything", "run_name", "data.seed", "model.micro_batch_tokens", "data.source.init_args.folder")
+
+COPY = """
+It is a copy of other shards with case markup. With these and their `tokenizer.model` in the folder `OTHER`, this makes
+the same, in `data`:
+
+```sh
+python train_gpt.py prepare --config config.yaml --data.source Shards --data.source.folder OTHER --data.case_markup true
+```
+"""
 
 
 @dataclass(frozen=True)
@@ -39,12 +50,13 @@ class Entry:
     date: str = datetime.date.today().isoformat()
 
 
-def make_folder(entry: Entry, folders: list[Path], out: Path) -> RunData:
+def make_folder(entry: Entry, folders: list[Path], data: Path, out: Path) -> RunData:
     """Write a submission of the best of several seeds.
 
     Args:
         entry: Author and title.
         folders: Run folders of one recipe.
+        data: Folder with the shards that they were scored on.
         out: The folder to make.
 
     Returns:
@@ -57,6 +69,8 @@ def make_folder(entry: Entry, folders: list[Path], out: Path) -> RunData:
     runs = sorted((RunFolder(folder).read() for folder in folders), key=lambda run: float(run.summary["val_bpb"]))
     best = runs[0]
     _check_one_recipe(runs)
+    manifest = Manifest.read(data)
+    is_copy = manifest is not None and manifest.source["class"] == retokenize.CLASS
     shipped = RunFolder(out)
     sizes = {path.name: _size(path) for path in (best.folder.artifact, best.folder.code)}
     if (total := sum(sizes.values())) > SIZE_CAP:
@@ -81,7 +95,7 @@ def make_folder(entry: Entry, folders: list[Path], out: Path) -> RunData:
     record = _record(entry, runs, sizes)
     for name, text in (
         ("submission.json", json.dumps(record, indent=2) + "\n"),
-        ("README.md", _readme(entry, runs, record)),
+        ("README.md", _readme(entry, runs, record, is_copy)),
         (
             "requirements.txt",
             "".join(f"{name}{EXTRAS.get(name, '')}=={_version(best, name)}\n" for name in PACKAGES),
@@ -156,7 +170,7 @@ def _record(entry: Entry, runs: list[RunData], sizes: dict[str, int]) -> dict[st
     return record
 
 
-def _readme(entry: Entry, runs: list[RunData], record: dict[str, Any]) -> str:
+def _readme(entry: Entry, runs: list[RunData], record: dict[str, Any], is_copy: bool) -> str:
     rows = "\n".join(
         f"| {run.config['seed_everything']} | {run.summary['val_bpb']:.5f} | {run.summary['val_loss']:.5f} | "
         f"{run.summary['bytes_total']:,} | {run.summary['steps']:,} | {run.summary['train_seconds']:,.0f} s |"
@@ -194,6 +208,7 @@ python train_gpt.py fit --config config.yaml \\
 ```
 
 {parent}`DATA` is a folder with the token shards, which `tokenizer.model` made.
+{COPY if is_copy else ""}
 
 <details><summary>Settings</summary>
 
