@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from trainer import __main__, checkpoint, files
+from trainer import __main__, checkpoint, files, lightning_module
 from trainer.callbacks import export as export_callback
 from trainer.callbacks.stability import StabilityMonitor
 from trainer.callbacks.weight_averaging import WeightAveraging
@@ -197,7 +197,8 @@ def skewed_clocks() -> None:
 
 
 def print_loop() -> None:
-    """Not a fault: print of every step whether the depth recurrence was on."""
+    """Not a fault: print of every step whether the depth recurrence was on, on a device with a peak of 1 TFLOP/s."""
+    lightning_module.peak_flops = lambda device: 1e12
     original = LanguageModel.training_step
 
     def step(module: LanguageModel, *args: Any) -> None:

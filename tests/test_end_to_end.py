@@ -24,8 +24,11 @@ from trainer.cli.lightning_cli import resolve_precision
 from trainer.data.shards import open_shard
 from trainer.errors import UserError
 from trainer.evaluation.windows import plan_windows
+from trainer.loading import load_artifact
+from trainer.model.flops import forward_flops
 from trainer.quantize.artifact import read_artifact
 from trainer.recipes import recipe_folder, recipe_names
+from trainer.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -111,12 +114,21 @@ def test_export_makes_the_same_artifact_from_the_checkpoint(finished):
 
 
 def test_a_loop_begins_in_the_middle_of_the_training_and_stays(tmp_path: Path, shard_folder: Path):
-    """Depth recurrence is on in the second half of the steps only."""
+    """Depth recurrence is on in the second half of the steps only, and each step counts its own FLOPs."""
     loop = [f"--model.loop.{option}" for option in ("first=1", "last=2", "repeats=1", "start_frac=0.5")]
-    result = run_faulty("print_loop", {}, *small(shard_folder, *loop), cwd=tmp_path)
+    args = small(shard_folder, *loop, "--trainer.log_every_n_steps=3")
+    result = run_faulty("print_loop", {}, *args, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     seen = [line.split()[1] for line in result.stderr.splitlines() if line.startswith("looped ")]
     assert seen == ["False"] * 4 + ["True"] * 4
+    run = RunFolder(tmp_path / RUNS / "1")
+    with run.metrics.open() as file:
+        rows = [row for row in csv.DictReader(file) if row["perf/mfu"]]
+    model, _ = load_artifact(run.artifact)
+    length = int(run.read().config["data.sequence_length"])
+    before, after = (3 * forward_flops(model.config, length, is_looped) for is_looped in (False, True))
+    flops_per_token = [float(row["perf/mfu"]) * 1e12 / float(row["perf/tokens_per_second"]) for row in rows]
+    assert flops_per_token == pytest.approx([before, (before + 2 * after) / 3], rel=1e-5)
     scored = trainer("validate", "--ckpt", f"{RUNS}/1/artifact.zst", cwd=tmp_path)
     assert score_of(scored.stdout) == score_of(result.stdout)
 

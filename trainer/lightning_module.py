@@ -25,7 +25,7 @@ from trainer.kernels.compiler import configure_compiler
 from trainer.kernels.fusion import Fused
 from trainer.kernels.windowed_attention import with_window
 from trainer.logging import logger
-from trainer.model.flops import mfu
+from trainer.model.flops import forward_flops, peak_flops
 from trainer.model.kernel_choice import choose_attention, choose_fused
 from trainer.model.transformer import Transformer, TransformerConfig
 from trainer.optim.muon_adamw import MuonAdamW, OptimizerConfig, parameter_groups
@@ -82,6 +82,7 @@ class LanguageModel(pl.LightningModule):
         self.metrics = torch.nn.ModuleList()
         self.scorers: list[WindowScorer] = []
         self.adapter: Adapter | None = None
+        self.flops_done = 0.0  # of this process in training; those of a step grow when the loop starts
         self.scores: list[Score] = []
         self.documents: DocumentScores | None = None  # of the last evaluation, where they are wanted
 
@@ -158,6 +159,8 @@ class LanguageModel(pl.LightningModule):
 
         slices = self.micro_batches(len(batch))
         loss = train_step(self.nll, batch, slices, backward, optimizer.step, mean_over_ranks)
+        per_token = 3 * forward_flops(self.model.config, self.sequence_length, self.model.is_looped)
+        self.flops_done += per_token * batch[:, 1:].numel()
         values = torch.cat([torch.stack([loss, self.gradient_norms.total]), self.gradient_norms.each])
         self.completed_metrics = self.fence.record(self.steps_done, values)
         # Tensors on the device only: to log a Python number, Lightning copies it there and waits for all queued work.
@@ -192,10 +195,15 @@ class LanguageModel(pl.LightningModule):
         momentum = muon_momentum(self.schedule, step, self.optimizer_config.momentum)
         optimizer.set_rates(self.lr_multiplier, momentum)
 
-    def mfu(self, tokens_per_second: float) -> float | None:
-        """Model FLOPs utilization of training at this speed on all devices (0 to 1), where their peak is known."""
-        speed = tokens_per_second / self.trainer.world_size
-        return mfu(self.model.config, self.sequence_length, speed, self.device, self.model.is_looped)
+    def mfu(self, flops: float, seconds: float) -> float | None:
+        """Model FLOPs utilization (0 to 1), where the peak of the device is known.
+
+        Args:
+            flops: Increase of `flops_done`.
+            seconds: Time that it took.
+        """
+        peak = peak_flops(self.device)
+        return None if peak is None else flops / max(seconds, 1e-9) / peak
 
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

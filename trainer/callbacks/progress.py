@@ -59,6 +59,7 @@ class Progress(pl.Callback):
         tokens = data.val_tokens.cpu().numpy().astype("uint16")
         self._bpb_per_nat = (len(tokens) - 1) / max(data.table.total(tokens), 1) / math.log(2)
         self._last, self._step, self._seconds = time.monotonic(), trainer.global_step, pl_module.clock.elapsed
+        self._flops = pl_module.flops_done
         self._started, self._looked_at_load = self._last, False
         self._first_step, self._first_seconds = self._step, self._seconds
 
@@ -90,11 +91,11 @@ class Progress(pl.Callback):
                 loss * self._bpb_per_nat,
                 pl_module.lr_multiplier,
                 tokens_per_second,
-                pl_module.mfu(tokens_per_second),
+                pl_module.mfu(pl_module.flops_done - self._flops, seconds - self._seconds),
                 memory / 2**30 if memory is not None else None,
             )
         )
-        self._last, self._step, self._seconds = now, step, seconds
+        self._last, self._step, self._seconds, self._flops = now, step, seconds, pl_module.flops_done
 
     def _look_at_load(self, now: float) -> None:
         """Say once if other processes keep the CPU busy, too."""

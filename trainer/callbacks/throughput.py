@@ -14,10 +14,11 @@ class Throughput(pl.Callback):
     def __init__(self) -> None:
         self._step = 0
         self._elapsed = 0.0
+        self._flops = 0.0
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
-        self._step, self._elapsed = pl_module.steps_done, pl_module.clock.elapsed
+        self._step, self._elapsed, self._flops = pl_module.steps_done, pl_module.clock.elapsed, pl_module.flops_done
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LanguageModel, *_: Any) -> None:
@@ -29,9 +30,12 @@ class Throughput(pl.Callback):
         if step % every and not is_last:
             return
         tokens = (step - self._step) * trainer.datamodule.batch_tokens  # type: ignore[attr-defined]
-        tokens_per_second = tokens / max(elapsed - self._elapsed, 1e-9)
-        self._step, self._elapsed = step, elapsed
-        metrics = {"train/lr_multiplier": pl_module.lr_multiplier, "perf/tokens_per_second": tokens_per_second}
-        if (mfu := pl_module.mfu(tokens_per_second)) is not None:
+        seconds = elapsed - self._elapsed
+        metrics = {
+            "train/lr_multiplier": pl_module.lr_multiplier,
+            "perf/tokens_per_second": tokens / max(seconds, 1e-9),
+        }
+        if (mfu := pl_module.mfu(pl_module.flops_done - self._flops, seconds)) is not None:
             metrics["perf/mfu"] = mfu
+        self._step, self._elapsed, self._flops = step, elapsed, pl_module.flops_done
         pl_module.log_dict(metrics)

@@ -61,19 +61,3 @@ def peak_flops(device: torch.device) -> float | None:
     if OTHER_CHIPS & set(name_parts):
         return None
     return next((peak for name, peak in PEAK_FLOPS.items() if set(name.split()) <= set(name_parts)), None)
-
-
-def mfu(
-    config: TransformerConfig, length: int, tokens_per_second: float, device: torch.device, is_looped: bool = True
-) -> float | None:
-    """Model FLOPs utilization of training at this speed on one device (0 to 1), or None if its peak is not known.
-
-    Args:
-        config: The model.
-        length: Tokens of a sequence.
-        tokens_per_second: Speed of each device.
-        device: One of them.
-        is_looped: Whether the depth recurrence of the model is on.
-    """
-    peak = peak_flops(device)
-    return None if peak is None else 3 * forward_flops(config, length, is_looped) * tokens_per_second / peak
