@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from trainer.data.case_markup import SENTENCE_ENDS
+from trainer.data.case_markup import MARK, SENTENCE_ENDS, SPACE
 from trainer.data.tokenizer import BOS
 from trainer.errors import UserError
 from trainer.kernels.attention_backends import AttentionBackend, SdpaBackend
@@ -162,6 +162,17 @@ def generate_tokens(
             logits = decoder.feed([token])
 
 
+def prompt_tokens(tokenizer: sentencepiece.SentencePieceProcessor, prompt: str) -> list[int]:
+    """Tokens of a prompt; a letter at its end stays small if its word goes on."""
+    ids: list[int] = tokenizer.encode(prompt)
+    text = tokenizer.decode(ids)
+    if UNFINISHED.search(text) and tokenizer.id_to_piece(ids[-1]) == SPACE + text[-1]:
+        marked = [*ids[:-1], tokenizer.piece_to_id(MARK), ids[-1]]
+        if tokenizer.decode(marked) == text:  # it has case markup with this rule
+            return marked
+    return ids
+
+
 def stream_text(
     tokenizer: sentencepiece.SentencePieceProcessor, prompt: list[int], tokens: Iterator[int]
 ) -> Iterator[str]:
@@ -256,7 +267,7 @@ def _continued(
     """`continue_text`, once its prompt is known to be one; the model gets its own attention back."""
     blocks = [block for block in model.blocks if isinstance(block, Block)]
     kernels = [(block.attention.backend, block.attention.is_fused) for block in blocks]
-    ids = [BOS, *tokenizer.encode(prompt)]
+    ids = [BOS, *prompt_tokens(tokenizer, prompt)]
     generator = torch.Generator().manual_seed(config.seed)
     draw = partial(sample, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, generator=generator)
     try:

@@ -283,11 +283,10 @@ class LanguageModel(pl.LightningModule):
         if not self.trainer.sanity_checking:
             last = self.scores[-1]
             self.log_dict({"val/bpb": last.bpb, "val/loss": last.loss}, sync_dist=False)
-        if self.adapter is not None and self.trainer.num_val_batches[-1] < 2:
-            logger.warning(
-                "eval.adapt_rate had no effect: the text is one batch of windows, so no target came after a step; "
-                "lower eval.batch_windows"
-            )
+        if self.adapter is not None and not self.adapter.steps:
+            evaluation = self.trainer.datamodule.evaluation  # type: ignore[attr-defined]
+            option = "batch_windows" if evaluation.batch_windows > 1 else "window"
+            logger.warning(f"eval.adapt_rate had no effect: no target came after a step; lower eval.{option}")
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

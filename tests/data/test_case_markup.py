@@ -17,7 +17,7 @@ from trainer.data.case_markup import MARK, SPACE
 from trainer.data.manifest import Manifest
 from trainer.data.shard_writer import BEGIN
 from trainer.data.tokenizer import ByteTable, load_tokenizer, normalized_bytes, train_tokenizer
-from trainer.generation import stream_text
+from trainer.generation import prompt_tokens, stream_text
 
 WORDS = "the cat sat on a mat in new york and mcdonald of nasa read it while she ran home to paris".split()
 JUDGE = sentencepiece.SentencePieceNormalizer(
@@ -195,6 +195,18 @@ def test_a_mark_is_not_shown_before_its_letter_is_there(model: Path):
         assert MARK not in "".join(shown)
         assert tokenizer.decode(whole[:3]) + "".join(shown) == text
     assert tokenizer.decode(tokenizer.encode("Cat")[:1]) == ""
+
+
+def test_a_letter_at_the_end_of_a_prompt_stays_small(model: Path, tmp_path: Path):
+    tokenizer = load_tokenizer(model)
+    train_tokenizer((" ".join(WORDS) for _ in range(9)), 300, tmp_path / "plain.model", 1)
+    plain = load_tokenizer(tmp_path / "plain.model")
+    for prompt in ("the cat. t", "on a mat? a", "the cat. The", "the cat t", "the cat.", "t", "", "cat. T"):
+        ids, more = prompt_tokens(tokenizer, prompt), tokenizer.encode("the mat")
+        assert tokenizer.decode(ids) == prompt
+        assert tokenizer.decode(ids + more) == f"{prompt}the mat"
+        assert prompt + "".join(stream_text(tokenizer, ids, iter(more))) == f"{prompt}the mat"
+        assert prompt_tokens(plain, prompt) == plain.encode(prompt)
 
 
 def test_no_text_has_a_pair_that_canonical_scoring_excludes(model: Path):

@@ -27,25 +27,29 @@ class Adapter:
             nll_fn: Losses of the model, as `Transformer.nll`.
             rate: Learning rate of SGD.
             length: Tokens of a sequence; a segment is cut into sequences.
-            sequences: Most sequences of a step. The first segment of a text may have more, but one shape of tensors
-                for all steps is compiled once.
+            sequences: Sequences of a step. Of a longer segment the last ones are trained on, and of a shorter one none,
+                so that the tensors of all steps have one shape, which is compiled once.
         """
         self.parameters = list(parameters)
         self.nll_fn = nll_fn
         self.length = length
         self.sequences = sequences
+        needed = micro_batch_count(sequences, length, MICRO_BATCH_TOKENS)
+        self.micro_batches = next(count for count in range(needed, sequences + 1) if sequences % count == 0)
+        self.steps = 0
         self.optimizer = torch.optim.SGD(self.parameters, lr=rate)
 
     def learn(self, tokens: Tensor) -> None:
-        """Take one step on a segment.
+        """Take one step on a segment, unless it is too short.
 
         Args:
             tokens: (n + 1,), the token before the first target and all targets. An incomplete last sequence is left
-                out, unless it is the only one, and so are the first of too many.
+                out.
         """
-        length = min(self.length, len(tokens) - 1)
-        sequences = tokens.unfold(0, length + 1, length)[-self.sequences :]
-        micro_batches = micro_batch_count(len(sequences), length, MICRO_BATCH_TOKENS)
+        if (len(tokens) - 1) // self.length < self.sequences:
+            return
+        sequences = tokens.unfold(0, self.length + 1, self.length)[-self.sequences :]
+        self.steps += 1
 
         def update() -> None:
             clip_gradients(self.parameters, MAX_NORM)
@@ -53,4 +57,4 @@ class Adapter:
             self.optimizer.zero_grad()
 
         with torch.enable_grad():
-            train_step(self.nll_fn, sequences, micro_batches, lambda loss, last: loss.backward(), update)
+            train_step(self.nll_fn, sequences, self.micro_batches, lambda loss, last: loss.backward(), update)
