@@ -71,8 +71,8 @@ class TransformerConfig:
         embedding_init_std: Standard deviation of the initial token embedding (at least 0).
         logit_softcap: Bound of the logits (above 0): they become softcap * tanh(logits / softcap).
         fused: Compute three parts with fused operators, written in Triton, in 16-bit precision: the MLP (on Hopper GPUs
-            or newer), QK-norm, RoPE, key offset and XSA (head widths that are a power of two), the loss (softcaps of at
-            most 40). auto uses each where it runs, off uses none, on demands all three.
+            or newer), QK-norm, RoPE, key offset, XSA and gates (head widths that are a power of two), the loss
+            (softcaps of at most 40). auto uses each where it runs, off uses none, on demands all three.
     """
 
     vocab_size: int = 1024
