@@ -48,7 +48,7 @@ def mlp(dtype: torch.dtype, is_backward: bool) -> None:
     ("kernels", "count", "target", "dtype"),
     [
         *((loss, 2, *gpu) for gpu in ((HOPPER, BRAIN), (AMPERE, BRAIN), (TURING, HALF))),
-        *((heads, 4, *gpu) for gpu in ((HOPPER, BRAIN), (AMPERE, BRAIN), (TURING, HALF))),
+        *((heads, 6, *gpu) for gpu in ((HOPPER, BRAIN), (AMPERE, BRAIN), (TURING, HALF))),
         (mlp, 1, HOPPER, BRAIN),
     ],
 )
