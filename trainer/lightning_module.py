@@ -285,8 +285,11 @@ class LanguageModel(pl.LightningModule):
             self.log_dict({"val/bpb": last.bpb, "val/loss": last.loss}, sync_dist=False)
         if self.adapter is not None and not self.adapter.steps:
             evaluation = self.trainer.datamodule.evaluation  # type: ignore[attr-defined]
-            option = "batch_windows" if evaluation.batch_windows > 1 else "window"
-            logger.warning(f"eval.adapt_rate had no effect: no target came after a step; lower eval.{option}")
+            option = "batch_windows" if evaluation.batch_windows > 1 else "window, and eval.stride with it"
+            logger.warning(
+                "eval.adapt_rate had no effect: it trains between batches of windows, and this text has too few; lower "
+                f"eval.{option}"
+            )
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

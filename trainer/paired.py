@@ -89,7 +89,9 @@ def read_table(path: Path) -> DocumentTable:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             if tuple(reader.fieldnames or ()) != COLUMNS:
-                raise ValueError(f"its columns are not {', '.join(COLUMNS)}")
+                raise ValueError(
+                    f"its columns are not {', '.join(COLUMNS)}; if an earlier version wrote it, write it again"
+                )
             rows = list(reader)
         if any(None in row.values() for row in rows):
             raise ValueError("a row is cut")
@@ -166,7 +168,11 @@ def sentences(paired: Paired) -> list[str]:
             "same text?"
             for number, one, two in others[:1]
         ),
-        *([f"warning: scored in two ways, first with {ways[0]}, then with {ways[1]}"] if ways[0] != ways[1] else []),
+        *(
+            [f"warning: scored in two ways, {ways[0]} and {ways[1]}: the change is not that of the models alone"]
+            if ways[0] != ways[1]
+            else []
+        ),
     ]
 
 

@@ -118,6 +118,19 @@ def test_it_is_made_once_for_each_vocabulary_and_always_the_same(folder: Path):
     assert [path.read_bytes() for path in files] == contents  # runs of before can go on
 
 
+def test_a_copy_with_other_rules_is_made_anew(folder: Path):
+    source(folder).prepare()
+    manifest = folder.parent / COPY / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["source"]["case_markup"] = 1
+    manifest.write_text(json.dumps(content))
+    assert not source(folder).is_prepared()
+    source(folder).prepare(only_if_missing=True)  # a run that resumes
+    assert json.loads(manifest.read_text()) == content
+    source(folder).prepare()
+    assert source(folder).is_prepared()
+
+
 def test_the_copy_is_used_where_the_original_is_gone(folder: Path):
     source(folder).prepare()
     prepared = source(folder).prepared()

@@ -186,8 +186,8 @@ def test_scores_of_two_kinds_are_compared_with_a_warning(tmp_path: Path):
     assert len(sentences(compare_documents(tables[0], tables[0]))) == 2
     warning = sentences(compare_documents(tables[1], tables[3]))[2]
     assert warning == (
-        "warning: scored in two ways, first with window 128, then with window 128, stride 32, attention_window 96, "
-        "adapt_rate 0.1, batch_windows 4"
+        "warning: scored in two ways, window 128 and window 128, stride 32, attention_window 96, adapt_rate 0.1, "
+        "batch_windows 4: the change is not that of the models alone"
     )
 
 

@@ -1,7 +1,7 @@
-"""Case markup: a capital letter before a small one becomes a mark and its small letter, so that words share tokens.
+"""Case markup: an unexpected capital becomes a mark and its small letter, so that words share their tokens.
 
 `The cat` is encoded as a mark, `the`, ` cat`, and decoded to `The cat` again. After a period, an exclamation or a
-question mark and a space, where a capital is expected, it is the small letter that gets the mark: `It is. The end` is
+question mark and a space a capital is expected, so there it is the small letter that gets the mark: `It is. The end` is
 a mark and `it is. the end`. The letters are A to Z and a to z; `I`, `NASA` and `École` stay as they are. The mark is a
 token of its own, before the space of its word, so ` the` stays one token. The rules are in the SentencePiece model, as
 its normalization and denormalization. Sources: OpenNMT Tokenizer's case markup; openai/parameter-golf #1729 (CaseOps).
@@ -19,6 +19,7 @@ MARK = "\ue000"  # for private use; in a text it becomes REPLACEMENT
 DELIMITER = "\ue001"  # keeps the mark apart from other characters while a tokenizer is trained
 REPLACEMENT = "\ufffd"  # has as many bytes as the mark
 SPACE = "\u2581"  # SentencePiece's visible space
+RULES = 2  # number of their version; copies of shards that were made with others are made anew
 SENTENCE_ENDS = ".!?"
 # A letter that needs a mark, with the space before it: a small one after the end of a sentence, or a capital elsewhere.
 UNEXPECTED = re.compile(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.case_markup import CaseMarkupProcessor, has_case_markup
+from trainer.data.case_markup import RULES, CaseMarkupProcessor, has_case_markup
 from trainer.data.manifest import NAME, TOKENIZER, Manifest, check_tokenizer, check_vocabulary
 from trainer.data.preparation import check_folder, is_prepared, prepare_folder
 from trainer.data.shard_writer import BEGIN, SPLITS, Document, tokenize
@@ -128,6 +128,7 @@ class MarkedCopy:
                 [path.name, path.stat().st_size, _sample_hash(path)] for path in (*original.train, *original.val)
             ],
             "tokenizer": sha256_of(original.tokenizer),
+            "case_markup": RULES,
             "vocab_size": self.vocab_size,
         }
 

@@ -29,8 +29,8 @@ class EvaluationConfig:
             allows windows longer than the training sequences, so that the text is read about once (streaming
             evaluation): with window 8192, stride 6144 and attention_window 2048, every token has at least the context
             of window 2048 with stride 64, for a 24th of the tokens that pass through the model.
-        adapt_rate: Learning rate of score-first test-time training: `validate` trains on the targets of each batch of
-            windows after it has scored them, in its last evaluation (above 0, at most 100). null: no training.
+        adapt_rate: Learning rate of score-first test-time training: in its last evaluation, `validate` trains between
+            two batches of windows, on the targets that it has just scored (above 0, at most 100). null: no training.
         canonical: Give no probability to tokens that the tokenizer never puts after the one before, in every score
             (Vieira et al. 2025, for BPE tokenizers).
     """

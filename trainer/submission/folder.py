@@ -20,8 +20,8 @@ from trainer.versions import EXTRAS, PACKAGES
 RUN_SETTINGS = ("seed_everything", "run_name", "data.seed", "model.micro_batch_tokens", "data.source.init_args.folder")
 
 COPY = """
-It is a copy of other shards with case markup. With these and their `tokenizer.model` in the folder `OTHER`, this makes
-the same, in `data`:
+`DATA` is a copy, with case markup, of these shards: {shards}. With all of them and
+their `tokenizer.model` in a folder `OTHER`, this makes the same copy in `data`:
 
 ```sh
 python train_gpt.py prepare --config config.yaml --data.source Shards --data.source.folder OTHER --data.case_markup true
@@ -70,7 +70,9 @@ def make_folder(entry: Entry, folders: list[Path], data: Path, out: Path) -> Run
     best = runs[0]
     _check_one_recipe(runs)
     manifest = Manifest.read(data)
-    is_copy = manifest is not None and manifest.source["class"] == retokenize.CLASS
+    copy = ""
+    if manifest is not None and manifest.source["class"] == retokenize.CLASS:
+        copy = COPY.format(shards=", ".join(f"`{name}`" for name, *_ in manifest.source["shards"]))
     shipped = RunFolder(out)
     sizes = {path.name: _size(path) for path in (best.folder.artifact, best.folder.code)}
     if (total := sum(sizes.values())) > SIZE_CAP:
@@ -95,7 +97,7 @@ def make_folder(entry: Entry, folders: list[Path], data: Path, out: Path) -> Run
     record = _record(entry, runs, sizes)
     for name, text in (
         ("submission.json", json.dumps(record, indent=2) + "\n"),
-        ("README.md", _readme(entry, runs, record, is_copy)),
+        ("README.md", _readme(entry, runs, record, copy)),
         (
             "requirements.txt",
             "".join(f"{name}{EXTRAS.get(name, '')}=={_version(best, name)}\n" for name in PACKAGES),
@@ -170,7 +172,7 @@ def _record(entry: Entry, runs: list[RunData], sizes: dict[str, int]) -> dict[st
     return record
 
 
-def _readme(entry: Entry, runs: list[RunData], record: dict[str, Any], is_copy: bool) -> str:
+def _readme(entry: Entry, runs: list[RunData], record: dict[str, Any], copy: str) -> str:
     rows = "\n".join(
         f"| {run.config['seed_everything']} | {run.summary['val_bpb']:.5f} | {run.summary['val_loss']:.5f} | "
         f"{run.summary['bytes_total']:,} | {run.summary['steps']:,} | {run.summary['train_seconds']:,.0f} s |"
@@ -208,7 +210,7 @@ python train_gpt.py fit --config config.yaml \\
 ```
 
 {parent}`DATA` is a folder with the token shards, which `tokenizer.model` made.
-{COPY if is_copy else ""}
+{copy}
 
 <details><summary>Settings</summary>
 
