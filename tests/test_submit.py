@@ -10,6 +10,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.helpers import RUNS, small, trainer
 from trainer.__main__ import main
+from trainer.data.manifest import Manifest
 from trainer.source_bundle import script_of, source_bundle, sources_of
 from trainer.submission import folder as submission_folder
 
@@ -94,6 +95,12 @@ def test_a_run_of_two_processes_can_be_submitted(shard_folder: Path, tmp_path: P
     assert result.returncode == 0, result.stderr
     run = tmp_path / RUNS / "1"
     assert main(["submit", str(run), *WHO, "--data", str(shard_folder), "--out", str(tmp_path / "out")]) == 0
+
+
+def test_a_manifest_of_another_program_may_lack_the_class_of_its_source(runs: list[Path], tmp_path: Path):
+    Manifest({}, "", [], {}, 0, {}).write(tmp_path)
+    submission_folder.make_folder(submission_folder.Entry("n", "a", "i", "t", ""), runs[:1], tmp_path, tmp_path / "out")
+    assert "is a copy" not in (tmp_path / "out/README.md").read_text()
 
 
 def test_the_script_gives_its_sources_back():

@@ -114,7 +114,7 @@ class MarkedCopy:
 
     def _refuse_other_shards(self, record: dict[str, Any]) -> None:
         copied = Manifest.read(self.folder)
-        if copied is None or copied.source["class"] != CLASS:
+        if copied is None or copied.source.get("class") != CLASS:
             return
         before, now = (set(map(tuple, source["shards"])) for source in (copied.source, record))
         if not before & now:

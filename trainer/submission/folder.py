@@ -71,7 +71,7 @@ def make_folder(entry: Entry, folders: list[Path], data: Path, out: Path) -> Run
     _check_one_recipe(runs)
     manifest = Manifest.read(data)
     copy = ""
-    if manifest is not None and manifest.source["class"] == retokenize.CLASS:
+    if manifest is not None and manifest.source.get("class") == retokenize.CLASS:
         copy = COPY.format(shards=", ".join(f"`{name}`" for name, *_ in manifest.source["shards"]))
     shipped = RunFolder(out)
     sizes = {path.name: _size(path) for path in (best.folder.artifact, best.folder.code)}
