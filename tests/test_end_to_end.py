@@ -133,6 +133,14 @@ def test_a_loop_begins_in_the_middle_of_the_training_and_stays(tmp_path: Path, s
     assert score_of(scored.stdout) == score_of(result.stdout)
 
 
+def test_an_interrupted_validation_says_so_and_writes_nothing(finished):
+    folder, _ = finished
+    args = ["validate", f"--ckpt={RUNS}/1/artifact.zst", "--per_document=interrupted.csv"]
+    result = run_faulty("interrupt_a_validation", {}, *args, cwd=folder)
+    assert (result.returncode, result.stderr.splitlines()[-1]) == (130, "trainer: interrupted")
+    assert not (folder / "interrupted.csv").exists()
+
+
 def test_loss_aware_rounding_shrinks_to_the_cap_and_can_be_exported_again(tmp_path: Path, shard_folder: Path):
     options = ["rounding=loss_aware", "codec=ans", "calibration_sequences=20"]
     args = [*(f"--export.quantization.{option}" for option in options), "--export.shrink_to_cap=true"]

@@ -206,7 +206,8 @@ def validate(cli: TrainerCLI, stored: Artifact, ckpt: Path, is_cut: bool) -> dic
         raise UserError(f"its tensors do not fit its model ({' '.join(str(error).split())[:200]})") from error
     cli.datamodule.expected_tokenizer = stored.tokenizer_sha256
     _choose_text(cli, ckpt, is_cut)
-    cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
+    with _interruptible():
+        cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
     if not all(math.isfinite(score.bpb) for score in cli.model.scores):
         rate = cli.datamodule.evaluation.adapt_rate
         reason = f"lower --eval.adapt_rate {rate:g}" if rate else "these weights are not usable"
@@ -268,6 +269,20 @@ def _report_documents(path: Path, data: TokenData, documents: DocumentScores) ->
         logger.info(f"{counted(len(columns[0]), 'document')} in {path}")
 
 
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Hand on Ctrl-C, which Lightning turns into exit code 1 and ignores from then on."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        if not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from error
+
+
 def fit(cli: TrainerCLI, ckpt: str | None, log: Path) -> None:
     """Train, export and report.
 
@@ -293,7 +308,8 @@ def fit(cli: TrainerCLI, ckpt: str | None, log: Path) -> None:
         with logging_to(log) if cli.trainer.is_global_zero else nullcontext():
             if ckpt is not None:
                 logger.info(f"resuming from {ckpt}")
-            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt, weights_only=True)
+            with _interruptible():
+                cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt, weights_only=True)
     except SIGTERMException as error:
         raise SystemExit(128 + getattr(error, "number", signal.SIGTERM)) from error
     except MisconfigurationException as error:
@@ -314,10 +330,6 @@ def fit(cli: TrainerCLI, ckpt: str | None, log: Path) -> None:
         ) from error
     except OSError as error:  # a full disk or a missing folder, met by a library
         raise UserError(f"{error.filename or 'a file'}: {error.strerror or error}") from error
-    except SystemExit as error:  # Lightning turns Ctrl-C into exit code 1
-        if cli.trainer.interrupted:
-            raise KeyboardInterrupt from error
-        raise
     finally:  # whoever called this from Python goes on
         gc.unfreeze()
         if threading.current_thread() is threading.main_thread():
