@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 
 from trainer.errors import UserError
@@ -35,7 +36,7 @@ def exclusive(path: Path, purpose: str, waits: bool = True) -> Iterator[None]:
     Raises:
         UserError: If the lock cannot be made, or if its owner is alive and `waits` is false.
     """
-    _acquire(path, purpose, waits)
+    owner = _acquire(path, purpose, waits)
     ended = threading.Event()
     heart = threading.Thread(target=_beat, args=(path / OWNER, ended), daemon=True)
     heart.start()
@@ -44,18 +45,22 @@ def exclusive(path: Path, purpose: str, waits: bool = True) -> Iterator[None]:
     finally:
         ended.set()
         heart.join()
-        shutil.rmtree(path, ignore_errors=True)
+        if _state(path)[0] == owner:  # not of a process that took it over because this one gave no sign of life
+            shutil.rmtree(path, ignore_errors=True)
 
 
-def _acquire(path: Path, purpose: str, waits: bool) -> None:
+def _acquire(path: Path, purpose: str, waits: bool) -> str:
+    """Wait for the lock and make it; returns the content of its owner file."""
+    started = datetime.now().isoformat()
+    me = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": started})
     seen: tuple[str, int] = ("", 0)
     since = time.monotonic()
     is_waiting = False
     while True:
         try:
             path.mkdir()
-            (path / OWNER).write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
-            return
+            (path / OWNER).write_text(me)
+            return me
         except FileExistsError:
             pass
         except OSError as error:
@@ -68,6 +73,8 @@ def _acquire(path: Path, purpose: str, waits: bool) -> None:
             dead = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
             with suppress(OSError):  # another process was faster
                 os.rename(path, dead)
+                if _state(dead)[0] != seen[0]:  # it even made the lock its own: give it back
+                    os.rename(dead, path)
             shutil.rmtree(dead, ignore_errors=True)
             continue
         if not is_waiting:

@@ -5,6 +5,7 @@ import os
 import socket
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +137,35 @@ def test_a_living_lock_is_respected_however_long_it_is_held(tmp_path: Path, monk
     hold()
     first.join()
     assert order == ["in", "out", "in", "out"]
+
+
+def test_a_lock_that_another_process_took_over_first_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The owner has died. Between a look at its lock and the takeover, a faster process takes it over."""
+    monkeypatch.setattr(lock, "HEARTBEAT", 0.1)
+    monkeypatch.setattr(lock, "POLL", 0.05)
+    path, rename, faster = tmp_path / "lock", os.rename, ExitStack()
+    path.mkdir()
+    dead = {"host": socket.gethostname(), "pid": 2**22 + 1}
+    (path / lock.OWNER).write_text(json.dumps(dead))
+
+    def late_rename(old: Path, new: Path) -> None:
+        monkeypatch.setattr(os, "rename", rename)
+        faster.enter_context(lock.exclusive(path, "a test"))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", late_rename)
+    with faster:
+        with pytest.raises(UserError, match="another process does that now"), lock.exclusive(path, "late", waits=False):
+            raise AssertionError("two hold the lock")
+        assert lock.is_held(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_was_taken_over_is_not_removed_by_its_first_owner(tmp_path: Path):
+    path = tmp_path / "lock"
+    with lock.exclusive(path, "a test"):
+        (path / lock.OWNER).write_text("another owner")
+    assert (path / lock.OWNER).read_text() == "another owner"
 
 
 NEAR = ["The Model reads", "the model  reads", "the model reads\r\n", " the\tmodel reads ", "the model reads\u00a0"]
