@@ -41,6 +41,23 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             temporary.unlink()
 
 
+def check_can_make(folder: Path, hint: str) -> None:
+    """Refuse a folder that cannot be made, or in which no file can be.
+
+    Args:
+        folder: The folder; need not exist.
+        hint: What to do about it, for the error.
+
+    Raises:
+        UserError: If a part of its path is a file, or the part that exists cannot be written.
+    """
+    existing = next(each for each in (folder.absolute(), *folder.absolute().parents) if os.path.exists(each))
+    if not existing.is_dir():
+        raise UserError(f"{existing}: is a file, not a folder; {hint}")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{existing}: cannot be written (no permission); {hint}")
+
+
 def remove_partials(folder: Path) -> None:
     """Remove what a killed `atomic_write` left in a folder; a file that somebody writes is locked, and stays."""
     for path in folder.glob(f".*{PARTIAL}"):

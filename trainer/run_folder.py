@@ -31,7 +31,7 @@ NUMBERS = (
 )
 NAMES = ("weights", "shards_fingerprint", "tokenizer_sha256")
 
-
+HINT = "choose another --trainer.default_root_dir"  # where runs cannot be made
 CARD = "README.md"  # beside a stored model, in a run folder or another one
 
 
@@ -109,7 +109,7 @@ class RunFolder:
                         hint = "choose another --run_name, or let fit continue it with --ckpt last"
                         raise UserError(f"{run}: this run exists already; {hint}") from error
         except OSError as error:
-            raise UserError(f"{parent}: no run folder can be made there ({error.strerror})") from error
+            raise UserError(f"{parent}: no run folder can be made there ({error.strerror}); {HINT}") from error
 
     def checkpoint(self, step: int) -> Path:
         """The file of a checkpoint."""

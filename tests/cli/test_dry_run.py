@@ -127,6 +127,7 @@ def test_loss_aware_rounding_fills_the_cap_or_stops_at_its_finest_step():
 
 def test_what_would_not_be_forecast_is_refused(shard_folder, tmp_path):
     (tmp_path / "runs/int5mlp_10l_parity/taken").mkdir(parents=True)
+    (tmp_path / "file").touch()
     for args, refusal in (
         (["--ckpt=last.ckpt"], "leave one of them out"),
         (["--init_from=nowhere.zst"], "nowhere.zst"),
@@ -146,13 +147,21 @@ def test_what_would_not_be_forecast_is_refused(shard_folder, tmp_path):
             ],
             "which this trainer did not make",
         ),
+        (
+            [f"--trainer.default_root_dir={tmp_path}/file/runs"],
+            "/file: is a file, not a folder; choose another --trainer",
+        ),
+        (
+            ["--data.source=PythonDocumentation", f"--data.source.folder={tmp_path}/file/text"],
+            "/file: is a file, not a folder; choose another data.source.folder",
+        ),
     ):
         code, text = forecast(shard_folder, tmp_path, *args)
         assert code == 1
         assert refusal in text
     with pytest.raises(UserError, match="trainer fit --dry_run"):
         trainer.fit(overrides={"dry_run": True})
-    assert list(tmp_path.iterdir()) == [tmp_path / "runs"]
+    assert {each.name for each in tmp_path.iterdir()} == {"runs", "file"}
 
 
 def test_processes_on_a_cpu_share_its_cores_and_its_memory(shard_folder, tmp_path, monkeypatch):

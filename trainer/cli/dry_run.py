@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,13 +15,14 @@ from trainer.data.shards import TokenFiles
 from trainer.data.stream import check_batch
 from trainer.device import available_memory, default_device, device_name, synchronize
 from trainer.errors import UserError
+from trainer.files import check_can_make
 from trainer.lightning_module import DTYPES, LanguageModel
 from trainer.logging import logger
 from trainer.model.flops import forward_flops
 from trainer.model.kernel_choice import choose_fused, supported_fused
 from trainer.model.memory import TrainingMemory, saved_bytes, training_memory
 from trainer.quantize.size_forecast import forecast_bytes
-from trainer.run_folder import check_name
+from trainer.run_folder import HINT, check_name
 from trainer.source_bundle import source_bundle
 from trainer.step import clip_gradients, micro_batch_count, train_step
 
@@ -36,7 +36,6 @@ SIZE_ERROR = 0.03  # share by which the estimated size may be wrong
 FEW_BITS = 3.5  # per parameter; with so few, rounding cost 0.006 bpb (docs/ablations.md)
 GIB = 2**30
 
-Each = TypeVar("Each")
 Context = Callable[[], AbstractContextManager[object]]
 
 
@@ -56,6 +55,7 @@ def dry_run(cli: TrainerCLI) -> None:
         if (run := cli.folder_of_runs / name).exists():
             raise UserError(f"{run}: this run exists already; choose another --run_name")
     module, data, processes = cli.model, cli.datamodule, cli.trainer.world_size
+    check_can_make(cli.folder_of_runs, HINT)
     check_batch(data.batch_tokens, data.sequence_length, processes)
     if cli.config.init_from is not None:
         start_from(cli, resumes=False)
@@ -103,12 +103,8 @@ def _log(name: str, text: str) -> None:
     logger.info(f"  {name:<10}{text}")
 
 
-def _callback(cli: TrainerCLI, kind: type[Each]) -> Each:
-    return next(each for each in cli.trainer.callbacks if isinstance(each, kind))  # type: ignore[attr-defined]
-
-
 def _forecast_size(cli: TrainerCLI, parameters: int) -> None:
-    export = _callback(cli, PostTrainExport)
+    export = cli.callback(PostTrainExport)
     if not export.enabled:
         return
     model, code = cli.model.model, len(source_bundle())
@@ -174,7 +170,7 @@ def _forecast_budget(cli: TrainerCLI, speed: float, loop_factor: float, source: 
         source: Where the speed comes from.
     """
     trainer, data = cli.trainer, cli.datamodule
-    cutoff = _callback(cli, WallclockCutoff)
+    cutoff = cli.callback(WallclockCutoff)
     share = cli.model.model.config.loop.start_frac if loop_factor > 1 else 0.0  # of the training without the loop
     budget = cutoff.clock.budget
     if budget is not None:

@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -27,6 +27,7 @@ from trainer.lightning_module import LanguageModel
 from trainer.quantize.artifact import Artifact
 from trainer.run_folder import RunFolder
 
+C = TypeVar("C", bound=pl.Callback)
 Precision = Literal["auto", "bf16-mixed", "16-mixed", "32-true", "64-true"]
 
 DESCRIPTIONS = {
@@ -204,6 +205,10 @@ class TrainerCLI(LightningCLI):
     def folder_of_runs(self) -> Path:
         """The folder of all runs of the recipe."""
         return Path(self.config.trainer.default_root_dir) / self.recipe
+
+    def callback(self, kind: type[C]) -> C:
+        """The trainer's callback of a class."""
+        return next(each for each in self.trainer.callbacks if isinstance(each, kind))  # type: ignore[attr-defined]
 
     def _plugins(self) -> list[Any]:
         """The plugins of `--trainer.plugins`."""

@@ -1,7 +1,7 @@
 """What a run begins with: a checkpoint of its own, or the weights of another run."""
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from trainer.callbacks.checkpoint import Checkpoints
 from trainer.callbacks.metrics_file import MetricsFile
@@ -16,8 +16,6 @@ from trainer.loading import load_run
 from trainer.logging import logger
 from trainer.recipes import load_recipe
 from trainer.run_folder import RunFolder, newest_checkpoint
-
-C = TypeVar("C", Checkpoints, WarmStart)
 
 
 def last_checkpoint(cli: TrainerCLI) -> str | None:
@@ -60,7 +58,7 @@ def start_from(cli: TrainerCLI, resumes: bool) -> None:
 
 
 def _load_parent(cli: TrainerCLI) -> None:
-    warm_start = _callback(cli, WarmStart)
+    warm_start = cli.callback(WarmStart)
     cli.datamodule.expected_tokenizer = warm_start.load(cli.model).tokenizer_sha256
     cli.config.init_from_sha256 = warm_start.sha256
 
@@ -72,7 +70,7 @@ def resume(cli: TrainerCLI, ckpt: str) -> None:
         UserError: If it is damaged, or of another model or another run's text. Where other programs have started the
             processes, `Checkpoints` raises it on all of them: the others may see another file, and would wait.
     """
-    checkpoints = _callback(cli, Checkpoints)
+    checkpoints = cli.callback(Checkpoints)
     try:
         checkpoint = load_run(ckpt)
         _check_source(cli, RunFolder.containing(Path(ckpt)))
@@ -106,10 +104,6 @@ def _check_parent(cli: TrainerCLI, ancestry: list[dict[str, Any]]) -> None:
     cli.config.init_from_sha256 = origin
 
 
-def _callback(cli: TrainerCLI, kind: type[C]) -> C:
-    return next(each for each in cli.trainer.callbacks if isinstance(each, kind))  # type: ignore[attr-defined]
-
-
 def _raise_together(cli: TrainerCLI, error: UserError) -> None:
     """Raise an error here, or where other programs have started the processes, later on all of them.
 
@@ -119,7 +113,7 @@ def _raise_together(cli: TrainerCLI, error: UserError) -> None:
     environment = getattr(cli.trainer.strategy, "cluster_environment", None)
     if cli.trainer.world_size == 1 or environment is None or not environment.creates_processes_externally:
         raise error
-    _callback(cli, Checkpoints).problem = error
+    cli.callback(Checkpoints).problem = error
 
 
 def _check_case_markup(cli: TrainerCLI, tokenizer: Path) -> None:

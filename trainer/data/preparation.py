@@ -13,7 +13,7 @@ from typing import Any
 from trainer.data.manifest import NAME, TOKENIZER, Manifest
 from trainer.data.shards import HEADER_BYTES
 from trainer.errors import UserError
-from trainer.files import sha256_of
+from trainer.files import check_can_make, sha256_of
 from trainer.lock import exclusive
 from trainer.logging import logger
 
@@ -72,7 +72,7 @@ def prepare_folder(
 
 
 def check_folder(folder: Path, source: dict[str, Any], hint: str = HINT) -> None:
-    """Refuse a folder that `prepare_folder` would refuse.
+    """Refuse a folder that `prepare_folder` would refuse or fail to make.
 
     Args:
         folder: The folder.
@@ -80,9 +80,11 @@ def check_folder(folder: Path, source: dict[str, Any], hint: str = HINT) -> None
         hint: What to do about it, for the error.
 
     Raises:
-        UserError: If it holds anything that this trainer did not make, or the shards of another source.
+        UserError: If it holds anything that this trainer did not make, or the shards of another source, or cannot be
+            written.
     """
     if not is_prepared(folder, source):
+        check_can_make(folder.parent, hint)
         refuse_foreign(folder, hint)
         refuse_other_source(folder, source)
 
