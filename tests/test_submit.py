@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.conftest import ROOT
 from tests.helpers import RUNS, small, trainer
@@ -114,6 +115,10 @@ def test_the_script_gives_its_sources_back():
 
 def test_several_seeds_make_one_submission(runs: list[Path], shard_folder: Path, tmp_path: Path):
     out = tmp_path / "submission"
+    resumed = shutil.copytree(runs[1], tmp_path / "resumed")
+    config = yaml.safe_load((resumed / "config.yaml").read_text())
+    (resumed / "config.yaml").write_text(yaml.safe_dump({**config, "ckpt": "last", "report": {"enabled": False}}))
+    runs = [runs[0], resumed]
     assert main(["submit", *map(str, runs), *WHO, "--data", str(shard_folder), "--out", str(out)]) == 0
     record = json.loads((out / "submission.json").read_text())
     scores = [json.loads((run / "summary.json").read_text())["val_bpb"] for run in runs]
@@ -137,9 +142,12 @@ def test_what_must_not_ship_is_refused(runs: list[Path], shard_folder: Path, tmp
     copy = tmp_path / "copy"
     shutil.copytree(runs[0], copy)
     assert "have the same seed" in refused(str(runs[0]), str(copy))
+    summary = json.loads((copy / "summary.json").read_text())
+    (copy / "summary.json").write_text(json.dumps({**summary, "shards_fingerprint": "0" * 16}))
+    assert "read other shards than" in refused(str(runs[1]), str(copy))
+    (copy / "summary.json").write_text(json.dumps(summary))
     (copy / "config.yaml").write_text((copy / "config.yaml").read_text().replace("matrix_lr: 0.02", "matrix_lr: 0.03"))
     assert "has another recipe than" in refused(str(runs[1]), str(copy))
-    summary = json.loads((copy / "summary.json").read_text())
     (copy / "summary.json").write_text(json.dumps({**summary, "val_bpb": summary["val_bpb"] - 0.01}))
     assert "give the --data that the run was scored on" in refused(str(copy))
     (copy / "train_gpt.py").write_bytes(b"raise SystemExit('broken')")

@@ -77,7 +77,7 @@ def group_runs(runs: list[RunData]) -> list[Group]:
     """
     first = runs[0]
     settings = [
-        {key: value for key, value in run.config.items() if value is not None and _counts(key)}
+        {key: value for key, value in run.config.items() if value is not None and is_compared(key)}
         | {"tokenizer": run.summary["tokenizer_sha256"][:12]}
         for run in runs
     ]
@@ -95,7 +95,8 @@ def group_runs(runs: list[RunData]) -> list[Group]:
     return [Group(_name(first, settings[0], setting, members), members) for setting, members in groups]
 
 
-def _counts(key: str) -> bool:
+def is_compared(key: str) -> bool:
+    """Whether runs that differ in this setting are other experiments."""
     return not any(key == name or (name.endswith(".") and key.startswith(name)) for name in NOT_COMPARED)
 
 

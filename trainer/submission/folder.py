@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.comparison import is_compared
 from trainer.data import retokenize
 from trainer.data.manifest import Manifest
 from trainer.errors import UserError
@@ -15,9 +16,6 @@ from trainer.files import atomic_write
 from trainer.quantize.export import SIZE_CAP
 from trainer.run_folder import RunData, RunFolder
 from trainer.versions import EXTRAS, PACKAGES
-
-# Settings that may differ between the seeds of one recipe.
-RUN_SETTINGS = ("seed_everything", "run_name", "data.seed", "model.micro_batch_tokens", "data.source.init_args.folder")
 
 COPY = """
 `DATA` is a copy, with case markup, of these shards: {shards}. With all of them and
@@ -39,7 +37,6 @@ class Entry:
         github_id: Account of the author at GitHub.
         track: Track of the challenge.
         blurb: A sentence about the submission.
-        date: ISO date.
     """
 
     name: str
@@ -47,7 +44,6 @@ class Entry:
     github_id: str
     track: str
     blurb: str
-    date: str = datetime.date.today().isoformat()
 
 
 def make_folder(entry: Entry, folders: list[Path], data: Path, out: Path) -> RunData:
@@ -111,8 +107,10 @@ def make_folder(entry: Entry, folders: list[Path], data: Path, out: Path) -> Run
 def _check_one_recipe(runs: list[RunData]) -> None:
     first = runs[0]
     for run in runs[1:]:
-        for name in sorted({*first.config, *run.config} - set(RUN_SETTINGS)):
-            if run.config.get(name) != first.config.get(name):
+        if run.summary["shards_fingerprint"] != first.summary["shards_fingerprint"]:
+            raise UserError(f"{run.folder}: read other shards than {first.folder}; submit seeds of one text")
+        for name in sorted({*first.config, *run.config}):
+            if is_compared(name) and run.config.get(name) != first.config.get(name):
                 raise UserError(
                     f"{run.folder}: has another recipe than {first.folder} ({name}: {run.config.get(name)} instead of "
                     f"{first.config.get(name)}); submit seeds of one recipe"
@@ -148,7 +146,7 @@ def _record(entry: Entry, runs: list[RunData], sizes: dict[str, int]) -> dict[st
         "github_id": entry.github_id,
         "name": entry.name,
         "blurb": entry.blurb,
-        "date": entry.date,
+        "date": datetime.date.today().isoformat(),
         "track": entry.track,
         **mean,
         "bytes_total": sum(sizes.values()),
