@@ -1,10 +1,12 @@
 """The examples of docs/extending.md, exactly as they are printed there."""
 
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,12 @@ def test_the_examples_run(workplace: Path):
     assert set(changed.values()) == {"int8"}
     assert all(name.startswith("blocks.0.") for name in changed)
     assert "val_bpb=" in run(validate, workplace)
+    for command in ("prepare", "validate --ckpt eight/artifact.zst --eval.max_tokens 512"):  # as the installed command
+        source = ["--data.source=poems.Poems", "--data.source.file=poems.txt", f"--data.source.folder={command[:3]}"]
+        words = [sys.executable, "-P", "-m", "trainer", *command.split(), *source]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        result = subprocess.run(words, cwd=workplace, env=env, capture_output=True, text=True, check=False)
+        assert "No module named" not in result.stderr
     output = run(poems, workplace, *SMALL)
     assert "trained     12 steps" in output
     assert (workplace / "data/poems/manifest.json").is_file()

@@ -114,9 +114,8 @@ def _commit() -> str:
 
 def _run(command: str, args: list[str]) -> None:
     """Import a command and run it; the others, and Lightning with its seconds, stay out."""
-    if (
-        command in ("fit", "rerun", "sprint") and os.getcwd() not in sys.path
-    ):  # they may name a class of the user's; last, so that it replaces nothing
+    # These may name a class of the user's; its folder comes last, so that it replaces nothing.
+    if command in ("fit", "prepare", "rerun", "sprint", "validate") and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     if command in ("fit", "validate"):
         with running_without_output() if command == "fit" else nullcontext():
