@@ -8,6 +8,7 @@ import pytest
 
 from tests.conftest import TINY_OPTIONS, make_documents
 from tests.helpers import trainer, trainer_here
+from trainer.cli.rerun import _changed_files
 from trainer.run_folder import RunFolder
 from trainer.source_bundle import script_of, source_bundle, sources_of
 
@@ -52,6 +53,10 @@ def test_what_has_changed_is_said_before_the_losses_are_compared(place: Path, tm
         rows, last = rows[:-1], rows[-2].split(",")
     last[column] = "1.5"
     (old / "metrics.csv").write_text("\n".join([*rows[:-1], ",".join(last)]) + "\n")
+    for code in (b"print('hello')", b"no Python", b"x = '1234'"):
+        (old / "train_gpt.py").write_bytes(code)
+        assert "which files differ is not known" in _changed_files(RunFolder(old), source_bundle())
+    (old / "train_gpt.py").write_bytes(script_of(sources))
     result = trainer("rerun", str(old), "--data", str(place / "shards"), "--run_name=again", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     said = result.stdout + result.stderr

@@ -57,12 +57,19 @@ def script_of(files: dict[str, bytes]) -> bytes:
 
 
 def sources_of(script: bytes) -> dict[str, bytes]:
-    """The files in a script of `source_bundle`, by name."""
-    tree = ast.parse(script)
-    texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-    packed = lzma.decompress(max(texts, key=len).encode("latin-1"))
-    with zipfile.ZipFile(io.BytesIO(packed)) as archive:
-        return {name: archive.read(name) for name in archive.namelist()}
+    """The files in a script of `source_bundle`, by name.
+
+    Raises:
+        ValueError: If it is another script.
+    """
+    try:
+        tree = ast.parse(script)
+        texts = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
+        packed = lzma.decompress(max((text for text in texts if isinstance(text, str)), key=len).encode("latin-1"))
+        with zipfile.ZipFile(io.BytesIO(packed)) as archive:
+            return {name: archive.read(name) for name in archive.namelist()}
+    except (SyntaxError, lzma.LZMAError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"holds no sources ({error})") from error
 
 
 def _zip(files: dict[str, bytes]) -> bytes:

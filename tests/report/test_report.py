@@ -79,6 +79,9 @@ def test_a_report_needs_no_other_file_and_shows_the_summary(tmp_path: Path, caps
     assert "<b>a card</b>" not in text  # escaped
     assert f"trainer fit --config {run}/config.yaml" in text
     assert not re.search(r"https?://|src=|<link|<script|url\(|@import", text)
+    foreign = make_run(tmp_path / "recipe/2", weights="<script>")
+    assert main(["report", str(foreign)]) == 0
+    assert "<script" not in (foreign / "report.html").read_text()
     tags = Tags()
     tags.feed(text)
     assert sum(tag == "figure" for tag, _ in tags.seen) == 2

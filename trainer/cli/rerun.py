@@ -75,7 +75,7 @@ def _tell_changes(first: RunData, now: dict[str, str]) -> None:
 def _changed_files(folder: RunFolder, code: bytes) -> str:
     try:
         before, now = sources_of(folder.code.read_bytes()), sources_of(code)
-    except (OSError, ValueError, SyntaxError):
+    except (OSError, ValueError):
         return f"which files differ is not known without {folder.code}"
     names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     return f"{counted(len(names), 'file')} changed: {', '.join(names[:NAMED])}{', ...' if len(names) > NAMED else ''}"

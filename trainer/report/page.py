@@ -104,14 +104,14 @@ def _subtitle(run: RunData) -> str:
     summary = run.summary
     return (
         f'<p class="soft">{summary["parameters"]:,} parameters, trained on {escape(summary["versions"]["device"])}; '
-        f"{summary['steps']:,} steps; {summary['weights']} weights</p>"
+        f"{summary['steps']:,} steps; {escape(summary['weights'])} weights</p>"
     )
 
 
 def _cards(run: RunData) -> str:
     summary = run.summary
     seconds = max(summary["train_seconds"], 1e-9)
-    what = "artifact" if "bytes_total" in summary else f"{summary['weights']} weights"
+    what = "artifact" if "bytes_total" in summary else f"{escape(summary['weights'])} weights"
     cards = [
         (f"{summary['val_bpb']:.4f}", f"bits per byte of the {what}, {summary['val_tokens']:,} tokens", ""),
         *_size(summary),
@@ -221,7 +221,7 @@ def _bytes(run: RunData, uses: list[ByteUse]) -> str:
 
     rows = [
         [
-            f'{use.group} <span class="soft">{use.kinds}</span>',
+            f'{escape(use.group)} <span class="soft">{escape(use.kinds)}</span>',
             f"{use.parameters:,}",
             bar(use.bytes),
             f"{use.bytes:,}",
