@@ -48,6 +48,19 @@ def test_threshold_and_history_are_those_of_the_options(module: LanguageModel, c
             StabilityMonitor(**options)
 
 
+def test_a_resumed_run_knows_the_losses_and_the_skipped_updates_before(module: LanguageModel, capsys):
+    before = StabilityMonitor("skip", max_skipped=2, threshold_std=2.0, history_steps=3)
+    for step, (loss, norm) in enumerate(((3.0, 1.0), (3.1, float("inf")), (3.1, 1.0), (3.2, 1.0), (3.1, float("nan")))):
+        check(before, module, step, loss, norm)
+    monitor = StabilityMonitor("skip", max_skipped=2, threshold_std=2.0, history_steps=3)
+    monitor.load_state_dict(before.state_dict())
+    capsys.readouterr()
+    check(monitor, module, 5, 3.5, 1.0)
+    assert "the loss jumped to 3.5000 (3.1000 +- 0.1000 before)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="after 2 skipped ones"):
+        check(monitor, module, 6, 3.1, float("inf"))
+
+
 def test_a_loss_that_is_not_finite_on_one_process_only_stops_no_run(module: LanguageModel, capsys):
     monitor = StabilityMonitor(history_steps=2)
     for loss in (3.0, 3.1, float("inf"), 3.05, float("nan")):

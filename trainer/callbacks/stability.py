@@ -49,6 +49,15 @@ class StabilityMonitor(pl.Callback):
         self._losses: deque[float] = deque(maxlen=history_steps)
 
     @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": self.skipped, "losses": list(self._losses)}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.skipped = int(state_dict["skipped"])
+        self._losses.extend(state_dict["losses"])
+
+    @override
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: LanguageModel, *_: Any) -> None:
         """Check the steps completed by now; between two steps, what was trained can still be saved.
 
@@ -66,7 +75,7 @@ class StabilityMonitor(pl.Callback):
     ) -> None:
         for step, values in steps:
             loss, norm = values[:2].tolist()
-            if torch.isfinite(values[1]):  # unlike the loss the same on all processes, and what the optimizer checks
+            if torch.isfinite(values[1]):  # what the optimizer checks, too
                 self._check_spike(step, loss)
                 if trainer.precision == "16-mixed":
                     self.skipped = 0
