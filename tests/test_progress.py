@@ -10,7 +10,7 @@ from rich.console import Console
 
 from tests.helpers import RUNS, small, trainer, trainer_here
 from trainer import progress_display
-from trainer.logging import logger, logging_to
+from trainer.logging import logger, logging_to, only_warnings
 from trainer.progress_display import Bar, JsonLines, Lines, ProgressDisplay, TrainingStatus, open_display
 
 STATUS = TrainingStatus(120, 12.5, 50.0, 37.5, 2.5, 1.5, 0.25, 123456.0, 0.4, 3.25)
@@ -49,6 +49,15 @@ def test_a_closed_display_leaves_messages_as_they_are(capsys):
     quiet.close()
     logger.info("after")
     assert capsys.readouterr().out == "warning: shown\nafter\n"
+
+
+def test_every_display_is_quiet_while_the_console_shows_only_warnings(monkeypatch: pytest.MonkeyPatch):
+    """As in trainer.fit(quiet=True), whose text is prepared before the run's own display opens."""
+    terminal_of(80, monkeypatch)
+    with only_warnings():
+        display = open_display("auto", 1.0)
+    assert type(display) is ProgressDisplay
+    display.close()
 
 
 def test_auto_is_a_bar_in_a_terminal_and_lines_elsewhere(monkeypatch: pytest.MonkeyPatch):

@@ -197,12 +197,15 @@ class Bar(ProgressDisplay):
 
 
 def open_display(mode: Mode, every_seconds: float) -> ProgressDisplay:
-    """Open the display of a mode; auto is the bar if standard output is a terminal, and lines elsewhere."""
+    """Open the display of a mode; auto is the bar if standard output is a terminal, and lines elsewhere.
+
+    While the console shows only warnings, every display is quiet.
+    """
     display: ProgressDisplay
-    if mode == "bar" or (mode == "auto" and sys.stdout.isatty()):
-        display = Bar(every_seconds)
-    elif mode == "quiet":
+    if mode == "quiet" or console.level >= WARNING:
         display = ProgressDisplay()
+    elif mode == "bar" or (mode == "auto" and sys.stdout.isatty()):
+        display = Bar(every_seconds)
     else:
         display = JsonLines(every_seconds) if mode == "json" else Lines(every_seconds)
     display.open()

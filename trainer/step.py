@@ -77,20 +77,19 @@ class StepFence:
     It also copies numbers of each step to the host without another wait.
     """
 
-    def __init__(self, device: torch.device, depth: int = 2) -> None:
+    def __init__(self, device: torch.device) -> None:
         """Prepare for a device; on a CPU there is nothing to wait for.
 
         Args:
             device: Where the steps run.
-            depth: Steps that may be queued.
         """
         self._device = device
         self._on_gpu = device.type == "cuda"
-        self._depth = depth if self._on_gpu else 0
+        self._depth = 2 if self._on_gpu else 0  # steps that may be queued
         self._queued: deque[tuple[int, Tensor, Any]] = deque()
 
     def record(self, step: int, values: Tensor) -> list[tuple[int, Tensor]]:
-        """Mark the end of a step; wait for the end of the step `depth` before it.
+        """Mark the end of a step; on a GPU, wait for the end of the step two before it.
 
         Args:
             step: Its number.

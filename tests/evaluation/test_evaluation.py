@@ -19,6 +19,7 @@ from trainer.evaluation.metric import BitsPerByte
 from trainer.evaluation.sliding import WindowScorer, score
 from trainer.evaluation.windows import EvaluationConfig, batch_plan, plan_windows
 from trainer.model.transformer import Transformer
+from trainer.step import StepFence
 
 
 @settings(deadline=None)
@@ -100,7 +101,16 @@ def test_sliding_score_equals_a_plain_loop_and_is_the_same_for_two_processes(sha
     assert len(WindowScorer(tokens, table, 32).offsets) == 32
 
 
-def test_progress_tells_of_every_batch(shard_folder: Path):
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_progress_tells_of_every_batch(ahead: int, shard_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """The host of a GPU is two batches ahead."""
+    init = StepFence.__init__
+
+    def queueing(fence: StepFence, device: torch.device) -> None:
+        init(fence, device)
+        fence._depth = ahead
+
+    monkeypatch.setattr(StepFence, "__init__", queueing)
     table = ByteTable.from_tokenizer(load_tokenizer(shard_folder / "tokenizer.model"))
     tokens = torch.randint(4, 300, (134,), dtype=torch.int32)
     calls: list[tuple[int, int]] = []

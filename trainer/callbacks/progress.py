@@ -25,8 +25,8 @@ class Progress(pl.Callback):
         """Show progress.
 
         Args:
-            mode: How progress is shown: bar, lines, json (one object per line) or quiet (only warnings and the
-                summary). auto is the bar in a terminal and lines elsewhere.
+            mode: How progress is shown: bar, lines, json (one object per line while it trains) or quiet (only
+                warnings and the summary). auto is the bar in a terminal and lines elsewhere.
             every_seconds: Seconds between two lines (above 0).
         """
         self.mode = mode

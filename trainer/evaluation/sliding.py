@@ -95,4 +95,6 @@ def score(
         scorer.add(metric, nll_fn, batch)
         for done, _ in fence.record(index + 1, metric.tokens):
             progress(done, len(batches))
+    for done, _ in fence.drain():
+        progress(done, len(batches))
     return metric.score()
