@@ -42,6 +42,8 @@ def _sha256(file: BinaryIO, count: int) -> bytes:
     sha = hashlib.sha256()
     while count:
         block = file.read(min(count, 2**20))
+        if not block:
+            raise OSError("it became shorter while it was read")
         sha.update(block)
         count -= len(block)
     return sha.hexdigest().encode()

@@ -25,7 +25,6 @@ from trainer.data.shards import TokenArray, TokenFiles, check_vocab_size, open_s
 from trainer.data.sources import PreparedText, Source
 from trainer.data.stream import Order, TrainStream
 from trainer.data.tokenizer import ByteTable, check_case_markup, load_tokenizer
-from trainer.device import default_device
 from trainer.distributed import all_ranks_agree
 from trainer.errors import UserError
 from trainer.evaluation.sliding import WindowScorer
@@ -258,7 +257,7 @@ class TokenData(pl.LightningDataModule):
             self.order,
             self.seed,
         )
-        return Prefetcher(stream, lambda: trainer.global_step, default_device().type == "cuda")
+        return Prefetcher(stream, lambda: trainer.global_step, trainer.strategy.root_device.type == "cuda")
 
     def calibration_sequences(self, count: int, device: torch.device) -> Iterator[Tensor]:
         """The first training sequences, (b, sequence_length + 1) on the device."""

@@ -139,9 +139,7 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float, 
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])
 
 
-def generate_tokens(
-    decoder: Decoder, prompt: list[int], count: int, choose: Callable[[Tensor], int], end: int | None = BOS
-) -> Iterator[int]:
+def generate_tokens(decoder: Decoder, prompt: list[int], count: int, choose: Callable[[Tensor], int]) -> Iterator[int]:
     """Yield up to `count` tokens that follow a prompt.
 
     Args:
@@ -149,13 +147,12 @@ def generate_tokens(
         prompt: Tokens of the prompt, a document's BOS first.
         count: Most tokens to yield.
         choose: Picks a token by its logits.
-        end: Token that ends the text and is not yielded: the BOS of a next document.
     """
     decoder.restart()
     logits = decoder.feed(prompt)
     for index in range(count):
         token = choose(logits)
-        if token == end:
+        if token == BOS:  # of a next document
             return
         yield token
         if index + 1 < count:

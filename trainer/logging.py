@@ -20,7 +20,7 @@ LIBRARY_MESSAGES = re.compile(
     r"(\[rank: \d+\] )?Seed set to"
 )
 LIBRARY_WARNINGS = (
-    # One loader without workers is right here: a batch is a slice of a memory map.
+    # One loader without workers is right here: a batch of windows is a few numbers.
     r"The '\w+_dataloader' does not have many workers",
     # The position in the data is a function of the step, so a checkpoint in mid-epoch is exact.
     r"You're resuming from a checkpoint that ended before the epoch ended",
@@ -133,11 +133,15 @@ console = Console()
 logger.addHandler(console)
 
 
+def _is_of_use(record: logging.LogRecord) -> bool:
+    return not LIBRARY_MESSAGES.match(record.getMessage())
+
+
 def quiet_libraries() -> None:
     """Silence what a user can do nothing about; each filter is as narrow as its message."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         for each in (name, f"{name}.utilities.rank_zero", f"{name}.utilities.seed", f"{name}.accelerators.cuda"):
-            logging.getLogger(each).addFilter(lambda record: not LIBRARY_MESSAGES.match(record.getMessage()))
+            logging.getLogger(each).addFilter(_is_of_use)
     for message in LIBRARY_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     if not sys.warnoptions:

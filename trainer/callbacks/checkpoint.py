@@ -27,7 +27,8 @@ from trainer.lightning_module import LanguageModel
 from trainer.logging import logger
 from trainer.run_folder import RunFolder
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # the last one announces a time limit
+# Signals that end a run; the last one announces a time limit.
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Stopped(SIGTERMException):

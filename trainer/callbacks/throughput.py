@@ -25,9 +25,7 @@ class Throughput(pl.Callback):
         """Log means since the last logged step; at other steps, logging host numbers would wait for the device."""
         step, elapsed = pl_module.steps_done, pl_module.clock.elapsed
         every = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        budget = pl_module.clock.budget
-        is_last = budget is not None and elapsed >= budget  # Lightning logs it too
-        if step % every and not is_last:
+        if step % every and not trainer.should_stop:  # Lightning logs the last step, too
             return
         tokens = (step - self._step) * trainer.datamodule.batch_tokens  # type: ignore[attr-defined]
         seconds = elapsed - self._elapsed

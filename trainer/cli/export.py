@@ -39,7 +39,7 @@ def export(
     format: Literal["artifact", "safetensors"] = "artifact",
     dtype: Dtype = "float32",
 ) -> None:
-    """Make the artifact again from a checkpoint, exactly as training does, or files for other programs.
+    """Make the artifact again from a checkpoint, as training does, or files for other programs.
 
     Args:
         ckpt: Checkpoint to export; with the format safetensors also an artifact.

@@ -17,6 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from trainer.callbacks.checkpoint import STOPPING
 from trainer.cli.dry_run import dry_run
 from trainer.cli.env_aliases import alias_options
 from trainer.cli.held_out import held_out_tokens
@@ -41,7 +42,6 @@ from trainer.run_folder import RunFolder, flatten
 
 TRAIN_TOKENS = 1_048_576  # of the training split that are scored unless more are asked for
 SOURCES = 30  # that are printed
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # that a run handles
 
 
 def run(command: str, args: Sequence[str]) -> RunFolder | dict[str, Score] | None:
@@ -302,7 +302,7 @@ def fit(cli: TrainerCLI, ckpt: str | None, log: Path) -> None:
         start_from(cli, resumes=ckpt is not None)
     if ckpt is not None:
         resume(cli, ckpt)
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in STOPPING}
     try:
         _log_settings(cli)
         with logging_to(log) if cli.trainer.is_global_zero else nullcontext():

@@ -88,11 +88,11 @@ class TokenFiles:
         if not paths:
             raise UserError("no token shards to read; prepare the data first")
         self.paths = [Path(path) for path in paths]
-        self.shards = [open_shard(path) for path in paths]
+        self._lengths = [len(open_shard(path)) for path in paths]
         # Not from mapped memory: access beyond the end of a file that was cut meanwhile kills the process silently. A
         # read comes back short instead.
         self._files = [_opened(path) for path in self.paths]
-        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.ends = np.cumsum(self._lengths)
         self._length = int(self.ends[-1]) - held_out
         if self._length < 1 and held_out:
             raise UserError(
@@ -127,8 +127,8 @@ class TokenFiles:
         filled = 0
         while filled < count:
             index = int(np.searchsorted(self.ends, position, side="right"))
-            offset = position - int(self.ends[index] - len(self.shards[index]))
-            length = min(count - filled, len(self.shards[index]) - offset, end - position)
+            offset = position - int(self.ends[index] - self._lengths[index])
+            length = min(count - filled, self._lengths[index] - offset, end - position)
             block = os.pread(self._files[index].fileno(), 2 * length, HEADER_BYTES + 2 * offset)
             self._check_unchanged(index, len(block) == 2 * length)
             out[filled : filled + length] = np.frombuffer(block, dtype="<u2")
@@ -138,7 +138,7 @@ class TokenFiles:
 
     def _check_unchanged(self, index: int, is_whole: bool) -> None:
         """Refuse a shard that was cut or replaced: a read came back short, or the file has another size."""
-        path, expected = self.paths[index], HEADER_BYTES + 2 * len(self.shards[index])
+        path, expected = self.paths[index], HEADER_BYTES + 2 * self._lengths[index]
         try:
             size = path.stat().st_size
         except OSError as error:

@@ -14,6 +14,7 @@ from trainer.logging import logger
 TRAIN_PATTERN = "*_train_*.bin"
 VAL_PATTERN = "*_val_*.bin"
 SAMPLE_BYTES = 50_000_000  # of training text, for a tokenizer
+SENTENCE_CHARACTERS = 2000
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,9 @@ def size_option(vocab_size: int | None) -> str:
     return "model.vocab_size" if vocab_size is None else "data.source.vocab_size"
 
 
-def _sentences(documents: Iterable[str], max_length: int = 2000) -> Iterator[str]:
+def _sentences(documents: Iterable[str]) -> Iterator[str]:
     """Lines for training a tokenizer, cut where SentencePiece would drop them for their length."""
     for document in documents:
         for line in document.splitlines():
-            for start in range(0, len(line), max_length):
-                yield line[start : start + max_length]
+            for start in range(0, len(line), SENTENCE_CHARACTERS):
+                yield line[start : start + SENTENCE_CHARACTERS]

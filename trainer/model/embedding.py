@@ -88,11 +88,10 @@ class SmearGate(nn.Module):
     x_i + scale sigmoid(gate . x_i[:dims]) x_{i-1}; it starts as x_i and takes nothing across the start of a document.
     """
 
-    def __init__(self, config: SmearConfig, model_dim: int, bos: int = BOS) -> None:
+    def __init__(self, config: SmearConfig, model_dim: int) -> None:
         super().__init__()
         is_per_token = config.gate == "per_token"
         self.dims = config.dims
-        self.bos = bos
         self.gate = nn.Parameter(torch.zeros(config.dims if is_per_token else model_dim))
         self.scale = nn.Parameter(torch.zeros(())) if is_per_token else None
 
@@ -103,5 +102,5 @@ class SmearGate(nn.Module):
             g = self.gate.sigmoid().to(x.dtype)
             return (1 - g) * x + g * before
         g = (x[..., : self.dims] * self.gate.to(x.dtype)).sum(-1, keepdim=True).sigmoid()
-        g = torch.where((ids == self.bos)[..., None], 0.0, self.scale * g)
+        g = torch.where((ids == BOS)[..., None], 0.0, self.scale * g)
         return x + g.to(x.dtype) * before  # autocast sums in float32

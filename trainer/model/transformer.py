@@ -1,4 +1,4 @@
-"""The language model: ten blocks with U-Net skips between a hashed-bigram embedding and a tied, softcapped head.
+"""The language model: blocks with U-Net skips between a hashed-bigram embedding and a tied, softcapped head.
 
 Source: openai/parameter-golf PR #560, a port of the record 2026-03-20_10L_Int5MLP_MuonWD04_SWA50.
 """

@@ -7,6 +7,7 @@ from trainer.run_folder import Series
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 250, 58, 26, 10, 12
 MAX_POINTS = 500
+TICKS = 5  # of an axis, at most about
 
 
 def line_chart(title: str, series: list[tuple[str, Series]], log: bool = False) -> str:
@@ -68,10 +69,10 @@ def short(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _ticks(low: float, high: float, count: int = 5) -> list[float]:
+def _ticks(low: float, high: float) -> list[float]:
     span = (high - low) or abs(high) or 1.0
-    step = 10.0 ** math.floor(math.log10(span / count))
-    step *= next(factor for factor in (1, 2, 5, 10) if span / (factor * step) <= count)
+    step = 10.0 ** math.floor(math.log10(span / TICKS))
+    step *= next(factor for factor in (1, 2, 5, 10) if span / (factor * step) <= TICKS)
     first = math.floor(low / step + 1e-9)
     return [n * step for n in range(first, math.ceil(high / step - 1e-9) + 1)]
 
