@@ -18,6 +18,7 @@ from trainer import __main__, checkpoint, files, lightning_module
 from trainer.callbacks import export as export_callback
 from trainer.callbacks.stability import StabilityMonitor
 from trainer.callbacks.weight_averaging import WeightAveraging
+from trainer.cli.lightning_cli import EpochLoop
 from trainer.clock import TrainingClock
 from trainer.lightning_module import LanguageModel
 from trainer.optim.muon_adamw import MuonAdamW
@@ -41,6 +42,22 @@ def slow(step: float, validation: float = 0.0) -> None:
     """Every step and every validation takes so many seconds more."""
     before(StepFence, "record", lambda *_: time.sleep(step))
     before(LanguageModel, "on_validation_epoch_start", lambda *_: time.sleep(validation))
+
+
+def signal_once(moment: str, step: int) -> None:
+    """SIGUSR1 in the update of a step, at its end, in its validation, or before the next step."""
+
+    def notify(now: int) -> None:
+        if now == step:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    if moment == "update":
+        before(StepFence, "record", lambda _, now, *__: notify(now))
+    elif moment == "validation":
+        before(LanguageModel, "validation_step", lambda module, *_: notify(module.trainer.global_step))
+    else:
+        name = {"end": "on_advance_end", "next": "advance"}[moment]
+        before(EpochLoop, name, lambda loop, *_: notify(loop.global_step))
 
 
 def interrupt_an_update(call: int) -> None:

@@ -1,5 +1,6 @@
 """Runs that die, files that rot: what was saved is whole, and resuming from it ends with the same weights."""
 
+import csv
 import json
 import os
 import random
@@ -63,6 +64,43 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_weights(whole: Path, 
     assert resumed.returncode == 0, resumed.stderr
     newest = max((tmp_path / RUNS).glob("*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime_ns)
     assert digest(newest) == digest(whole / "last.ckpt")
+
+
+@pytest.mark.parametrize("end", ["update", "end", "next", "validation", 8, 12])
+def test_the_metrics_of_a_resumed_run_are_those_of_one_that_nothing_stopped(
+    end: str | int, tmp_path: Path, shard_folder: Path
+):
+    args = small(
+        shard_folder,
+        "--trainer.max_steps=20",
+        "--trainer.log_every_n_steps=5",
+        "--trainer.val_check_interval=6",
+        "--model.schedule.warmdown_steps=1",
+        "--checkpoints.every=1000",
+    )
+    assert trainer(*args, "--run_name=whole", cwd=tmp_path).returncode == 0
+    args.append("--run_name=stopped")
+    if isinstance(end, int):
+        assert trainer(*args, f"--trainer.max_steps={end}", cwd=tmp_path).returncode == 0
+    else:
+        fault = {"moment": end, "step": 12 if end == "validation" else 8}
+        assert run_faulty("signal_once", fault, *args, cwd=tmp_path).returncode == 138
+    resumed = trainer(*args, "--ckpt=last", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    whole, stopped = (_metrics(tmp_path / RUNS / name) for name in ("whole", "stopped"))
+    assert stopped == whole
+
+
+def _metrics(run: Path) -> dict[tuple[str, str], str]:
+    """Values by step and name, but for the speed and those of an artifact."""
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return {
+        (row["step"], name): value
+        for row in rows
+        for name, value in row.items()
+        if value and not name.startswith(("perf/", "artifact/")) and name not in ("step", "epoch")
+    }
 
 
 @pytest.mark.parametrize("limit", ["--trainer.max_steps=60", "--wallclock.seconds=0.001"])

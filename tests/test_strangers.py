@@ -20,6 +20,7 @@ import yaml
 
 from tests.helpers import RUNS, environment, run_faulty, score_of, small, trainer, trainer_here
 from trainer.checkpoint import METADATA_KEY, append_checksum, load_checkpoint, stored_average
+from trainer.data.documents import find_files
 from trainer.data.shards import open_shard, write_shard
 from trainer.data.sources import LocalText
 from trainer.errors import UserError
@@ -624,6 +625,40 @@ def test_export_stores_the_weights_that_the_run_would_and_never_over_a_run(tmp_p
     result = trainer_here("export", "--ckpt=last.ckpt", f"--out={tmp_path}/e", cwd=folder / "checkpoints")
     assert result.returncode == 0, result.stderr
     assert {path.name for path in (tmp_path / "e").iterdir()} >= {"artifact.zst", "tokenizer.model", "config.yaml"}
+
+
+def test_no_command_replaces_a_file_of_something_else(tmp_path: Path, shard_folder: Path):
+    assert trainer_here(*small(shard_folder), cwd=tmp_path).returncode == 0
+    run = f"{RUNS}/1"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/train_gpt.py").write_text("mine")
+    (tmp_path / "page.html").write_text("<html>mine</html>")
+    shards = shutil.copytree(shard_folder, tmp_path / "shards")
+    export = ["export", f"--ckpt={run}/checkpoints/last.ckpt"]
+    documents = ["validate", f"--ckpt={run}/artifact.zst"]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for words, message in (
+        ([*export, "--out=mine"], "--out mine: holds train_gpt.py, which no export wrote"),
+        ([*export, f"--out={shards}"], "which no export wrote; choose another --out"),
+        ([*export, "--out=."], "which no export wrote; choose another --out"),
+        ([*documents, f"--per_document={run}/metrics.csv"], "metrics.csv: holds something else, which would be lost"),
+        (["runs", f"--csv={run}/metrics.csv"], "metrics.csv: holds something else, which would be lost"),
+        (["report", run, "--out=page.html"], "page.html: holds something else, which would be lost"),
+    ):
+        result = trainer_here(*words, cwd=tmp_path)
+        assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
+        assert message in result.stderr
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    for words in ([*export, "--out=e"], [*documents, "--per_document=d.csv"], ["runs", "--csv=r.csv"], ["report", run]):
+        for _ in range(2):  # its own file is replaced
+            result = trainer_here(*words, cwd=tmp_path)
+            assert result.returncode == 0, result.stderr
+
+
+def test_a_file_may_have_the_letters_of_a_pattern_in_its_name(tmp_path: Path):
+    (tmp_path / "a [b]").mkdir()
+    (tmp_path / "a [b]/c*.txt").write_text("text")
+    assert find_files([str(tmp_path / "a [b]/c*.txt")]) == [tmp_path / "a [b]/c*.txt"]
 
 
 def test_the_weights_given_last_are_scored(copied: Path):

@@ -58,6 +58,28 @@ def check_can_make(folder: Path, hint: str) -> None:
         raise UserError(f"{existing}: cannot be written (no permission); {hint}")
 
 
+def check_replaceable(path: Path, beginning: str, option: str) -> None:
+    """Refuse to replace a file that holds something else than what would be written.
+
+    Args:
+        path: The file; need not exist.
+        beginning: How such a file begins.
+        option: Which option names it, for the error.
+
+    Raises:
+        UserError: If it is a file that is not empty and begins otherwise, or no file.
+    """
+    try:
+        with path.open("rb") as file:
+            found = file.read(len(beginning.encode()))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be replaced ({error.strerror}); choose another name") from error
+    if found not in (b"", beginning.encode()):
+        raise UserError(f"{option} {path}: holds something else, which would be lost; choose another name")
+
+
 def remove_partials(folder: Path) -> None:
     """Remove what a killed `atomic_write` left in a folder; a file that somebody writes is locked, and stays."""
     for path in folder.glob(f".*{PARTIAL}"):

@@ -1,6 +1,7 @@
 """The summary of a finished run: `summary.json`, and its last lines."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from torch import nn
@@ -97,8 +98,8 @@ def log_summary(summary: dict[str, Any], run: RunFolder, data: Path, has_report:
     if has_report:
         logger.info(f"  report      {run.report}")
     if "bytes_total" in summary:
-        logger.info(f'  next        trainer generate --artifact {run.artifact} --prompt "The"')
-        logger.info(f"              trainer validate --ckpt {run.artifact}")
+        logger.info(f'  next        trainer generate --artifact {quote(str(run.artifact))} --prompt "The"')
+        logger.info(f"              trainer validate --ckpt {quote(str(run.artifact))}")
         entry = "--name NAME --author AUTHOR --github_id ID --track non-record-16mb"
-        logger.info(f"              trainer submit {run} --data {data} {entry}")
+        logger.info(f"              trainer submit {quote(str(run))} --data {quote(str(data))} {entry}")
     logger.info(Score(*(summary[f"val_{name}"] for name in Score._fields)).line())

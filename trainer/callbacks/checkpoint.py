@@ -10,6 +10,7 @@ import socket
 import time
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 from types import FrameType
 from typing import Any
 
@@ -170,7 +171,7 @@ class Checkpoints(Checkpoint):
 
     def _log_saved(self) -> None:
         ckpt = self.run.last_checkpoint if self.run.path.name.isdecimal() else "last"  # a name stands in the config
-        command = f"--config {self.run.config} --ckpt {ckpt}"
+        command = f"--config {quote(str(self.run.config))} --ckpt {quote(str(ckpt))}"
         logger.info(f"step {self.saved_step:,} is saved; resume with {command}")
 
     @override

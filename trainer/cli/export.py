@@ -77,6 +77,8 @@ def export(
         raise UserError(
             f"--out {target}: is the folder of a run, whose artifact would be replaced; choose another --out"
         )
+    if target.path.resolve() != run.path.resolve():
+        _check_target(target)
     quantization = QuantizationConfig(**metadata["quantization"])
     config = TransformerConfig.from_dict(metadata["model"])
     is_loss_aware = quantization.rounding == "loss_aware"
@@ -116,6 +118,22 @@ def export(
     write_model_card(target.path, run, run.read_summary() or {}, is_scored)
     logger.info(f"stored the {'averaged' if average else 'live'} weights of step {checkpoint['global_step']:,}")
     print(f"{target.artifact}: {size.model:,} model + {size.code:,} code = {size.total:,} of {cap:,} bytes")
+
+
+def _check_target(target: RunFolder) -> None:
+    """Refuse a folder with files of something else than an earlier export.
+
+    Raises:
+        UserError: With the name of such a file.
+    """
+    if not target.path.is_dir():
+        return
+    files = {target.artifact, target.code, target.tokenizer, target.config, target.card}
+    others = sorted(set(target.path.iterdir()) - (files if target.artifact.is_file() else set()))
+    if others:
+        raise UserError(
+            f"--out {target}: holds {others[0].name}, which no export wrote; choose another --out, or a folder in it"
+        )
 
 
 def _takes_live(metadata: dict[str, Any], run: RunFolder) -> bool:

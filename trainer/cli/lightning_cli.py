@@ -244,7 +244,28 @@ class FitLoop(_FitLoop):
 
 
 class EpochLoop(_TrainingEpochLoop):
-    """Validates by training time, too; Lightning's own interval in seconds is each process's own and counts pauses."""
+    """Validates by training time, too, and counts the optimizer's steps.
+
+    Lightning's own interval in seconds is each process's own and counts pauses. Its own counts of a resumed run, by
+    which it labels metrics and validates, are off by one unless the checkpoint was saved in `on_train_batch_end`.
+    """
+
+    @override
+    def reset(self) -> None:
+        is_resumed = self.restarting
+        super().reset()
+        if is_resumed:
+            for counts in (self.batch_progress.total, self.batch_progress.current):
+                for name in ("ready", "started", "processed", "completed"):
+                    setattr(counts, name, self.global_step)
+
+    @override
+    def advance(self, data_fetcher: Any) -> None:
+        step = self.global_step
+        self._batches_that_stepped = step
+        super().advance(data_fetcher)
+        if self.global_step == step:  # only the validation after the step before is made up for
+            self._batches_that_stepped = step - 1
 
     def _should_check_val_fx(self, data_fetcher: Any) -> bool:
         is_due = self._should_check_val_epoch() and self.trainer.lightning_module.is_validation_due

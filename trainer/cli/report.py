@@ -4,7 +4,9 @@ from pathlib import Path
 
 from trainer.cli.parser import CommandParser
 from trainer.errors import UserError
+from trainer.files import check_replaceable
 from trainer.report.build import build_report
+from trainer.report.page import BEGINNING
 from trainer.run_folder import RunFolder
 
 
@@ -22,6 +24,7 @@ def report(runs: list[str], out: str | None = None) -> None:
     path = Path(out) if out else folders[0].report
     if path.suffix != ".html":
         raise UserError(f"--out {path}: a report is an HTML file; choose a name that ends in .html")
+    check_replaceable(path, BEGINNING, "--out")
     build_report(folders, path)
     print(path)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from trainer.cli.lightning_cli import TrainerCLI
@@ -34,7 +35,9 @@ def rerun(run: str, run_name: str | None = None, data: str | None = None) -> Non
     quiet_libraries()
     folder = RunFolder(run)
     if folder.path.is_dir() and not folder.summary.is_file() and folder.last_checkpoint.is_file():
-        raise UserError(f"{run}: has not ended; resume it with trainer fit --config {folder.config} --ckpt last")
+        raise UserError(
+            f"{run}: has not ended; resume it with trainer fit --config {quote(str(folder.config))} --ckpt last"
+        )
     first = folder.read()
     if data is not None and not Path(data).is_dir():
         raise UserError(f"--data {data}: there is no such folder")

@@ -14,7 +14,7 @@ import yaml
 from trainer.cli.parser import CommandParser
 from trainer.comparison import as_markdown
 from trainer.errors import OptionError, UserError
-from trainer.files import atomic_write
+from trainer.files import atomic_write, check_replaceable
 from trainer.lock import is_held
 from trainer.logging import counted
 from trainer.run_folder import RunFolder, flatten
@@ -110,6 +110,8 @@ def runs(
     chosen = [run for run in all_runs if recipe in (None, run.recipe) and state in (None, run.state)]
     if csv is not None and not csv.endswith(".csv"):
         raise UserError(f"--csv {csv}: is written as CSV; choose a name that ends in .csv")
+    if csv is not None:
+        check_replaceable(Path(csv), ",".join(COLUMNS), "--csv")
     if action == "prune":
         if csv is not None or sort != "changed":
             raise UserError("--csv and --sort belong to trainer runs list; leave them out")

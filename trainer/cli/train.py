@@ -32,7 +32,8 @@ from trainer.datamodule import TokenData
 from trainer.distributed import is_lost_process
 from trainer.errors import OptionError, UserError
 from trainer.evaluation.metric import Score
-from trainer.evaluation.per_document import DocumentScores, by_source, write_csv
+from trainer.evaluation.per_document import FIRST_COLUMNS, DocumentScores, by_source, write_csv
+from trainer.files import check_replaceable
 from trainer.loading import is_artifact, stored_weights
 from trainer.lock import exclusive
 from trainer.logging import counted, logger, logging_to, quiet_libraries
@@ -231,6 +232,8 @@ def _choose_text(cli: TrainerCLI, ckpt: Path, is_cut: bool) -> None:
     config, data = cli.config, cli.datamodule
     if config.per_document and not config.per_document.endswith(".csv"):
         raise UserError(f"--per_document {config.per_document}: is written as CSV; choose a name that ends in .csv")
+    if config.per_document:
+        check_replaceable(Path(config.per_document), FIRST_COLUMNS, "--per_document")
     if config.text is None:
         if config.source_field is not None:
             raise UserError("--source_field belongs to --text; shards do not say where a document comes from")

@@ -44,7 +44,7 @@ def find_files(names: list[str], option: str = "--data.source.train_files") -> l
         path = Path(name)
         if path.is_dir():
             matches = _files_below(path)
-        elif any(letter in name for letter in "*?["):
+        elif not path.is_file() and any(letter in name for letter in "*?["):
             matches = sorted(Path(path.anchor or ".").glob(name.removeprefix(path.anchor)))
             matches = _readable(matches, name)
         else:

@@ -1,6 +1,7 @@
 """The report of run folders, from the files in them alone."""
 
 from pathlib import Path
+from shlex import quote
 
 from trainer.checkpoint import live_state, load_checkpoint, stored_average
 from trainer.errors import UserError
@@ -49,7 +50,7 @@ def build_report(folders: list[RunFolder], path: Path) -> None:
                 pairs.append(compare_documents(read_table(first.documents), read_table(folder.documents)))
             except UserError as error:
                 logger.warning(f"no comparison of documents: {error}")
-    command = f"trainer fit --config {first.config}"
+    command = f"trainer fit --config {quote(str(first.config))}"
     with atomic_write(path) as file:
         file.write(page(runs, uses, samples, command, pairs).encode())
 

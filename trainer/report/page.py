@@ -11,6 +11,7 @@ from trainer.report.byte_use import ByteUse
 from trainer.report.charts import line_chart
 from trainer.run_folder import RunData, why_incomparable
 
+BEGINNING = "<!doctype html>"  # of every report
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2329; --soft: #59636e; --line: #d9dee3; --paper: #fff; --card: #f5f7f9;
   --c0: #2563ab; --c1: #c2571a; --c2: #2a8055; --c3: #8a4fa3; --c4: #b3283d; --c5: #6b6b1f; }
@@ -95,7 +96,7 @@ def page(
     sections += ["<h2>Repeat it</h2>", f"<pre>{escape(command)}</pre>", _environment(first)]
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     return (
-        f'<!doctype html><html lang="en"><head>{head}<title>{escape(title)}</title><style>{STYLE}</style></head>'
+        f'{BEGINNING}<html lang="en"><head>{head}<title>{escape(title)}</title><style>{STYLE}</style></head>'
         f"<body>{''.join(sections)}</body></html>\n"
     )
 
