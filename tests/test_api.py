@@ -5,16 +5,20 @@ import math
 import signal
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
 import trainer
 from tests.conftest import make_documents
 from tests.helpers import trainer_here
+from trainer.checkpoint import METADATA_KEY
 from trainer.data.canonical import excluded_pairs
 from trainer.data.tokenizer import ByteTable
+from trainer.errors import UserError
 from trainer.evaluation import sliding
 from trainer.evaluation.windows import EvaluationConfig
+from trainer.lightning_module import LanguageModel
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +125,15 @@ def test_a_run_leaves_nothing_behind_in_the_process(run: trainer.TrainedRun):
     assert gc.get_freeze_count() == 0  # or its models would stay in memory for ever
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_lightnings_own_ways_without_our_data_or_sizes_say_what_to_use(tmp_path: Path):
+    model = LanguageModel(vocab_size=300, num_layers=2, model_dim=32)
+    checkpoint = {METADATA_KEY: {}, "state_dict": model.state_dict(), "pytorch-lightning_version": pl.__version__}
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match=r"use trainer\.load_artifact"):
+        LanguageModel.load_from_checkpoint(tmp_path / "a.ckpt", vocab_size=300, num_layers=2, model_dim=32)
+    loader = torch.utils.data.DataLoader(torch.zeros(4, 17, dtype=torch.int32))
+    bare = pl.Trainer(max_steps=1, logger=False, enable_checkpointing=False, accelerator="cpu")
+    with pytest.raises(UserError, match=r"datamodule=TokenData"):
+        bare.fit(model, train_dataloaders=loader)

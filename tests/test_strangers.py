@@ -655,6 +655,17 @@ def test_no_command_replaces_a_file_of_something_else(tmp_path: Path, shard_fold
             assert result.returncode == 0, result.stderr
 
 
+def test_validate_names_the_options_that_change_no_score(copied: Path):
+    ckpt = f"--ckpt={RUNS}/1/artifact.zst"
+    plain = trainer_here("validate", ckpt, "--model.compile=off", "--eval.stride=null", cwd=copied)
+    assert "no effect" not in plain.stdout
+    words = ["--model.num_layers=5", "--trainer.max_steps", "1", "--wallclock.seconds=5", "--run_name=x"]
+    result = trainer_here("validate", ckpt, "--eval.stride=null", *words, cwd=copied)
+    named = "--model.num_layers, --run_name, --trainer.max_steps, --wallclock.seconds"
+    assert f"warning: {named}: no effect on trainer validate" in result.stdout
+    assert score_of(result.stdout) == score_of(plain.stdout)
+
+
 def test_a_file_may_have_the_letters_of_a_pattern_in_its_name(tmp_path: Path):
     (tmp_path / "a [b]").mkdir()
     (tmp_path / "a [b]/c*.txt").write_text("text")

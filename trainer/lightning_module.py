@@ -94,6 +94,8 @@ class LanguageModel(pl.LightningModule):
     @property
     def sequence_length(self) -> int:
         """Tokens of a training sequence."""
+        if getattr(self.trainer, "datamodule", None) is None:
+            raise UserError("the model trains and scores with datamodule=TokenData(...) alone, not with other loaders")
         return int(self.trainer.datamodule.sequence_length)  # type: ignore[attr-defined]
 
     @override
@@ -299,6 +301,8 @@ class LanguageModel(pl.LightningModule):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model, before Lightning lists every tensor that differs, or of other data."""
+        if self._trainer is None:  # in `load_from_checkpoint`, which cannot know the model's sizes
+            raise UserError("use trainer.load_artifact(path) of an artifact; trainer export makes one of a checkpoint")
         self.check_resumable(checkpoint[METADATA_KEY], self.trainer.datamodule)  # type: ignore[attr-defined]
         # Lightning restores the weights before it converts the model, which would round those of 64-true.
         self.trainer.precision_plugin.convert_module(self)

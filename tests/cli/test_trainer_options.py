@@ -15,7 +15,8 @@ import yaml
 
 from tests.helpers import RUNS, small, trainer_here
 from trainer.checkpoint import load_checkpoint
-from trainer.cli.trainer_options import SETTLED, agree_with_launcher
+from trainer.cli.trainer_options import REPLACED_CALLBACKS, SETTLED, agree_with_launcher, check_callback
+from trainer.errors import UserError
 
 PROBED: dict[str, Any] = {}  # what the probe saw in the last run
 
@@ -120,6 +121,19 @@ def test_an_option_without_its_effect_is_refused(name: str, tmp_path: Path):
         (["--trainer.logger=false"], "metrics.csv is a part of every run"),
         (["--trainer.precision=bf16-true"], "the weights stay in float32; set --precision"),
         (["--trainer.default_root_dir=s3://bucket/runs"], "must be a folder, not an address"),
+        (["--trainer.val_check_interval=1.0"], "must be a whole number of at least 1, not 1.0"),
+        (["--trainer.precision=64", "--precision=32-true"], "both say the precision; leave one out"),
+        (["--trainer.num_nodes=2"], "trainer.num_nodes 2: nothing has started the other nodes"),
+        (["--trainer.callbacks+=WeightAveraging"], "trainer.callbacks WeightAveraging is not supported: set --averag"),
+        (["--trainer.callbacks=lightning.pytorch.callbacks.Timer"], "Timer is not supported: set --wallclock.seconds"),
+        (
+            ["--trainer.callbacks=[{class_path: StochasticWeightAveraging, init_args: {swa_lrs: 0.1}}]"],
+            "--averaging.method",
+        ),
+        (["--model.optimizer.matrix_lr=1e39"], "model.optimizer.matrix_lr 1e+39 is out of range"),
+        (["--trainer.max_steps=99999999999999999999999"], "trainer.max_steps 1e+23 is out of range"),
+        (["--model.bigram.buckets=99999999999999999999"], "model.bigram.buckets 1e+20 is out of range"),
+        (["--stability.history_steps=99999999999999999999"], "stability.history_steps 1e+20 is out of range"),
     ],
 )
 def test_a_value_without_its_effect_is_refused(args: list[str], message: str, tmp_path: Path):
@@ -127,6 +141,21 @@ def test_a_value_without_its_effect_is_refused(args: list[str], message: str, tm
     assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
     assert message in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_named(tmp_path: Path):
+    result = trainer_here("fit", "--trainer.accelerator=gpu", cwd=tmp_path)
+    assert result.stderr == "trainer: trainer.accelerator gpu: no GPU was found; leave it out to use the CPU\n"
+
+
+@pytest.mark.parametrize("name", REPLACED_CALLBACKS)
+def test_a_callback_of_the_same_name_may_be_the_users_own(name: str):
+    assert hasattr(pl.callbacks, name)
+    check_callback(f"mine.{name}")
+    for prefix in ("", "lightning.pytorch.callbacks.", "pytorch_lightning."):
+        with pytest.raises(UserError, match=f"trainer.callbacks {name} is not supported: "):
+            check_callback(f"{prefix}{name}")
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Lightning's CLI with our options: evaluation, callbacks, precision, run folders. It builds the objects of a run."""
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,17 +18,18 @@ from typing_extensions import override
 from trainer.callbacks import CALLBACKS
 from trainer.callbacks.checkpoint import AtomicCheckpointIO
 from trainer.callbacks.metrics_file import MetricsFile
-from trainer.cli.parser import ShortErrors
-from trainer.cli.trainer_options import agree_with_launcher, check_trainer_options
+from trainer.cli.parser import ShortErrors, split_options
+from trainer.cli.trainer_options import agree_with_launcher, check_callback, check_trainer_options
 from trainer.datamodule import TokenData
 from trainer.device import default_device, has_bfloat16
 from trainer.errors import UserError
 from trainer.evaluation.windows import EvaluationConfig
 from trainer.lightning_module import LanguageModel
 from trainer.quantize.artifact import Artifact
-from trainer.run_folder import RunFolder
+from trainer.run_folder import RunFolder, flatten
 
 C = TypeVar("C", bound=pl.Callback)
+LARGEST_INT, LARGEST_FLOAT = 2**53, 3e38  # what tensors and the schedule compute with
 Precision = Literal["auto", "bf16-mixed", "16-mixed", "32-true", "64-true"]
 
 DESCRIPTIONS = {
@@ -96,11 +98,17 @@ class TrainerCLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the given arguments; Lightning would warn about `sys.argv`."""
+        for name in split_options(args, "--trainer.callbacks,--trainer.callbacks+")[0]["trainer.callbacks"]:
+            check_callback(name)  # the parser has other words for some of them
         self.config = parser.parse_args(args)
         self.is_dry_run = self.config.pop("dry_run", False)  # no setting of the run
         seed = self.config.seed_everything
         if not isinstance(seed, bool) and seed is not None and not 0 <= seed < 2**32:
             raise UserError(f"seed_everything must be between 0 and {2**32 - 1}, not {seed}")
+        for name, number in flatten(self.config.as_dict()):
+            is_number = isinstance(number, int | float) and math.isfinite(number)
+            if is_number and abs(number) > (LARGEST_INT if isinstance(number, int) else LARGEST_FLOAT):
+                raise UserError(f"{name} {number:g} is out of range")
         if self.stored is not None:
             self.config = parser.parse_object({"model": self.stored.model.to_dict()}, namespace=self.config)
 
@@ -169,6 +177,11 @@ class TrainerCLI(LightningCLI):
             kwargs["accelerator"] = default_device().type
             if kwargs["accelerator"] == "cpu" and kwargs["devices"] == "auto":
                 kwargs["devices"] = 1
+        if options.precision is not None and self.config.precision != "auto":
+            raise UserError(
+                f"precision {self.config.precision} and trainer.precision {options.precision} both say the precision; "
+                "leave one out"
+            )
         if options.precision is None:
             on_gpu = kwargs.get("accelerator", options.accelerator) in ("cuda", "gpu")
             has_bf16 = on_gpu and has_bfloat16(default_device())

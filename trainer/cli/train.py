@@ -17,6 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from trainer.callbacks import CALLBACKS
 from trainer.callbacks.checkpoint import STOPPING
 from trainer.cli.dry_run import dry_run
 from trainer.cli.env_aliases import alias_options
@@ -43,6 +44,15 @@ from trainer.run_folder import RunFolder, flatten
 
 TRAIN_TOKENS = 1_048_576  # of the training split that are scored unless more are asked for
 SOURCES = 30  # that are printed
+# Options that validate takes, since it reads recipes, and that change no score; and those below them that may.
+ABOUT_TRAINING = (
+    *(name for name, _ in CALLBACKS if name != "progress"),
+    *("model", "run_name", "seed_everything", "tensorboard", "wandb"),
+    *("data.batch_tokens", "data.order", "data.seed", "eval.every_seconds", "eval.fit_tokens"),
+    *("trainer.callbacks", "trainer.limit_val_batches", "trainer.log_every_n_steps", "trainer.logger"),
+    *("trainer.max_steps", "trainer.overfit_batches", "trainer.val_check_interval"),
+)
+ABOUT_SCORING = {"model", "model.compile", "model.fused", "model.attention.backend"}
 
 
 def run(command: str, args: Sequence[str]) -> RunFolder | dict[str, Score] | None:
@@ -112,6 +122,7 @@ def run(command: str, args: Sequence[str]) -> RunFolder | dict[str, Score] | Non
             )
         if cli.is_dry_run:
             raise UserError("--dry_run belongs to trainer fit; leave it out")
+        _warn_of_no_effect(rest)
         is_cut = any(arg.startswith("--eval.max_tokens") for arg in rest)
         return validate(cli, stored, Path(ckpt), is_cut)
     if cli.is_dry_run:
@@ -178,6 +189,18 @@ def _to_score(ckpt: str | None, rest: list[str]) -> tuple[str, Artifact]:
     if is_averaged and Path(ckpt).is_file() and is_artifact(Path(ckpt)):
         raise UserError(f"--weights averaged: {ckpt} is an artifact, which holds one set of weights; leave it out")
     return ckpt, stored_weights(Path(ckpt), "averaged" if is_averaged else "live")
+
+
+def _warn_of_no_effect(args: list[str]) -> None:
+    """Name the options that say how to train, and so change no score."""
+    given = {arg.removeprefix("--").partition("=")[0].rstrip("+") for arg in args if arg.startswith("--")}
+    names = sorted(
+        f"--{name}"
+        for name in given - ABOUT_SCORING
+        if any(name == each or name.startswith(f"{each}.") for each in ABOUT_TRAINING)
+    )
+    if names:
+        logger.warning(f"{', '.join(names)}: no effect on trainer validate; the model is the one that is stored")
 
 
 def _recipe(path: Path, has_source: bool) -> str:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from trainer.device import default_device
 from trainer.errors import UserError
 
 # Option: the values that it may have, and what to use instead.
@@ -37,9 +38,36 @@ SETTLED: dict[str, tuple[tuple[Any, ...], str]] = {
     "sync_batchnorm": ((False,), "the model has no batch normalization"),
     "use_distributed_sampler": ((False,), "its padding would score windows twice"),
 }
+# Lightning's callbacks that would change nothing here, or what is stored.
+REPLACED_CALLBACKS = {
+    "BackboneFinetuning": "the model has no backbone",
+    "BatchSizeFinder": "set --model.micro_batch_tokens, whose auto finds what fits",
+    "EMAWeightAveraging": "set --averaging.method ema",
+    "GradientAccumulationScheduler": "set --model.micro_batch_tokens, which splits a step",
+    "LearningRateFinder": "compare rates with trainer sprint",
+    "RichProgressBar": "set --progress.mode",
+    "StochasticWeightAveraging": "set --averaging.method late_swa",
+    "TQDMProgressBar": "set --progress.mode",
+    "Timer": "set --wallclock.seconds, which the schedule knows",
+    "WeightAveraging": "set --averaging.method",
+}
 ACCELERATORS = ("auto", "cpu", "cuda", "gpu")
 POSITIVE = ("log_every_n_steps", "val_check_interval", "num_nodes")
 TRUE_PRECISIONS = (None, "16-mixed", "bf16-mixed", "32-true", "64-true", 16, 32, 64, "16", "32", "64", "bf16")
+
+
+def check_callback(name: str) -> None:
+    """Refuse a callback of Lightning that does not fit.
+
+    Args:
+        name: Its class, with or without its module.
+
+    Raises:
+        UserError: With what to use instead.
+    """
+    module, _, name = name.rpartition(".")
+    if name in REPLACED_CALLBACKS and module.split(".")[0] in ("", "lightning", "pytorch_lightning"):
+        raise UserError(f"trainer.callbacks {name} is not supported: {REPLACED_CALLBACKS[name]}")
 
 
 def check_trainer_options(options: Any) -> None:
@@ -61,10 +89,13 @@ def check_trainer_options(options: Any) -> None:
             f"trainer.accelerator {options.accelerator} is not supported: use cpu, or cuda for the GPUs of NVIDIA and "
             "AMD; Apple's have no float64, which exact sums need"
         )
+    if options.accelerator in ("cuda", "gpu") and default_device().type == "cpu":
+        raise UserError(f"trainer.accelerator {options.accelerator}: no GPU was found; leave it out to use the CPU")
+    for each in options.callbacks if isinstance(options.callbacks, list) else [options.callbacks]:
+        check_callback(getattr(each, "class_path", type(each).__name__))
     for name in POSITIVE:
         value = getattr(options, name)
-        is_number = isinstance(value, int | float)
-        if value is not None and not (is_number and value >= 1 and value == int(value)):
+        if value is not None and not (type(value) is int and value >= 1):
             raise UserError(f"trainer.{name} must be a whole number of at least 1, not {value}")
     if options.max_steps == 0 or options.max_steps < -1:
         raise UserError(f"trainer.max_steps must not be {options.max_steps}: at least 1, or -1 for no limit")
@@ -109,6 +140,11 @@ def agree_with_launcher(devices: Any, num_nodes: int) -> tuple[Any, int]:
     """
     launched = devices_of_launcher(os.environ)
     if launched is None:
+        if num_nodes > 1 and "NODE_RANK" not in os.environ:
+            raise UserError(
+                f"trainer.num_nodes {num_nodes}: nothing has started the other nodes, and this one would wait for "
+                "them; start all with torchrun or srun, as docs/multi-gpu.md shows"
+            )
         return devices, num_nodes
     name, local, nodes = launched
     wanted = local if devices in ("auto", -1) else _count(devices)

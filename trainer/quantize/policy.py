@@ -21,7 +21,8 @@ class QuantizationConfig:
         attention_bits: Bits of the attention matrices (2 to 8).
         bigram_bits: Bits of the bigram table and its projection (2 to 8).
         other_bits: Bits of any other large matrix (2 to 8).
-        fp16_key_blocks: Blocks whose key projection stays float16, modulo num_layers: -2 is the last but one.
+        fp16_key_blocks: Blocks whose key projection stays float16 (0 to num_layers - 1; others modulo num_layers, so
+            that -1 is the last).
         small_tensor: Largest number of elements of a tensor that stays float16 (at least 0).
         prune_frac: Fraction of each large matrix's smallest magnitudes that is set to zero before rounding (0 to 1).
         prune_above: Number of elements above which a matrix is large (at least 0).
