@@ -177,3 +177,25 @@ def test_the_command_prints_the_table_and_the_report_draws_it(runs: list[RunFold
     assert trainer_here("compare", folders[0], cwd=tmp_path).stderr.count("at least two run folders") == 1
     nowhere = trainer_here("compare", folders[0], "nowhere", cwd=tmp_path)
     assert nowhere.stderr == "trainer: nowhere: there is no such run folder\n"
+
+
+def test_other_code_is_named_and_another_script_is_another_setting(tmp_path: Path):
+    for seed in (1, 2):
+        make_run(tmp_path, f"base-seed{seed}", seed, 1.2, summary_code_sha256="a")
+        script = {"name": "plain.py", "sha256": "1"}
+        make_run(tmp_path, f"plain-seed{seed}", seed, 1.1, summary_code_sha256="a", summary_script=script)
+        make_run(tmp_path, f"new-seed{seed}", seed, 1.2, summary_code_sha256="b")
+    recipe = tmp_path / "recipe"
+    result = trainer_here("compare", *map(str, sorted(recipe.glob("[bp]*-seed*"))), cwd=tmp_path)
+    assert "warning" not in result.stdout
+    assert "| plain: script=plain.py | 2 |" in result.stdout
+    result = trainer_here("compare", str(recipe / "base-seed1"), str(recipe / "new-seed2"), cwd=tmp_path)
+    assert "warning: recipe/new-seed2: has other code than recipe/base-seed1" in result.stdout
+    changed = json.loads((recipe / "plain-seed2/summary.json").read_text())
+    for script, message in (
+        ({"name": "plain.py", "sha256": "2"}, "warning: recipe/plain-seed2: has other code than recipe/plain-seed1"),
+        ("plain.py", "summary.json has no right script"),
+    ):
+        (recipe / "plain-seed2/summary.json").write_text(json.dumps({**changed, "script": script}))
+        result = trainer_here("compare", *map(str, sorted(recipe.glob("plain-seed*"))), cwd=tmp_path)
+        assert message in result.stdout + result.stderr

@@ -100,6 +100,10 @@ def test_only_a_script_that_was_asked_for_the_sprint_runs_again(
         (["--data=nowhere"], "--data nowhere: holds no manifest.json"),
         (["--seeds=0"], "--seeds must be at least 1, not 0"),
         (["--steps=0"], "--steps must be at least 1, not 0"),
+        (["--set=seed_everything=7"], "--set seed_everything: a sprint sets it itself"),
+        (["--set=data.seed=7"], "--set data.seed: a sprint sets it itself"),
+        (["--set=trainer.max_steps=9"], "--set trainer.max_steps: a sprint sets it itself"),
+        (["--set=data.source.folder=x"], "--set data.source.folder: a sprint sets it itself"),
         (["--against=other"], "--against other: there is no finished run"),
     ],
 )
@@ -121,11 +125,18 @@ def test_the_users_own_script_runs_again_for_each_seed(data: Path, tmp_path: Pat
     options = ["--export.enabled=false", *TINY_OPTIONS]
     settings = [each for option in options for each in ("--set", option.removeprefix("--"))]
     args = ["sprint", "--config=int5mlp_10l", f"--data={data}", "--seeds=1", "--steps=3", *settings]
-    for name, program in (("mine", ["mine.py"]), ("plain", ["-m", "trainer"])):
-        command = [sys.executable, *program, *args, f"--name={name}"]
+    for name, program, more in (("plain", ["-m", "trainer"], []), ("mine", ["mine.py"], ["--against=plain"])):
+        command = [sys.executable, *program, *args, f"--name={name}", *more]
         result = subprocess.run(
             command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False, timeout=300
         )
         assert result.returncode == 0, result.stderr
     mine, plain = (RunFolder(tmp_path / f"runs/int5mlp_10l/{name}-seed1").read() for name in ("mine", "plain"))
     assert mine.summary["val_bpb"] != plain.summary["val_bpb"]
+    script = {"name": "mine.py", "sha256": sha256_of(tmp_path / "mine.py")}
+    assert (mine.summary["script"], "script" in plain.summary) == (script, False)
+    base, row = result.stdout.splitlines()[-2:]
+    assert (base.split(" | ")[0], row.split(" | ")[0]) == ("| plain: int5mlp_10l", "| mine: script=mine.py")
+    assert f"{mine.summary['val_bpb'] - plain.summary['val_bpb']:+.4f}" in row
+    again = trainer_here("rerun", str(mine.folder), cwd=tmp_path)
+    assert "warning: mine-seed1 was started by mine.py (" in again.stdout.replace("int5mlp_10l/", "")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from trainer.errors import UserError
+from trainer.logging import logger
 from trainer.run_folder import RunData, why_incomparable
 
 STAGES = ("live_plain", "averaged_plain", "artifact_plain")
@@ -79,6 +80,7 @@ def group_runs(runs: list[RunData]) -> list[Group]:
     settings = [
         {key: value for key, value in run.config.items() if value is not None and is_compared(key)}
         | {"tokenizer": run.summary["tokenizer_sha256"][:12]}
+        | ({"script": script["name"]} if (script := run.summary.get("script")) else {})
         for run in runs
     ]
     groups: list[tuple[dict[str, object], dict[Seed, RunData]]] = []
@@ -98,6 +100,19 @@ def group_runs(runs: list[RunData]) -> list[Group]:
 def is_compared(key: str) -> bool:
     """Whether runs that differ in this setting are other experiments."""
     return not any(key == name or (name.endswith(".") and key.startswith(name)) for name in NOT_COMPARED)
+
+
+def warn_of_other_code(runs: list[RunData]) -> None:
+    """Name the runs whose code, or whose user's script, is another one than that of the first run with its setting."""
+    code = [(run.summary.get("code_sha256"), run.summary.get("script")) for run in runs]
+    others = [run.name for run, each in zip(runs, code, strict=True) if each[0] != code[0][0]]
+    scripts: dict[str, tuple[str, str]] = {}
+    for run, (_, script) in zip(runs, code, strict=True):
+        if script and scripts.setdefault(script["name"], (script["sha256"], run.name))[0] != script["sha256"]:
+            others.append(run.name)
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        logger.warning(f"{others[0]}{more}: has other code than {runs[0].name}, so more than a setting may differ")
 
 
 def _name(first: RunData, base: dict[str, object], setting: dict[str, object], members: dict[Seed, RunData]) -> str:

@@ -294,6 +294,9 @@ def _check_types(summary: dict[str, Any]) -> None:
     for name, kind in checks:
         if not isinstance(summary.get(name, ()), kind):
             raise ValueError(f"summary.json has no right {name}")
+    script = summary.get("script", {"name": "", "sha256": ""})
+    if not isinstance(script, dict) or not all(isinstance(script.get(name), str) for name in ("name", "sha256")):
+        raise ValueError("summary.json has no right script")
     stages = summary.get("stages")
     if not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
         raise ValueError("summary.json has no right stages")

@@ -26,6 +26,7 @@ from trainer.quantize.export import SIZE_CAP, export
 from trainer.quantize.policy import QuantizationConfig
 from trainer.report.build import build_report
 from trainer.run_folder import RunFolder
+from trainer.script import script_record
 from trainer.source_bundle import source_bundle
 from trainer.summary import log_summary, make_summary
 
@@ -61,6 +62,7 @@ class PostTrainExport(pl.Callback):
         self.weights = weights
         self.enabled = enabled
         self.code = b""  # of the run, as it was when the run began
+        self.script: dict[str, str] | None = None  # that patched it
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: LanguageModel, stage: str) -> None:
@@ -75,6 +77,7 @@ class PostTrainExport(pl.Callback):
             )
         if trainer.is_global_zero:  # the others neither save nor export
             self.code = source_bundle()
+            self.script = script_record(self.code)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
@@ -127,6 +130,7 @@ class PostTrainExport(pl.Callback):
                 "averaged_steps": averaging.count if averaging else 0,
                 "weights": "averaged" if averaged else "live",
                 "code_sha256": hashlib.sha256(self.code).hexdigest(),
+                **({"script": self.script} if self.script else {}),
                 **({"ancestry": start.ancestry} if start and start.ancestry else {}),
             }
             stages.finish(weights, stored)

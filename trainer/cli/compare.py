@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from trainer.cli.parser import CommandParser
-from trainer.comparison import as_markdown, group_runs, table
+from trainer.comparison import as_markdown, group_runs, table, warn_of_other_code
 from trainer.errors import UserError
 from trainer.paired import compare_documents, moved_table, read_table, sentences
 from trainer.run_folder import RunFolder
@@ -31,6 +31,7 @@ def compare(runs: list[str]) -> None:
     data = [RunFolder(run).read() for run in runs]
     if len(runs) < 2:
         raise UserError("compare needs at least two run folders; give several seeds of each setting")
+    warn_of_other_code(data)
     print(as_markdown(table(group_runs(data))))
 
 

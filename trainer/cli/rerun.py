@@ -12,6 +12,7 @@ from trainer.data.identity import fingerprint, identify
 from trainer.errors import OptionError, UserError
 from trainer.logging import counted, logger, quiet_libraries
 from trainer.run_folder import RunData, RunFolder
+from trainer.script import script_record
 from trainer.source_bundle import source_bundle, sources_of
 from trainer.versions import versions
 
@@ -63,6 +64,12 @@ def _tell_changes(first: RunData, now: dict[str, str]) -> None:
     code = source_bundle()
     if hashlib.sha256(code).hexdigest() != first.summary.get("code_sha256"):
         logger.warning(f"the trainer's code is not that of {first.name}: {_changed_files(first.folder, code)}")
+    scripts = [first.summary.get("script"), script_record(code)]
+    if scripts[0] != scripts[1]:
+        names = [f"{script['name']} ({script['sha256'][:12]})" if script else "trainer itself" for script in scripts]
+        logger.warning(
+            f"{first.name} was started by {names[0]}, this run by {names[1]}; a script may patch the trainer"
+        )
     before = first.summary["versions"]
     changes = [f"{name} {before.get(name)} is {now[name]} now" for name in now if before.get(name) != now[name]]
     if changes:

@@ -8,15 +8,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from trainer.cli.parser import CommandParser
-from trainer.comparison import as_markdown, group_runs, table
+from trainer.comparison import as_markdown, group_runs, table, warn_of_other_code
 from trainer.data.manifest import NAME, Manifest
 from trainer.device import gpu_count
 from trainer.errors import UserError
 from trainer.logging import logger
 from trainer.recipes import find_recipe
 from trainer.run_folder import RunFolder
+from trainer.script import user_script
 
 INSIDE = "GOLF_TRAINER_SPRINT"  # set for the runs of a sprint
+# Settings of fit that a sprint makes itself.
+OWN = (
+    *("ckpt", "config", "data.seed", "dry_run", "run_name", "seed_everything"),
+    *("trainer.default_root_dir", "trainer.devices", "trainer.max_steps", "wallclock.seconds"),
+)
 SECONDS = 300.0  # of training, the yardstick of docs/ablations.md
 
 
@@ -49,6 +55,10 @@ def sprint(
     """
     if INSIDE in os.environ:
         raise UserError("a script that a sprint runs for each seed must not start a sprint itself; let it call main()")
+    for setting in settings:
+        key = setting.partition("=")[0]
+        if key in OWN or key.startswith("data.source"):
+            raise UserError(f"--set {key}: a sprint sets it itself, by --seeds, --seconds, --steps, --data or --runs")
     if seeds < 1:
         raise UserError(f"--seeds must be at least 1, not {seeds}")
     if steps is not None and steps < 1:
@@ -87,16 +97,19 @@ def sprint(
             for seed, each in enumerate(names, 1)
         ]
     )
-    print(as_markdown(table(group_runs([run.read() for run in [*base, *new_runs]]))))
+    finished = [run.read() for run in [*base, *new_runs]]
+    warn_of_other_code(finished)
+    try:
+        print(as_markdown(table(group_runs(finished))))
+    except UserError:
+        print(as_markdown(table(group_runs(finished[len(base) :]))))  # what was trained for is shown in any case
+        raise
 
 
 def program() -> list[str]:
     """The command that runs this program again: a user's own script, which may change more than options do, or ours."""
-    main = sys.modules["__main__"]
-    script = getattr(main, "__file__", None)
-    is_script = getattr(main, "__spec__", None) is None and str(script).endswith(".py")
-    is_script &= sys.argv[1:2] == ["sprint"]  # else it would not understand `fit`
-    return [sys.executable, str(script)] if is_script else [sys.executable, "-m", "trainer"]
+    script = user_script("sprint")  # one without that argument would not understand `fit`
+    return [sys.executable, *(["-m", "trainer"] if script is None else [str(script)])]
 
 
 def _finished(folder: Path, name: str) -> list[RunFolder]:
