@@ -17,6 +17,7 @@ from benchmarks.subject import load, matmul_rate, report
 from trainer.device import synchronize
 from trainer.lightning_module import LanguageModel
 from trainer.model.flops import forward_flops
+from trainer.optim.muon_adamw import MuonAdamW
 from trainer.step import StepFence, clip_gradients, train_step
 
 
@@ -40,6 +41,7 @@ class Stopwatch(pl.Callback):
         model = pl_module.model
         saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         optimizer, fence = pl_module.configure_optimizers(), StepFence(pl_module.device)
+        assert isinstance(optimizer, MuonAdamW)
         stream = trainer.train_dataloader.dataset  # type: ignore[union-attr]
 
         def backward(loss: Tensor, last: bool) -> None:

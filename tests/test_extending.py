@@ -13,6 +13,7 @@ import pytest
 
 from tests.conftest import ROOT, TEXT
 from tests.helpers import python
+from trainer.checkpoint import load_checkpoint
 from trainer.quantize.container import read_container
 
 DOCUMENT = (ROOT / "docs/extending.md").read_text()
@@ -43,7 +44,7 @@ def run(command: str, cwd: Path, *more: str, **env: str) -> str:
 
 
 def test_the_examples_run(workplace: Path):
-    stop, poems, store, validate, _, plain = COMMANDS
+    stop, poems, store, validate, _, plain, adamw = COMMANDS
     output = run(stop, workplace, *SMALL, *PYTHON_TEXT, "--trainer.callbacks.bpb=100")
     assert "trained     4 steps" in output  # the first validation was good enough
     muon, other = (
@@ -51,6 +52,10 @@ def test_the_examples_run(workplace: Path):
         for name in ("1", run(plain, workplace, *SMALL, *PYTHON_TEXT, "--run_name=plain") and "plain")
     )
     assert muon != other
+    output = run(adamw, workplace, *SMALL, *PYTHON_TEXT, "--run_name=adamw")
+    assert "trained     12 steps" in output
+    state = load_checkpoint(workplace / "runs/quickstart/adamw/checkpoints/last.ckpt")["optimizer_states"][0]
+    assert [set(each) for each in state["state"].values()] == [{"step", "exp_avg", "exp_avg_sq"}] * len(state["state"])
     run(store, workplace)
     before, after = (
         {name: tensor.kind for name, tensor in read_container(workplace / path)[1].items()}
@@ -77,7 +82,7 @@ def test_the_option_of_the_model_is_a_patch_that_applies_trains_and_is_stored(wo
         shutil.copytree(ROOT / part, clone / part)
     (patch,) = re.findall(r"```diff\n(.*?)```", DOCUMENT, re.DOTALL)
     subprocess.run(["git", "apply", "-"], cwd=clone, input=patch, text=True, check=True)
-    output = run(COMMANDS[-2], workplace, *SMALL, *PYTHON_TEXT, "--run_name=leaky", PYTHONPATH=str(clone))
+    output = run(COMMANDS[4], workplace, *SMALL, *PYTHON_TEXT, "--run_name=leaky", PYTHONPATH=str(clone))
     assert "trained     12 steps" in output
     header, _ = read_container(workplace / "runs/quickstart/leaky/artifact.zst")
     assert header["model"]["mlp"]["negative_slope"] == 0.5

@@ -126,7 +126,7 @@ class LanguageModel(pl.LightningModule):
         return torch.compile(model.nll, fullgraph=True, dynamic=False) if self.is_compiled else model.nll
 
     @override
-    def configure_optimizers(self) -> MuonAdamW:
+    def configure_optimizers(self) -> torch.optim.Optimizer:
         return MuonAdamW(parameter_groups(self.model, self.optimizer_config), self.optimizer_config)
 
     @override
@@ -148,7 +148,7 @@ class LanguageModel(pl.LightningModule):
         """Train on the tokens of one step, (sequences, sequence_length + 1)."""
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
-        self.set_rates(optimizer.optimizer)  # type: ignore[arg-type]
+        self.set_rates(optimizer.optimizer)
         optimizer.zero_grad()
         self.model.is_looped = self.progress >= self.model.config.loop.start_frac
 
@@ -189,13 +189,17 @@ class LanguageModel(pl.LightningModule):
         assert hasattr(strategy, "block_backward_sync") or self.trainer.world_size == 1
         return strategy.block_backward_sync() if hasattr(strategy, "block_backward_sync") else torch.enable_grad()
 
-    def set_rates(self, optimizer: MuonAdamW) -> None:
-        """Set learning rates and momentum of the next step."""
+    def set_rates(self, optimizer: torch.optim.Optimizer) -> None:
+        """Set the learning rates of the next step, and Muon's momentum."""
         limit = self.trainer.max_steps if self.trainer.max_steps > 0 else None
         step = self.steps_done
         self.lr_multiplier = lr_multiplier(self.schedule, step, limit, self.clock.reading, self.clock.budget)
-        momentum = muon_momentum(self.schedule, step, self.optimizer_config.momentum)
-        optimizer.set_rates(self.lr_multiplier, momentum)
+        if isinstance(optimizer, MuonAdamW):
+            momentum = muon_momentum(self.schedule, step, self.optimizer_config.momentum)
+            optimizer.set_rates(self.lr_multiplier, momentum)
+        else:  # of a user's own `configure_optimizers`
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr_multiplier * group.setdefault("initial_lr", group["lr"])
 
     def mfu(self, flops: float, seconds: float) -> float | None:
         """Model FLOPs utilization (0 to 1), where the peak of the device is known.
@@ -210,10 +214,13 @@ class LanguageModel(pl.LightningModule):
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip here: gradients are unscaled (fp16) and summed over the processes."""
-        assert isinstance(optimizer, MuonAdamW)
         self.updating = True
         self.gradient_norms = clip_gradients(self.model.parameters(), self.optimizer_config.grad_clip_norm)
-        optimizer.finite = self.gradient_norms.total.isfinite()
+        is_finite = self.gradient_norms.total.isfinite()
+        if isinstance(optimizer, MuonAdamW):
+            optimizer.finite = is_finite
+        elif not is_finite:  # another one cannot mask its update, so the host waits for each step
+            optimizer.zero_grad()
 
     def score_model(self, name: str, model: Transformer, evaluation: EvaluationConfig, tokens: Tensor) -> Score:
         """Score a model with this run's kernels, on all processes.
