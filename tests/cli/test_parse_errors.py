@@ -43,6 +43,10 @@ SIZE = "--data.source.vocab_size=abc"
         ),
         (["fit", "--data.source.nothing=3"], "--data.source.nothing: PythonDocumentation has no such option"),
         (["fit", "--data.source=Nothing"], "--data.source: there is no class Nothing; give one of LocalText, "),
+        (
+            ["fit", "--model.optimizer=torch.optim.AdamW"],
+            "--model.optimizer: is a group of options, not a class",
+        ),
         (["fit", "--trainer.callbacks=EarlyStopping"], "--trainer.callbacks.monitor: missing, but EarlyStopping needs"),
         (["fit", "--config=bad.yaml"], "--model.num_layers: must be a whole number, not many"),
         (

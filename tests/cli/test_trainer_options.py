@@ -123,6 +123,7 @@ def test_an_option_without_its_effect_is_refused(name: str, tmp_path: Path):
         (["--trainer.default_root_dir=s3://bucket/runs"], "must be a folder, not an address"),
         (["--trainer.val_check_interval=1.0"], "must be a whole number of at least 1, not 1.0"),
         (["--trainer.precision=64", "--precision=32-true"], "both say the precision; leave one out"),
+        (["--trainer.logger=MLFlowLogger"], "trainer: MLFlowLogger: Requirement 'mlflow>=1.0.0' not met."),
         (["--trainer.num_nodes=2"], "trainer.num_nodes 2: nothing has started the other nodes"),
         (["--trainer.callbacks+=WeightAveraging"], "trainer.callbacks WeightAveraging is not supported: set --averag"),
         (["--trainer.callbacks=lightning.pytorch.callbacks.Timer"], "Timer is not supported: set --wallclock.seconds"),
@@ -147,6 +148,8 @@ def test_a_value_without_its_effect_is_refused(args: list[str], message: str, tm
 def test_a_gpu_that_is_not_there_is_named(tmp_path: Path):
     result = trainer_here("fit", "--trainer.accelerator=gpu", cwd=tmp_path)
     assert result.stderr == "trainer: trainer.accelerator gpu: no GPU was found; leave it out to use the CPU\n"
+    result = trainer_here("fit", "--trainer.devices=abc", cwd=tmp_path)
+    assert result.stderr.startswith("trainer: trainer.devices abc: `devices` selected with `CPUAccelerator` should be")
 
 
 @pytest.mark.parametrize("name", REPLACED_CALLBACKS)

@@ -208,7 +208,8 @@ class TrainerCLI(LightningCLI):
         except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError, RuntimeError) as error:
             if run is not None:
                 run.remove_if_unused()
-            raise UserError(first_line(error)) from error
+            where = f"trainer.devices {options.devices}: " if "`devices`" in str(error) else ""
+            raise UserError(f"{where}{first_line(error)}") from error
         trainer.fit_loop.__class__ = FitLoop  # Lightning has no argument for its loops
         trainer.fit_loop.epoch_loop.__class__ = EpochLoop
         trainer._checkpoint_connector.__class__ = CheckpointConnector  # nor for this

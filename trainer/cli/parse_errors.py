@@ -12,6 +12,10 @@ REQUIRED = re.compile(r"the following arguments are required: (\w+(?:, \w+)*)")
 NOT_ACCEPTED = re.compile(r"Option '([^']+)' is not accepted")
 NO_CLASS = re.compile(r".*Expected a dot import path string: (\S+)")
 NOT_A_GROUP = re.compile(r"Unable to load config .(null|true|false|[0-9.]+)")
+NOT_A_CLASS = re.compile(r"Subclasses are disabled for")
+FAILED_CLASS = re.compile(
+    r".*?Problem with given class_path '(?:[^']*\.)?([^'.]+)': (.*?)(?: - Expected| Given value|$)"
+)
 MISSING = re.compile(r".*?(No module named '[^']+'|module '[^']+' has no attribute '[^']+')")
 VALUE = re.compile(r"(?:Got|Given) value: ?(.*?)(?= ?- Expected|$)")
 TYPE = re.compile(r"Expected a <class '([^']+)'>")
@@ -26,6 +30,13 @@ def reword(message: str) -> str:
     return _of_key(*parsed.groups()) if parsed else line
 
 
+def reword_failure(message: str) -> str:
+    """Why an object could not be made, on one line; of a class in a union, what the class itself says."""
+    line = " ".join(message.split())
+    failed = FAILED_CLASS.match(line)
+    return f"{failed[1]}: {failed[2]}" if failed else line
+
+
 def _of_key(key: str, reason: str) -> str:
     """The reason why the value of an option is refused."""
     value = VALUE.search(reason)
@@ -33,6 +44,8 @@ def _of_key(key: str, reason: str) -> str:
     names = list(dict.fromkeys(NAMES.get(name, name) for name in types))
     if NOT_A_GROUP.match(reason):
         return f"--{key}: is a group of options, not one; --help {key} lists them, with what null turns off"
+    if NOT_A_CLASS.match(reason):
+        return f"--{key}: is a group of options, not a class; docs/extending.md shows how to use code of your own"
     if missing := MISSING.match(reason):
         return f"--{key}: {missing[1]}; modules are found in this folder and among the installed packages"
     if in_class := IN_CLASS.match(reason):

@@ -24,6 +24,7 @@ from trainer.cli.env_aliases import alias_options
 from trainer.cli.held_out import held_out_tokens
 from trainer.cli.help import first_help, help_of, parts_named, take_help
 from trainer.cli.lightning_cli import TrainerCLI, first_line, make_parser
+from trainer.cli.parse_errors import reword_failure
 from trainer.cli.parser import split_options
 from trainer.cli.resume import last_checkpoint, resume, start_from
 from trainer.cli.trusted_settings import settings_beside
@@ -110,7 +111,7 @@ def run(command: str, args: Sequence[str]) -> RunFolder | dict[str, Score] | Non
     try:
         cli = TrainerCLI(command, recipe, [*recipes, *aliases, *rest], stored, reopens=ckpt == "last")
     except ValueError as error:  # a setting out of range, refused by the part it belongs to
-        raise UserError(str(error)) from error
+        raise UserError(reword_failure(str(error))) from error
     except RuntimeError as error:
         if "allocate memory" not in str(error):
             raise
