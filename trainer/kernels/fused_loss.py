@@ -42,7 +42,7 @@ def softcapped_nll(
 
     Args:
         logits: (N, V), 16-bit.
-        targets: (N,), any integer type; a negative one costs nothing.
+        targets: (N,), any integer type.
         cap: Softcap of the logits, at most 40.
         previous: (N,), any integer type: the token before each target; only used with `excluded`.
         excluded: (V, V) bool: tokens that have no probability after a token, among them no target.

@@ -43,10 +43,9 @@ def _forward(
         below = 2 * cap / (1 + tl.exp(x * (2 / cap)))  # how far the logit stays below the cap
         total += tl.where(inside, tl.exp(-below), 0.0)
     added = tl.sum(total)
-    target = tl.load(targets + row)
-    x = tl.load(logits + tl.maximum(target, 0)).to(tl.float32)
+    x = tl.load(logits + tl.load(targets + row)).to(tl.float32)
     below = 2 * cap / (1 + tl.exp(x * (2 / cap)))
-    tl.store(nll + row, tl.where(target < 0, 0.0, tl.log(added) + below))
+    tl.store(nll + row, tl.log(added) + below)
     tl.store(sums + row, added)
 
 
@@ -70,7 +69,7 @@ def _backward(
         excluded += tl.load(previous + row).to(tl.int64) * vocab_size
     out += row * vocab_size
     target = tl.load(targets + row)
-    g = tl.where(target < 0, 0.0, tl.load(grad + row))
+    g = tl.load(grad + row)
     inverse = 1 / tl.load(sums + row)
     column = tl.arange(0, block)
     for start in range(0, vocab_size, block):

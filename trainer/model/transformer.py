@@ -348,7 +348,7 @@ class Transformer(nn.Module):
 
         Args:
             ids: (B, T) tokens.
-            targets: (B, T) tokens that follow them; -1 costs nothing.
+            targets: (B, T) tokens that follow them.
             start_pos: First position that is scored.
             excluded: (V, V) bool: tokens that have no probability after a token.
 
@@ -374,4 +374,4 @@ class Transformer(nn.Module):
         logits = self.logits(hidden)
         if excluded is not None:
             logits = logits.masked_fill(excluded[ids.long()], float("-inf"))
-        return F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
+        return F.cross_entropy(logits, targets, reduction="none")

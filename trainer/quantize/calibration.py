@@ -93,13 +93,13 @@ def calibrate(model: Transformer, batches: Iterable[Tensor]) -> dict[str, Moment
     try:
         _set_hooks(model, True)
         for tokens in batches:
-            ids, targets = tokens[:, :-1].clamp(min=0), tokens[:, 1:].long()
+            ids, targets = tokens[:, :-1], tokens[:, 1:].long()
             with torch.enable_grad():
                 hidden = model.hidden(ids)
                 logits = F.linear(hidden, weight.to(hidden.dtype))
                 sums[head].add(hidden, logits)
                 capped = model.softcap(logits).flatten(0, 1)
-                F.cross_entropy(capped, targets.flatten(), ignore_index=-1, reduction="sum").backward()
+                F.cross_entropy(capped, targets.flatten(), reduction="sum").backward()
             positions += ids.numel()
             model.zero_grad()
     finally:
