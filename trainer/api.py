@@ -20,11 +20,10 @@ from trainer.generation import SamplingConfig, continue_text
 from trainer.loading import load_artifact
 from trainer.logging import only_warnings
 from trainer.model.transformer import Transformer
+from trainer.recipes import DEFAULT
 from trainer.run_folder import RunFolder
 
 __all__ = ["TrainedRun", "Validation", "fit", "generate", "load_artifact", "score", "validate"]
-
-DEFAULT_RECIPE = "quickstart"
 
 
 class TrainedRun(NamedTuple):
@@ -58,7 +57,7 @@ class Validation(NamedTuple):
     scores: dict[str, Score]
 
 
-def fit(recipe: str = DEFAULT_RECIPE, overrides: Mapping[str, Any] | None = None, quiet: bool = False) -> TrainedRun:
+def fit(recipe: str = DEFAULT, overrides: Mapping[str, Any] | None = None, quiet: bool = False) -> TrainedRun:
     """Train a recipe, export it and score the artifact, as `trainer fit` does.
 
     Args:
@@ -72,7 +71,7 @@ def fit(recipe: str = DEFAULT_RECIPE, overrides: Mapping[str, Any] | None = None
     if "dry_run" in (overrides or {}):
         raise UserError("dry_run: trainer.fit makes a run; for a forecast use the command trainer fit --dry_run")
     # The default is not named: variables of the published script count only for a recipe that somebody named.
-    config = [] if recipe == DEFAULT_RECIPE else [f"--config={recipe}"]
+    config = [] if recipe == DEFAULT else [f"--config={recipe}"]
     folder = _run("fit", [*config, *_arguments(overrides)], quiet)
     assert isinstance(folder, RunFolder)
     summary = folder.read().summary

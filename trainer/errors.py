@@ -5,6 +5,11 @@ class UserError(Exception):
     """Bad input. The message says what is wrong, where, the value, and how to mend it."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return str(error).strip().split("\n")[0]
+
+
 class OptionError(UserError):
     """An option that cannot be parsed; the message begins with the command.
 

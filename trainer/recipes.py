@@ -10,6 +10,8 @@ import yaml
 
 from trainer.errors import UserError
 
+DEFAULT = "quickstart"  # the recipe where none is named
+
 
 class _UniqueKeys(yaml.SafeLoader):
     """YAML in which a key may occur once: of two, the later would win in silence, with all that is below it."""

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from trainer.cli.parser import CommandParser
-from trainer.data.manifest import check_vocabulary, documents_of
+from trainer.data.manifest import TOKENIZER, check_vocabulary, documents_of
 from trainer.data.shards import open_shard
 from trainer.data.source import list_shards
 from trainer.data.tokenizer import BOS, ByteTable, load_tokenizer
@@ -29,7 +29,7 @@ def inspect(folder: str, tokenizer: str | None = None, documents: int = 3) -> No
     """
     if not Path(folder).is_dir():
         raise UserError(f"{folder}: is not a folder; give one with token shards, such as data/python-documentation")
-    text = list_shards(Path(folder), Path(tokenizer) if tokenizer else Path(folder) / "tokenizer.model")
+    text = list_shards(Path(folder), Path(tokenizer) if tokenizer else Path(folder) / TOKENIZER)
     processor = load_tokenizer(text.tokenizer)
     table = ByteTable.from_tokenizer(processor)
     lengths: list[np.ndarray] = []

@@ -20,9 +20,10 @@ from trainer.callbacks.checkpoint import AtomicCheckpointIO
 from trainer.callbacks.metrics_file import MetricsFile
 from trainer.cli.parser import ShortErrors, split_options
 from trainer.cli.trainer_options import agree_with_launcher, check_callback, check_trainer_options
+from trainer.data.documents import FIELD
 from trainer.datamodule import TokenData
 from trainer.device import default_device, has_bfloat16
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 from trainer.evaluation.windows import EvaluationConfig
 from trainer.lightning_module import LanguageModel
 from trainer.quantize.artifact import Artifact
@@ -163,7 +164,7 @@ class TrainerCLI(LightningCLI):
             text = "Files, folders and glob patterns with text to score instead of the run's; no shards are needed."
             parser.add_argument("--text", type=list[str] | str | None, help=text)
             text = "Field of a .jsonl line, or column of a .parquet file, that holds the text to score."
-            parser.add_argument("--text_field", type=str, default="text", help=text)
+            parser.add_argument("--text_field", type=str, default=FIELD, help=text)
             text = "Field or column that says where a document comes from, for a score by source; default: its file."
             parser.add_argument("--source_field", type=str | None, help=text)
 
@@ -292,11 +293,6 @@ class CheckpointConnector(_CheckpointConnector):
     @property
     def _hpc_resume_path(self) -> None:
         return None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return str(error).strip().split("\n")[0]
 
 
 def resolve_precision(requested: str, on_gpu: bool, has_bf16: bool) -> str:

@@ -13,7 +13,7 @@ from trainer.data.sources import Source
 from trainer.data.tokenizer import check_case_markup, load_tokenizer
 from trainer.errors import UserError
 from trainer.logging import counted, logger
-from trainer.recipes import find_recipe, load_recipe
+from trainer.recipes import DEFAULT, find_recipe, load_recipe
 
 
 class PrepareParser(ShortErrors, ArgumentParser):
@@ -29,7 +29,7 @@ def make_parser() -> PrepareParser:
         "--data.source.folder data/mine",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", default="quickstart", help="Recipe, by name or path.")
+    parser.add_argument("--config", default=DEFAULT, help="Recipe, by name or path.")
     parser.add_argument(
         "--verify", action="store_true", help="Make nothing: read every shard again and compare it with the manifest."
     )
@@ -52,7 +52,7 @@ def run(args: list[str]) -> None:
     """
     parser = make_parser()
     given, _ = split_options(args, "--config", "--data.source,--data.source.class_path")
-    path = find_recipe((given["config"] or ["quickstart"])[-1])
+    path = find_recipe((given["config"] or [DEFAULT])[-1])
     recipe = load_recipe(path)
     data, model = _section(recipe, "data"), _section(recipe, "model")
     parser.set_defaults({"data.case_markup": data.get("case_markup")})

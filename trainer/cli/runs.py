@@ -9,15 +9,13 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Any, Literal
 
-import yaml
-
 from trainer.cli.parser import CommandParser
 from trainer.comparison import as_markdown
 from trainer.errors import OptionError, UserError
 from trainer.files import atomic_write, check_replaceable
 from trainer.lock import is_held
 from trainer.logging import counted
-from trainer.run_folder import RunFolder, flatten
+from trainer.run_folder import RunFolder
 
 State = Literal["finished", "running", "interrupted", "failed"]
 COLUMNS = ("run", "state", "text", "steps", "bpb", "bytes", "last change")
@@ -141,11 +139,7 @@ def _is_run(run: RunFolder) -> bool:
 
 def _listed(run: RunFolder) -> Listed:
     """Read what a folder says of its run; what cannot be read is left out."""
-    try:
-        loaded = yaml.safe_load(run.config.read_text())
-        config = dict(flatten(loaded)) if isinstance(loaded, dict) else {}
-    except (OSError, ValueError, yaml.YAMLError):
-        config = {}
+    config = run.settings()
     summary = run.read_summary() or {}
     files = [path for path in (run.log, run.summary, run.last_checkpoint, run.config) if path.is_file()]
     has_checkpoint = run.last_checkpoint.is_file() or bool(run.step_checkpoints())

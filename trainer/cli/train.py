@@ -23,7 +23,7 @@ from trainer.cli.dry_run import dry_run
 from trainer.cli.env_aliases import alias_options
 from trainer.cli.held_out import held_out_tokens
 from trainer.cli.help import first_help, help_of, parts_named, take_help
-from trainer.cli.lightning_cli import TrainerCLI, first_line, make_parser
+from trainer.cli.lightning_cli import TrainerCLI, make_parser
 from trainer.cli.parse_errors import reword_failure
 from trainer.cli.parser import split_options
 from trainer.cli.resume import last_checkpoint, resume, start_from
@@ -32,7 +32,7 @@ from trainer.data.documents import FIELD
 from trainer.data.scored_text import ScoredText
 from trainer.datamodule import TokenData
 from trainer.distributed import is_lost_process
-from trainer.errors import OptionError, UserError
+from trainer.errors import OptionError, UserError, first_line
 from trainer.evaluation.metric import Score
 from trainer.evaluation.per_document import FIRST_COLUMNS, DocumentScores, by_source, write_csv
 from trainer.files import check_replaceable
@@ -40,7 +40,7 @@ from trainer.loading import is_artifact, stored_weights
 from trainer.lock import exclusive
 from trainer.logging import counted, logger, logging_to, quiet_libraries
 from trainer.quantize.artifact import Artifact
-from trainer.recipes import find_recipe, load_recipe
+from trainer.recipes import DEFAULT, find_recipe, load_recipe
 from trainer.run_folder import RunFolder, flatten
 
 TRAIN_TOKENS = 1_048_576  # of the training split that are scored unless more are asked for
@@ -85,7 +85,7 @@ def run(command: str, args: Sequence[str]) -> RunFolder | dict[str, Score] | Non
         alias_ckpts, aliases = split_options(aliases, "--ckpt")
         ckpt = ckpt or (alias_ckpts["ckpt"][-1] if alias_ckpts["ckpt"] else None)
     if not configs and command == "fit":
-        configs = ["quickstart"]
+        configs = [DEFAULT]
     stored = None
     if command == "validate" and about is None:
         ckpt, stored = _to_score(ckpt, rest)

@@ -13,7 +13,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from trainer.data.retokenize import MarkedCopy
 from trainer.data.shards import open_shard
 from trainer.data.source import PreparedText, Source
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 from trainer.files import sha256_of
 from trainer.logging import counted, logger
 
@@ -172,7 +172,7 @@ class PublishedFineWeb(Source):
         except Exception as error:  # the Hub's HTTP library, and with it the classes, differs between its versions
             raise UserError(
                 f"{self.repo_id}: is not completely in the Hub's cache, and its list of files cannot be read "
-                f"({_first_line(error)}); go online once and run `trainer prepare`, or use another data.source"
+                f"({first_line(error)}); go online once and run `trainer prepare`, or use another data.source"
             ) from error
         size, cache = sum(each.size for each in files.values()), Path(constants.HF_HUB_CACHE)
         free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
@@ -237,13 +237,9 @@ class PublishedFineWeb(Source):
             ) from error
         except Exception as error:  # the Hub's HTTP library, and with it the classes, differs between its versions
             raise UserError(
-                f"{self.repo_id}: the download failed ({_first_line(error)}); run it again, what has arrived is kept"
+                f"{self.repo_id}: the download failed ({first_line(error)}); run it again, what has arrived is kept"
             ) from error
         return Path(folder)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 def _is_whole(path: Path) -> bool:

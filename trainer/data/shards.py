@@ -54,8 +54,7 @@ def open_shard(path: str | Path) -> TokenArray:
         size = path.stat().st_size
         header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
     except OSError as error:
-        hint = "raise the limit with `ulimit -n 4096`" if error.errno == errno.EMFILE else "check its permissions"
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {hint}") from error
+        raise _cannot_open(path, error) from error
     if len(header) < HEADER_INTS or header[0] != MAGIC:
         raise UserError(f"{path}: is not a token shard (its header does not start with {MAGIC}); remove or replace it")
     if header[1] != VERSION:
@@ -153,8 +152,12 @@ def _opened(path: Path) -> FileIO:
     try:
         return path.open("rb", buffering=0)
     except OSError as error:
-        hint = "raise the limit with `ulimit -n 4096`" if error.errno == errno.EMFILE else "check its permissions"
-        raise UserError(f"{path}: cannot be opened ({error.strerror}); {hint}") from error
+        raise _cannot_open(path, error) from error
+
+
+def _cannot_open(path: Path, error: OSError) -> UserError:
+    hint = "raise the limit with `ulimit -n 4096`" if error.errno == errno.EMFILE else "check its permissions"
+    return UserError(f"{path}: cannot be opened ({error.strerror}); {hint}")
 
 
 def check_vocab_size(tokenizer: Path, vocab_size: int) -> None:

@@ -15,7 +15,7 @@ Array = np.ndarray[Any, Any]
 
 PER_OCTAVE = 4  # classes per factor of two
 MIN_CLASS, MAX_CLASS = -32, 40
-MAX_SYMBOL = 127  # symbols lie between -127 and 127
+MAX_SYMBOL = 127  # symbols lie between -127 and 127, and most take 2 to 6 bits
 SYMBOLS = 2 * MAX_SYMBOL + 1
 MANTISSA = 5  # bits of a stored frequency
 

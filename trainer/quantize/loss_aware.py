@@ -15,10 +15,10 @@ from torch import Tensor
 
 from trainer.quantize.calibration import Moments
 from trainer.quantize.container import EXPONENTS_PER_OCTAVE, StoredTensor
+from trainer.quantize.entropy_coding import MAX_SYMBOL
 from trainer.quantize.gptq import inverse_factor, round_with_feedback
 from trainer.quantize.rounding import SMALLEST_SCALE
 
-MAX_SYMBOL = 127  # rarely reached, since most symbols take 2 to 6 bits
 ROW_EXPONENT = 0.5  # of a row's sensitivity relative to its matrix's mean: single rows are measured roughly
 MIN_RELATIVE = 1e-3  # lower bound of that, such as for a token that calibration did not see
 
