@@ -188,12 +188,12 @@ def test_other_code_is_named_and_another_script_is_another_setting(tmp_path: Pat
     recipe = tmp_path / "recipe"
     result = trainer_here("compare", *map(str, sorted(recipe.glob("[bp]*-seed*"))), cwd=tmp_path)
     assert "warning" not in result.stdout
-    assert "| plain: script=plain.py | 2 |" in result.stdout
+    assert "| plain: script=plain.py@1 | 2 |" in result.stdout
     result = trainer_here("compare", str(recipe / "base-seed1"), str(recipe / "new-seed2"), cwd=tmp_path)
-    assert "warning: recipe/new-seed2: has other code than recipe/base-seed1" in result.stdout
+    assert "warning: recipe/new-seed2: other code than recipe/base-seed1" in result.stdout
     changed = json.loads((recipe / "plain-seed2/summary.json").read_text())
     for script, message in (
-        ({"name": "plain.py", "sha256": "2"}, "warning: recipe/plain-seed2: has other code than recipe/plain-seed1"),
+        ({"name": "plain.py", "sha256": "2"}, "| plain: script=plain.py@2 | 1 |"),  # it was edited
         ("plain.py", "summary.json has no right script"),
     ):
         (recipe / "plain-seed2/summary.json").write_text(json.dumps({**changed, "script": script}))

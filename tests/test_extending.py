@@ -54,6 +54,31 @@ def test_the_examples_run(workplace: Path):
     assert muon != other
     output = run(adamw, workplace, *SMALL, *PYTHON_TEXT, "--run_name=adamw")
     assert "trained     12 steps" in output
+    (workplace / "nan.py").write_text(
+        (workplace / "adamw.py")
+        .read_text()
+        .replace(
+            "LanguageModel.configure",
+            "def spoil(module):\n"
+            "    if module.steps_done == 3:\n"
+            "        module.model.token_embedding.weight.grad.fill_(float('nan'))\n\n\n"
+            "LanguageModel.on_after_backward = spoil\nLanguageModel.configure",
+        )
+    )
+    spoiled = adamw.replace("adamw.py", "nan.py")
+    output = run(spoiled, workplace, *SMALL, *PYTHON_TEXT, "--run_name=nan", "--stability.nonfinite=skip")
+    assert "step 4: the loss is" in output
+    assert "(bad gradient: token_embedding.weight); skipped (1 of at most 20)" in output
+    before, after = ("runs/quickstart/nan/checkpoints/last.ckpt", "runs/quickstart/faster/checkpoints/last.ckpt")
+    (workplace / "faster.py").write_text((workplace / "adamw.py").read_text().replace("lr=0.003", "lr=0.006"))
+    faster = adamw.replace("adamw.py", "faster.py")
+    run(faster, workplace, *SMALL, *PYTHON_TEXT, f"--ckpt={before}", "--trainer.max_steps=14", "--run_name=faster")
+    rates = [load_checkpoint(workplace / path)["optimizer_states"][0]["param_groups"][0] for path in (before, after)]
+    assert [each["initial_lr"] for each in rates] == [0.003, 0.006]
+    (workplace / "lbfgs.py").write_text((workplace / "adamw.py").read_text().replace("AdamW", "LBFGS"))
+    refused = python("lbfgs.py", "fit", "--config=quickstart", *SMALL, *PYTHON_TEXT, cwd=workplace)
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1), refused.stderr
+    assert "LBFGS computes the loss several times a step" in refused.stderr
     state = load_checkpoint(workplace / "runs/quickstart/adamw/checkpoints/last.ckpt")["optimizer_states"][0]
     assert [set(each) for each in state["state"].values()] == [{"step", "exp_avg", "exp_avg_sq"}] * len(state["state"])
     run(store, workplace)
@@ -65,12 +90,19 @@ def test_the_examples_run(workplace: Path):
     assert set(changed.values()) == {"int8"}
     assert all(name.startswith("blocks.0.") for name in changed)
     assert "val_bpb=" in run(validate, workplace)
-    for command in ("prepare", "validate --ckpt eight/artifact.zst --eval.max_tokens 512"):  # as the installed command
-        source = ["--data.source=poems.Poems", "--data.source.file=poems.txt", f"--data.source.folder={command[:3]}"]
+    score, size = (
+        "validate --ckpt eight/artifact.zst --eval.max_tokens 512",
+        "found/tokenizer.model: its vocabulary size is 300",
+    )
+    for command, message in (
+        ("prepare", "in found"),
+        (score, size),
+    ):  # as the installed command
+        source = ["--data.source=poems.Poems", "--data.source.file=poems.txt", "--data.source.folder=found"]
         words = [sys.executable, "-P", "-m", "trainer", *command.split(), *source]
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         result = subprocess.run(words, cwd=workplace, env=env, capture_output=True, text=True, check=False)
-        assert "No module named" not in result.stderr
+        assert message in result.stdout + result.stderr
     output = run(poems, workplace, *SMALL)
     assert "trained     12 steps" in output
     assert (workplace / "data/poems/manifest.json").is_file()

@@ -91,6 +91,19 @@ def test_the_metrics_of_a_resumed_run_are_those_of_one_that_nothing_stopped(
     assert stopped == whole
 
 
+def test_a_checkpoint_knows_the_losses_of_all_its_steps(tmp_path: Path, shard_folder: Path):
+    """They are checked a step later."""
+    args = small(shard_folder, "--checkpoints.every=3", "--checkpoints.keep=9", "--trainer.log_every_n_steps=1")
+    assert trainer(*args, cwd=tmp_path).returncode == 0
+    run = tmp_path / RUNS / "1"
+    metrics = _metrics(run)
+    losses = [float(metrics[str(step), "train/loss"]) for step in range(8)]
+    for step in (3, 6, 8):
+        state = load_checkpoint(run / f"checkpoints/step-{step:09d}.ckpt")["callbacks"]["StabilityMonitor"]
+        assert state["losses"] == pytest.approx(losses[:step])
+        assert state["skipped"] == 0
+
+
 def _metrics(run: Path) -> dict[tuple[str, str], str]:
     """Values by step and name, but for the speed and those of an artifact."""
     with (run / "metrics.csv").open() as file:

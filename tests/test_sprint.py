@@ -100,10 +100,11 @@ def test_only_a_script_that_was_asked_for_the_sprint_runs_again(
         (["--data=nowhere"], "--data nowhere: holds no manifest.json"),
         (["--seeds=0"], "--seeds must be at least 1, not 0"),
         (["--steps=0"], "--steps must be at least 1, not 0"),
-        (["--set=seed_everything=7"], "--set seed_everything: a sprint sets it itself"),
-        (["--set=data.seed=7"], "--set data.seed: a sprint sets it itself"),
-        (["--set=trainer.max_steps=9"], "--set trainer.max_steps: a sprint sets it itself"),
-        (["--set=data.source.folder=x"], "--set data.source.folder: a sprint sets it itself"),
+        (["--set=seed_everything=7"], "--set seed_everything: a sprint decides that itself"),
+        (["--set=data.seed=7"], "--set data.seed: a sprint decides that itself"),
+        (["--set=trainer.max_steps=9"], "--set trainer.max_steps: a sprint decides that itself"),
+        (["--set=data.source.folder=x"], "--set data.source.folder: a sprint decides that itself"),
+        (["--set=trainer={max_steps: 3}"], "--set trainer: a sprint decides that itself"),
         (["--against=other"], "--against other: there is no finished run"),
     ],
 )
@@ -136,7 +137,10 @@ def test_the_users_own_script_runs_again_for_each_seed(data: Path, tmp_path: Pat
     script = {"name": "mine.py", "sha256": sha256_of(tmp_path / "mine.py")}
     assert (mine.summary["script"], "script" in plain.summary) == (script, False)
     base, row = result.stdout.splitlines()[-2:]
-    assert (base.split(" | ")[0], row.split(" | ")[0]) == ("| plain: int5mlp_10l", "| mine: script=mine.py")
+    assert (base.split(" | ")[0], row.split(" | ")[0]) == (
+        "| plain: int5mlp_10l",
+        f"| mine: script=mine.py@{script['sha256'][:8]}",
+    )
     assert f"{mine.summary['val_bpb'] - plain.summary['val_bpb']:+.4f}" in row
     again = trainer_here("rerun", str(mine.folder), cwd=tmp_path)
     assert "warning: mine-seed1 was started by mine.py (" in again.stdout.replace("int5mlp_10l/", "")

@@ -633,14 +633,15 @@ def test_no_command_replaces_a_file_of_something_else(tmp_path: Path, shard_fold
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/train_gpt.py").write_text("mine")
     (tmp_path / "page.html").write_text("<html>mine</html>")
-    shards = shutil.copytree(shard_folder, tmp_path / "shards")
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    (shards / "tokenizer.model").write_bytes(b"another one")
     export = ["export", f"--ckpt={run}/checkpoints/last.ckpt"]
     documents = ["validate", f"--ckpt={run}/artifact.zst"]
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for words, message in (
-        ([*export, "--out=mine"], "--out mine: holds train_gpt.py, which no export wrote"),
-        ([*export, f"--out={shards}"], "which no export wrote; choose another --out"),
-        ([*export, "--out=."], "which no export wrote; choose another --out"),
+        ([*export, "--out=mine"], "--out mine: its train_gpt.py is no export's and would be lost; choose another"),
+        ([*export, f"--out={shards}"], "its tokenizer.model is no export's and would be lost"),
         ([*documents, f"--per_document={run}/metrics.csv"], "metrics.csv: holds something else, which would be lost"),
         (["runs", f"--csv={run}/metrics.csv"], "metrics.csv: holds something else, which would be lost"),
         (["report", run, "--out=page.html"], "page.html: holds something else, which would be lost"),
@@ -649,6 +650,10 @@ def test_no_command_replaces_a_file_of_something_else(tmp_path: Path, shard_fold
         assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
         assert message in result.stderr
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    (tmp_path / "e").mkdir()
+    shutil.copy(tmp_path / run / "config.yaml", tmp_path / "e")  # an export that was stopped
+    (tmp_path / "e/.DS_Store").touch()
+    (tmp_path / "d.csv").write_text("document,source,tokens\n")  # of an earlier version
     for words in ([*export, "--out=e"], [*documents, "--per_document=d.csv"], ["runs", "--csv=r.csv"], ["report", run]):
         for _ in range(2):  # its own file is replaced
             result = trainer_here(*words, cwd=tmp_path)

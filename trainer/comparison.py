@@ -80,7 +80,7 @@ def group_runs(runs: list[RunData]) -> list[Group]:
     settings = [
         {key: value for key, value in run.config.items() if value is not None and is_compared(key)}
         | {"tokenizer": run.summary["tokenizer_sha256"][:12]}
-        | ({"script": script["name"]} if (script := run.summary.get("script")) else {})
+        | ({"script": f"{script['name']}@{script['sha256'][:8]}"} if (script := run.summary.get("script")) else {})
         for run in runs
     ]
     groups: list[tuple[dict[str, object], dict[Seed, RunData]]] = []
@@ -103,16 +103,11 @@ def is_compared(key: str) -> bool:
 
 
 def warn_of_other_code(runs: list[RunData]) -> None:
-    """Name the runs whose code, or whose user's script, is another one than that of the first run with its setting."""
-    code = [(run.summary.get("code_sha256"), run.summary.get("script")) for run in runs]
-    others = [run.name for run, each in zip(runs, code, strict=True) if each[0] != code[0][0]]
-    scripts: dict[str, tuple[str, str]] = {}
-    for run, (_, script) in zip(runs, code, strict=True):
-        if script and scripts.setdefault(script["name"], (script["sha256"], run.name))[0] != script["sha256"]:
-            others.append(run.name)
+    """Name the runs whose code is another one than that of the first run."""
+    others = [run.name for run in runs if run.summary.get("code_sha256") != runs[0].summary.get("code_sha256")]
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-        logger.warning(f"{others[0]}{more}: has other code than {runs[0].name}, so more than a setting may differ")
+        logger.warning(f"{others[0]}{more}: other code than {runs[0].name}, so more than a setting may differ")
 
 
 def _name(first: RunData, base: dict[str, object], setting: dict[str, object], members: dict[Seed, RunData]) -> str:

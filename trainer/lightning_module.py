@@ -72,6 +72,7 @@ class LanguageModel(pl.LightningModule):
         self.display = ProgressDisplay()  # the progress callback puts the run's own here
         self.lr_multiplier = 1.0  # of the step in progress or just done
         self.gradient_norms = GradientNorms(torch.zeros(()), torch.zeros(0))
+        self.clipped: list[str] = []  # the parameters of these norms
         # (step, loss and gradient norms) of the steps that the device has completed.
         self.completed_metrics: list[tuple[int, Tensor]] = []
         self.updating = False  # between the start of an update and the end of everything that belongs to its step
@@ -135,7 +136,30 @@ class LanguageModel(pl.LightningModule):
         gc.collect()
         gc.freeze()
         self.fence = StepFence(self.device)
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        if not isinstance(optimizer.optimizer, MuonAdamW):
+            self._prepare_optimizer(optimizer.optimizer)
         self.validated_at = self.clock.reading
+
+    def _prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Check an optimizer of a user's own `configure_optimizers`, and give it the rates of this run.
+
+        Raises:
+            UserError: If its step needs more than gradients, or clipping would see scaled ones.
+        """
+        name = type(optimizer).__name__
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise UserError(
+                f"{name} computes the loss several times a step, which this trainer does once; use another one"
+            )
+        if self.trainer.precision == "16-mixed" and getattr(optimizer, "_step_supports_amp_scaling", False):
+            raise UserError(
+                f"a fused {name} with 16-mixed gets scaled gradients, which cannot be clipped; give fused=False"
+            )
+        # A resumed one has the rates of the checkpoint.
+        for group, new in zip(optimizer.param_groups, self.configure_optimizers().param_groups, strict=True):
+            group.update({key: new[key] for key in ("lr", "weight_decay") if key in new}, initial_lr=new["lr"])
 
     def micro_batches(self, sequences: int) -> int:
         """Number of micro-batches of a step with so many sequences on this device."""
@@ -199,7 +223,7 @@ class LanguageModel(pl.LightningModule):
             optimizer.set_rates(self.lr_multiplier, momentum)
         else:  # of a user's own `configure_optimizers`
             for group in optimizer.param_groups:
-                group["lr"] = self.lr_multiplier * group.setdefault("initial_lr", group["lr"])
+                group["lr"] = self.lr_multiplier * group["initial_lr"]
 
     def mfu(self, flops: float, seconds: float) -> float | None:
         """Model FLOPs utilization (0 to 1), where the peak of the device is known.
@@ -215,12 +239,13 @@ class LanguageModel(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip here: gradients are unscaled (fp16) and summed over the processes."""
         self.updating = True
+        self.clipped = [name for name, parameter in self.model.named_parameters() if parameter.grad is not None]
         self.gradient_norms = clip_gradients(self.model.parameters(), self.optimizer_config.grad_clip_norm)
         is_finite = self.gradient_norms.total.isfinite()
         if isinstance(optimizer, MuonAdamW):
             optimizer.finite = is_finite
-        elif not is_finite:  # another one cannot mask its update, so the host waits for each step
-            optimizer.zero_grad()
+        elif self.trainer.precision != "16-mixed" and not is_finite:  # with fp16, the scaler leaves the step out
+            optimizer.zero_grad()  # it cannot mask its update, so the host waits for each step
 
     def score_model(self, name: str, model: Transformer, evaluation: EvaluationConfig, tokens: Tensor) -> Score:
         """Score a model with this run's kernels, on all processes.

@@ -60,7 +60,8 @@ def _acquire(path: Path, purpose: str, waits: bool) -> str:
         try:
             path.mkdir()
             (path / OWNER).write_text(me)
-            return me
+            if _state(path)[0] == me:
+                return me
         except FileExistsError:
             pass
         except OSError as error:

@@ -10,6 +10,7 @@ from tests.conftest import TINY
 from trainer.callbacks.stability import StabilityMonitor
 from trainer.errors import UserError
 from trainer.lightning_module import LanguageModel
+from trainer.step import StepFence
 
 
 @pytest.fixture
@@ -52,6 +53,7 @@ def test_a_resumed_run_knows_the_losses_and_the_skipped_updates_before(module: L
     before = StabilityMonitor("skip", max_skipped=2, threshold_std=2.0, history_steps=3)
     for step, (loss, norm) in enumerate(((3.0, 1.0), (3.1, float("inf")), (3.1, 1.0), (3.2, 1.0), (3.1, float("nan")))):
         check(before, module, step, loss, norm)
+    module.fence = StepFence(torch.device("cpu"))
     monitor = StabilityMonitor("skip", max_skipped=2, threshold_std=2.0, history_steps=3)
     monitor.load_state_dict(before.state_dict())
     capsys.readouterr()

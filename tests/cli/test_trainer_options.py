@@ -122,19 +122,29 @@ def test_an_option_without_its_effect_is_refused(name: str, tmp_path: Path):
         (["--trainer.precision=bf16-true"], "the weights stay in float32; set --precision"),
         (["--trainer.default_root_dir=s3://bucket/runs"], "must be a folder, not an address"),
         (["--trainer.val_check_interval=1.0"], "must be a whole number of at least 1, not 1.0"),
-        (["--trainer.precision=64", "--precision=32-true"], "both say the precision; leave one out"),
+        (["--trainer.precision=64", "--precision=32-true"], "trainer.precision 64 is not --precision 32-true; set"),
         (["--trainer.logger=MLFlowLogger"], "trainer: MLFlowLogger: Requirement 'mlflow>=1.0.0' not met."),
-        (["--trainer.num_nodes=2"], "trainer.num_nodes 2: nothing has started the other nodes"),
+        (["--trainer.max_steps=1" + 400 * "0"], "--trainer.max_steps: a number of 401 digits is out of range"),
+        (
+            ["--trainer.callbacks=[{class_path: lightning.pytorch.callbacks.Timer}]"],
+            "Timer is not supported: set",
+        ),
         (["--trainer.callbacks+=WeightAveraging"], "trainer.callbacks WeightAveraging is not supported: set --averag"),
         (["--trainer.callbacks=lightning.pytorch.callbacks.Timer"], "Timer is not supported: set --wallclock.seconds"),
         (
             ["--trainer.callbacks=[{class_path: StochasticWeightAveraging, init_args: {swa_lrs: 0.1}}]"],
             "--averaging.method",
         ),
-        (["--model.optimizer.matrix_lr=1e39"], "model.optimizer.matrix_lr 1e+39 is out of range"),
-        (["--trainer.max_steps=99999999999999999999999"], "trainer.max_steps 1e+23 is out of range"),
-        (["--model.bigram.buckets=99999999999999999999"], "model.bigram.buckets 1e+20 is out of range"),
-        (["--stability.history_steps=99999999999999999999"], "stability.history_steps 1e+20 is out of range"),
+        (["--model.optimizer.matrix_lr=1e39"], "--model.optimizer.matrix_lr 1e+39 is out of range"),
+        (["--trainer.max_steps=99999999999999999999999"], "--trainer.max_steps: a number of 23 digits is out of range"),
+        (
+            ["--model.bigram.buckets=99999999999999999999"],
+            "--model.bigram.buckets: a number of 20 digits is",
+        ),
+        (
+            ["--stability.history_steps=99999999999999999999"],
+            "--stability.history_steps: a number of 20 digits",
+        ),
     ],
 )
 def test_a_value_without_its_effect_is_refused(args: list[str], message: str, tmp_path: Path):
@@ -148,6 +158,9 @@ def test_a_value_without_its_effect_is_refused(args: list[str], message: str, tm
 def test_a_gpu_that_is_not_there_is_named(tmp_path: Path):
     result = trainer_here("fit", "--trainer.accelerator=gpu", cwd=tmp_path)
     assert result.stderr == "trainer: trainer.accelerator gpu: no GPU was found; leave it out to use the CPU\n"
+    result = trainer_here("fit", "--trainer.num_nodes=2", cwd=tmp_path)
+    assert "trainer.num_nodes 2: nothing has started the other nodes" in result.stderr
+    assert trainer_here("fit", "--trainer.num_nodes=2", "--dry_run", cwd=tmp_path).returncode == 0
     result = trainer_here("fit", "--trainer.devices=abc", cwd=tmp_path)
     assert result.stderr.startswith("trainer: trainer.devices abc: `devices` selected with `CPUAccelerator` should be")
 

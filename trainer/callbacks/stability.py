@@ -47,10 +47,22 @@ class StabilityMonitor(pl.Callback):
         self.threshold_std = threshold_std
         self.skipped = 0
         self._losses: deque[float] = deque(maxlen=history_steps)
+        self._checked = 0  # the last step that was
+        self._module: LanguageModel | None = None
+        self._scales = False  # whether the loss is scaled, as with fp16
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"skipped": self.skipped, "losses": list(self._losses)}
+        """As after the check of all steps that a checkpoint of now holds."""
+        then = StabilityMonitor(self.nonfinite, self.max_skipped, self.threshold_std, self._losses.maxlen or 2)
+        then.skipped, then._scales = self.skipped, self._scales
+        then._losses.extend(self._losses)
+        if self._module is not None:
+            self._module.completed_metrics += self._module.fence.drain()
+            for step, values in self._module.completed_metrics:
+                if step > self._checked:
+                    then._count(*values[:2].tolist())
+        return {"skipped": then.skipped, "losses": list(then._losses)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -73,18 +85,19 @@ class StabilityMonitor(pl.Callback):
     def _check(
         self, trainer: pl.Trainer, module: LanguageModel, steps: list[tuple[int, Tensor]], may_stop: bool
     ) -> None:
+        self._module, self._scales = module, trainer.precision == "16-mixed"
         for step, values in steps:
             loss, norm = values[:2].tolist()
-            if torch.isfinite(values[1]):  # what the optimizer checks, too
+            self._checked = step
+            if math.isfinite(norm):  # what the optimizer checks, too
                 self._check_spike(step, loss)
-                if trainer.precision == "16-mixed":
-                    self.skipped = 0
+            self._count(loss, norm)
+            if math.isfinite(norm):
                 continue
-            self.skipped += 1
             problem = (
                 f"step {step}: the loss is {loss:.4g}, the gradient norm {norm:.4g}{_bad_tensors(module, values[2:])}"
             )
-            if trainer.precision == "16-mixed" and self.skipped <= self.max_skipped:
+            if self._scales and self.skipped <= self.max_skipped:
                 continue  # the loss scale halves itself
             if may_stop and (self.nonfinite == "stop" or self.skipped > self.max_skipped):
                 after = f" after {self.skipped - 1} skipped ones" if self.skipped > 1 else ""
@@ -94,6 +107,15 @@ class StabilityMonitor(pl.Callback):
                 )
             logger.warning(f"{problem}; skipped ({self.skipped} of at most {self.max_skipped})")
 
+    def _count(self, loss: float, norm: float) -> None:
+        if not math.isfinite(norm):
+            self.skipped += 1
+            return
+        if self._scales:
+            self.skipped = 0
+        if math.isfinite(loss):
+            self._losses.append(loss)
+
     def _check_spike(self, step: int, loss: float) -> None:
         if not math.isfinite(loss):
             return
@@ -102,12 +124,10 @@ class StabilityMonitor(pl.Callback):
             mean, std = float(recent.mean()), float(recent.std())
             if loss > mean + self.threshold_std * std:
                 logger.warning(f"step {step}: the loss jumped to {loss:.4f} ({mean:.4f} +- {std:.4f} before)")
-        self._losses.append(loss)
 
 
 def _bad_tensors(module: LanguageModel, norms: Tensor) -> str:
-    names = [name for name, parameter in module.model.named_parameters() if parameter.grad is not None]
-    bad = [name for name, norm in zip(names, norms.tolist(), strict=True) if not math.isfinite(norm)]
+    bad = [name for name, norm in zip(module.clipped, norms.tolist(), strict=True) if not math.isfinite(norm)]
     if not bad:
         return ""
     return f" (bad gradient: {bad[0]}{f' and {len(bad) - 1} more' if len(bad) > 1 else ''})"

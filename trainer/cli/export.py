@@ -77,8 +77,6 @@ def export(
         raise UserError(
             f"--out {target}: is the folder of a run, whose artifact would be replaced; choose another --out"
         )
-    if target.path.resolve() != run.path.resolve():
-        _check_target(target)
     quantization = QuantizationConfig(**metadata["quantization"])
     config = TransformerConfig.from_dict(metadata["model"])
     is_loss_aware = quantization.rounding == "loss_aware"
@@ -89,6 +87,7 @@ def export(
     autocast = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(metadata["precision"])
     sequences = list(_sequences(data, metadata, config, quantization)) if is_loss_aware else []
     code = source_bundle()
+    _check_target(target, run, code)
     if metadata["code_sha256"] != hashlib.sha256(code).hexdigest():
         logger.warning(f"the code has changed since the run of {ckpt}; {target.code} is the code of today")
     try:
@@ -120,20 +119,18 @@ def export(
     print(f"{target.artifact}: {size.model:,} model + {size.code:,} code = {size.total:,} of {cap:,} bytes")
 
 
-def _check_target(target: RunFolder) -> None:
-    """Refuse a folder with files of something else than an earlier export.
+def _check_target(target: RunFolder, run: RunFolder, code: bytes) -> None:
+    """Refuse a folder whose files of these names are something else than those of an export, stopped or not.
 
     Raises:
         UserError: With the name of such a file.
     """
-    if not target.path.is_dir():
+    if target.artifact.is_file() or target.path.resolve() == run.path.resolve():
         return
-    files = {target.artifact, target.code, target.tokenizer, target.config, target.card}
-    others = sorted(set(target.path.iterdir()) - (files if target.artifact.is_file() else set()))
-    if others:
-        raise UserError(
-            f"--out {target}: holds {others[0].name}, which no export wrote; choose another --out, or a folder in it"
-        )
+    for path, content in ((target.code, code), (target.tokenizer, run.tokenizer), (target.config, run.config)):
+        mine = content if isinstance(content, bytes) else content.read_bytes() if content.is_file() else b""
+        if path.exists() and not (path.is_file() and path.read_bytes() == mine):
+            raise UserError(f"--out {target}: its {path.name} is no export's and would be lost; choose another --out")
 
 
 def _takes_live(metadata: dict[str, Any], run: RunFolder) -> bool:

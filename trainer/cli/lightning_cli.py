@@ -2,10 +2,12 @@
 
 import argparse
 import math
+import os
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -30,7 +32,7 @@ from trainer.quantize.artifact import Artifact
 from trainer.run_folder import RunFolder, flatten
 
 C = TypeVar("C", bound=pl.Callback)
-LARGEST_INT, LARGEST_FLOAT = 2**53, 3e38  # what tensors and the schedule compute with
+LARGEST_INT, LARGEST_FLOAT = 2**63 - 1, 3e38  # that tensors can hold
 Precision = Literal["auto", "bf16-mixed", "16-mixed", "32-true", "64-true"]
 
 DESCRIPTIONS = {
@@ -106,10 +108,16 @@ class TrainerCLI(LightningCLI):
         seed = self.config.seed_everything
         if not isinstance(seed, bool) and seed is not None and not 0 <= seed < 2**32:
             raise UserError(f"seed_everything must be between 0 and {2**32 - 1}, not {seed}")
+        callbacks = self.config.trainer.callbacks
+        for each in callbacks if isinstance(callbacks, list) else [callbacks]:
+            check_callback(getattr(each, "class_path", ""))
         for name, number in flatten(self.config.as_dict()):
-            is_number = isinstance(number, int | float) and math.isfinite(number)
-            if is_number and abs(number) > (LARGEST_INT if isinstance(number, int) else LARGEST_FLOAT):
-                raise UserError(f"{name} {number:g} is out of range")
+            if "init_args" in name:  # of a class that may be the user's own
+                continue
+            if isinstance(number, int) and abs(number) > LARGEST_INT:
+                raise UserError(f"--{name}: a number of {len(str(number))} digits is out of range")
+            if isinstance(number, float) and LARGEST_FLOAT < abs(number) < math.inf:
+                raise UserError(f"--{name} {number:g} is out of range")
         if self.stored is not None:
             self.config = parser.parse_object({"model": self.stored.model.to_dict()}, namespace=self.config)
 
@@ -178,10 +186,10 @@ class TrainerCLI(LightningCLI):
             kwargs["accelerator"] = default_device().type
             if kwargs["accelerator"] == "cpu" and kwargs["devices"] == "auto":
                 kwargs["devices"] = 1
-        if options.precision is not None and self.config.precision != "auto":
+        if options.precision is not None and self.config.precision not in ("auto", _precision_name(options.precision)):
             raise UserError(
-                f"precision {self.config.precision} and trainer.precision {options.precision} both say the precision; "
-                "leave one out"
+                f"trainer.precision {options.precision} is not --precision {self.config.precision}; set only the "
+                "latter, and trainer.precision to null"
             )
         if options.precision is None:
             on_gpu = kwargs.get("accelerator", options.accelerator) in ("cuda", "gpu")
@@ -211,6 +219,12 @@ class TrainerCLI(LightningCLI):
                 run.remove_if_unused()
             where = f"trainer.devices {options.devices}: " if "`devices`" in str(error) else ""
             raise UserError(f"{where}{first_line(error)}") from error
+        if run is not None and trainer.num_nodes > 1 and _is_alone(trainer):
+            run.remove_if_unused()
+            raise UserError(
+                f"trainer.num_nodes {trainer.num_nodes}: nothing has started the other nodes, and this one would wait "
+                "for them; start all with torchrun or srun, as docs/multi-gpu.md shows"
+            )
         trainer.fit_loop.__class__ = FitLoop  # Lightning has no argument for its loops
         trainer.fit_loop.epoch_loop.__class__ = EpochLoop
         trainer._checkpoint_connector.__class__ = CheckpointConnector  # nor for this
@@ -293,6 +307,17 @@ class CheckpointConnector(_CheckpointConnector):
     @property
     def _hpc_resume_path(self) -> None:
         return None
+
+
+def _is_alone(trainer: pl.Trainer) -> bool:
+    """Whether no launcher, cluster or user says which of the nodes this one is."""
+    environment = trainer._accelerator_connector.cluster_environment
+    return type(environment) is LightningEnvironment and not {"NODE_RANK", "GROUP_RANK", "MASTER_ADDR"} & {*os.environ}
+
+
+def _precision_name(given: Any) -> str:
+    """The name of a precision that Lightning knows by several."""
+    return {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}.get(str(given), str(given))
 
 
 def resolve_precision(requested: str, on_gpu: bool, has_bf16: bool) -> str:

@@ -24,7 +24,7 @@ def report(runs: list[str], out: str | None = None) -> None:
     path = Path(out) if out else folders[0].report
     if path.suffix != ".html":
         raise UserError(f"--out {path}: a report is an HTML file; choose a name that ends in .html")
-    check_replaceable(path, BEGINNING, "--out")
+    check_replaceable(path, (BEGINNING,), "--out")
     build_report(folders, path)
     print(path)
 

@@ -109,7 +109,7 @@ def runs(
     if csv is not None and not csv.endswith(".csv"):
         raise UserError(f"--csv {csv}: is written as CSV; choose a name that ends in .csv")
     if csv is not None:
-        check_replaceable(Path(csv), ",".join(COLUMNS), "--csv")
+        check_replaceable(Path(csv), (",".join(COLUMNS),), "--csv")
     if action == "prune":
         if csv is not None or sort != "changed":
             raise UserError("--csv and --sort belong to trainer runs list; leave them out")

@@ -20,8 +20,8 @@ from trainer.script import user_script
 INSIDE = "GOLF_TRAINER_SPRINT"  # set for the runs of a sprint
 # Settings of fit that a sprint makes itself.
 OWN = (
-    *("ckpt", "config", "data.seed", "dry_run", "run_name", "seed_everything"),
-    *("trainer.default_root_dir", "trainer.devices", "trainer.max_steps", "wallclock.seconds"),
+    *("c", "ckpt", "ckpt_path", "config", "data", "data.seed", "dry_run", "run_name", "seed_everything"),
+    *("trainer", "trainer.default_root_dir", "trainer.devices", "trainer.max_steps", "wallclock", "wallclock.seconds"),
 )
 SECONDS = 300.0  # of training, the yardstick of docs/ablations.md
 
@@ -58,7 +58,7 @@ def sprint(
     for setting in settings:
         key = setting.partition("=")[0]
         if key in OWN or key.startswith("data.source"):
-            raise UserError(f"--set {key}: a sprint sets it itself, by --seeds, --seconds, --steps, --data or --runs")
+            raise UserError(f"--set {key}: a sprint decides that itself; --help lists its options")
     if seeds < 1:
         raise UserError(f"--seeds must be at least 1, not {seeds}")
     if steps is not None and steps < 1:

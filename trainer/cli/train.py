@@ -34,7 +34,7 @@ from trainer.datamodule import TokenData
 from trainer.distributed import is_lost_process
 from trainer.errors import OptionError, UserError, first_line
 from trainer.evaluation.metric import Score
-from trainer.evaluation.per_document import FIRST_COLUMNS, DocumentScores, by_source, write_csv
+from trainer.evaluation.per_document import BEGINNINGS, DocumentScores, by_source, write_csv
 from trainer.files import check_replaceable
 from trainer.loading import is_artifact, stored_weights
 from trainer.lock import exclusive
@@ -48,9 +48,9 @@ SOURCES = 30  # that are printed
 # Options that validate takes, since it reads recipes, and that change no score; and those below them that may.
 ABOUT_TRAINING = (
     *(name for name, _ in CALLBACKS if name != "progress"),
-    *("model", "run_name", "seed_everything", "tensorboard", "wandb"),
+    *("init_from", "init_from_sha256", "model", "run_name", "seed_everything", "tensorboard", "wandb"),
     *("data.batch_tokens", "data.order", "data.seed", "eval.every_seconds", "eval.fit_tokens"),
-    *("trainer.callbacks", "trainer.limit_val_batches", "trainer.log_every_n_steps", "trainer.logger"),
+    *("trainer.default_root_dir", "trainer.limit_val_batches", "trainer.log_every_n_steps", "trainer.logger"),
     *("trainer.max_steps", "trainer.overfit_batches", "trainer.val_check_interval"),
 )
 ABOUT_SCORING = {"model", "model.compile", "model.fused", "model.attention.backend"}
@@ -201,7 +201,7 @@ def _warn_of_no_effect(args: list[str]) -> None:
         if any(name == each or name.startswith(f"{each}.") for each in ABOUT_TRAINING)
     )
     if names:
-        logger.warning(f"{', '.join(names)}: no effect on trainer validate; the model is the one that is stored")
+        logger.warning(f"{', '.join(names)}: no effect on trainer validate, which takes the model from the file")
 
 
 def _recipe(path: Path, has_source: bool) -> str:
@@ -257,7 +257,7 @@ def _choose_text(cli: TrainerCLI, ckpt: Path, is_cut: bool) -> None:
     if config.per_document and not config.per_document.endswith(".csv"):
         raise UserError(f"--per_document {config.per_document}: is written as CSV; choose a name that ends in .csv")
     if config.per_document:
-        check_replaceable(Path(config.per_document), FIRST_COLUMNS, "--per_document")
+        check_replaceable(Path(config.per_document), BEGINNINGS, "--per_document")
     if config.text is None:
         if config.source_field is not None:
             raise UserError("--source_field belongs to --text; shards do not say where a document comes from")

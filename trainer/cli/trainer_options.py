@@ -91,8 +91,6 @@ def check_trainer_options(options: Any) -> None:
         )
     if options.accelerator in ("cuda", "gpu") and default_device().type == "cpu":
         raise UserError(f"trainer.accelerator {options.accelerator}: no GPU was found; leave it out to use the CPU")
-    for each in options.callbacks if isinstance(options.callbacks, list) else [options.callbacks]:
-        check_callback(getattr(each, "class_path", type(each).__name__))
     for name in POSITIVE:
         value = getattr(options, name)
         if value is not None and not (type(value) is int and value >= 1):
@@ -140,11 +138,6 @@ def agree_with_launcher(devices: Any, num_nodes: int) -> tuple[Any, int]:
     """
     launched = devices_of_launcher(os.environ)
     if launched is None:
-        if num_nodes > 1 and "NODE_RANK" not in os.environ:
-            raise UserError(
-                f"trainer.num_nodes {num_nodes}: nothing has started the other nodes, and this one would wait for "
-                "them; start all with torchrun or srun, as docs/multi-gpu.md shows"
-            )
         return devices, num_nodes
     name, local, nodes = launched
     wanted = local if devices in ("auto", -1) else _count(devices)

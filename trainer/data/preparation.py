@@ -84,7 +84,7 @@ def check_folder(folder: Path, source: dict[str, Any], hint: str = HINT) -> None
             written.
     """
     if not is_prepared(folder, source):
-        check_can_make(folder.parent, hint)
+        check_can_make(folder.resolve().parent, hint)
         refuse_foreign(folder, hint)
         refuse_other_source(folder, source)
 

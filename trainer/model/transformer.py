@@ -168,11 +168,11 @@ class TransformerConfig:
         groups: dict[str, Any] = {each.name: each.type for each in fields(cls) if is_dataclass(each.type)}
         known = {each.name for each in fields(cls)}
         known |= {f"{name}.{each.name}" for name, group in groups.items() for each in fields(group)}
-        nested = {key: value for key, value in values.items() if key in groups and isinstance(value, dict)}
-        given = {f"{key}.{name}" for key, value in nested.items() for name in value}
-        if unknown := sorted((given | set(values)) - known):
-            raise ValueError(f"not a model config: this code has no option model.{unknown[0]}")
         try:
+            nested = {key: value for key, value in values.items() if key in groups}
+            given = {f"{key}.{name}" for key, value in nested.items() for name in value}
+            if unknown := sorted((given | set(values)) - known, key=str):
+                raise ValueError(f"not a model config: this code has no option model.{unknown[0]}")
             config = cls(**{key: groups[key](**value) if key in groups else value for key, value in values.items()})
         except (TypeError, AttributeError) as error:
             raise ValueError(f"not a model config: {error}") from error

@@ -106,6 +106,12 @@ def make_folder(entry: Entry, folders: list[Path], data: Path, out: Path) -> Run
 
 def _check_one_recipe(runs: list[RunData]) -> None:
     first = runs[0]
+    for run in runs:
+        if script := run.summary.get("script"):
+            raise UserError(
+                f"{run.folder}: was started by {script['name']}, whose changes the code that ships lacks; put them "
+                "into the trainer, as docs/extending.md shows, and train again"
+            )
     for run in runs[1:]:
         if run.summary["shards_fingerprint"] != first.summary["shards_fingerprint"]:
             raise UserError(f"{run.folder}: read other shards than {first.folder}; submit seeds of one text")
