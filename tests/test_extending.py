@@ -54,6 +54,8 @@ def test_the_examples_run(workplace: Path):
     assert muon != other
     output = run(adamw, workplace, *SMALL, *PYTHON_TEXT, "--run_name=adamw")
     assert "trained     12 steps" in output
+    assert "trainer validate --ckpt" in output
+    assert "trainer submit" not in output  # which refuses it: the code that ships lacks the script
     (workplace / "nan.py").write_text(
         (workplace / "adamw.py")
         .read_text()

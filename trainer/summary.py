@@ -100,6 +100,7 @@ def log_summary(summary: dict[str, Any], run: RunFolder, data: Path, has_report:
     if "bytes_total" in summary:
         logger.info(f'  next        trainer generate --artifact {quote(str(run.artifact))} --prompt "The"')
         logger.info(f"              trainer validate --ckpt {quote(str(run.artifact))}")
+    if "bytes_total" in summary and "script" not in summary:  # whose changes the code that ships would lack
         entry = "--name NAME --author AUTHOR --github_id ID --track non-record-16mb"
         logger.info(f"              trainer submit {quote(str(run))} --data {quote(str(data))} {entry}")
     logger.info(Score(*(summary[f"val_{name}"] for name in Score._fields)).line())
