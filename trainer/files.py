@@ -58,12 +58,12 @@ def check_can_make(folder: Path, hint: str) -> None:
         raise UserError(f"{existing}: cannot be written (no permission); {hint}")
 
 
-def check_replaceable(path: Path, beginnings: tuple[str, ...], option: str) -> None:
+def check_replaceable(path: Path, prefixes: tuple[str, ...], option: str) -> None:
     """Refuse to replace a file that holds something else than what would be written.
 
     Args:
         path: The file; need not exist.
-        beginnings: How such a file may begin.
+        prefixes: How such a file may begin.
         option: Which option names it, for the error.
 
     Raises:
@@ -71,12 +71,12 @@ def check_replaceable(path: Path, beginnings: tuple[str, ...], option: str) -> N
     """
     try:
         with path.open("rb") as file:
-            found = file.read(max(map(len, beginnings)))
+            found = file.read(max(map(len, prefixes)))
     except FileNotFoundError:
         return
     except OSError as error:
         raise UserError(f"{option} {path}: cannot be replaced ({error.strerror}); choose another name") from error
-    if found and not found.startswith(tuple(each.encode() for each in beginnings)):
+    if found and not found.startswith(tuple(each.encode() for each in prefixes)):
         raise UserError(f"{option} {path}: holds something else, which would be lost; choose another name")
 
 

@@ -239,8 +239,9 @@ class LanguageModel(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip here: gradients are unscaled (fp16) and summed over the processes."""
         self.updating = True
-        self.clipped = [name for name, parameter in self.model.named_parameters() if parameter.grad is not None]
         self.gradient_norms = clip_gradients(self.model.parameters(), self.optimizer_config.grad_clip_norm)
+        if len(self.clipped) != len(self.gradient_norms.each):  # at the first step
+            self.clipped = [name for name, parameter in self.model.named_parameters() if parameter.grad is not None]
         is_finite = self.gradient_norms.total.isfinite()
         if isinstance(optimizer, MuonAdamW):
             optimizer.finite = is_finite

@@ -154,7 +154,7 @@ def test_a_value_without_its_effect_is_refused(args: list[str], message: str, tm
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="shows what a machine without a GPU says")
 def test_a_gpu_that_is_not_there_is_named(tmp_path: Path):
     result = trainer_here("fit", "--trainer.accelerator=gpu", cwd=tmp_path)
     assert result.stderr == "trainer: trainer.accelerator gpu: no GPU was found; leave it out to use the CPU\n"

@@ -2,6 +2,7 @@
 
 import math
 from collections import deque
+from copy import copy
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -54,9 +55,8 @@ class StabilityMonitor(pl.Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         """As after the check of all steps that a checkpoint of now holds."""
-        then = StabilityMonitor(self.nonfinite, self.max_skipped, self.threshold_std, self._losses.maxlen or 2)
-        then.skipped, then._scales = self.skipped, self._scales
-        then._losses.extend(self._losses)
+        then = copy(self)
+        then._losses = self._losses.copy()
         if self._module is not None:
             self._module.completed_metrics += self._module.fence.drain()
             for step, values in self._module.completed_metrics:
@@ -89,10 +89,11 @@ class StabilityMonitor(pl.Callback):
         for step, values in steps:
             loss, norm = values[:2].tolist()
             self._checked = step
-            if math.isfinite(norm):  # what the optimizer checks, too
+            is_finite = math.isfinite(norm)  # what the optimizer checks, too
+            if is_finite:
                 self._check_spike(step, loss)
             self._count(loss, norm)
-            if math.isfinite(norm):
+            if is_finite:
                 continue
             problem = (
                 f"step {step}: the loss is {loss:.4g}, the gradient norm {norm:.4g}{_bad_tensors(module, values[2:])}"

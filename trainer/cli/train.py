@@ -34,7 +34,7 @@ from trainer.datamodule import TokenData
 from trainer.distributed import is_lost_process
 from trainer.errors import OptionError, UserError, first_line
 from trainer.evaluation.metric import Score
-from trainer.evaluation.per_document import BEGINNINGS, DocumentScores, by_source, write_csv
+from trainer.evaluation.per_document import PREFIXES, DocumentScores, by_source, write_csv
 from trainer.files import check_replaceable
 from trainer.loading import is_artifact, stored_weights
 from trainer.lock import exclusive
@@ -257,7 +257,7 @@ def _choose_text(cli: TrainerCLI, ckpt: Path, is_cut: bool) -> None:
     if config.per_document and not config.per_document.endswith(".csv"):
         raise UserError(f"--per_document {config.per_document}: is written as CSV; choose a name that ends in .csv")
     if config.per_document:
-        check_replaceable(Path(config.per_document), BEGINNINGS, "--per_document")
+        check_replaceable(Path(config.per_document), PREFIXES, "--per_document")
     if config.text is None:
         if config.source_field is not None:
             raise UserError("--source_field belongs to --text; shards do not say where a document comes from")

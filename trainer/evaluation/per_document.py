@@ -15,7 +15,7 @@ from trainer.evaluation.metric import Score
 from trainer.files import atomic_write
 
 COLUMNS = ("document", "source", "tokens", "bytes", "nats", "evaluation")
-BEGINNINGS = ('"document","source",', "document,source,")  # of such a file, today and before
+PREFIXES = ('"document","source",', "document,source,")  # of such a file, today and before
 
 
 def document_of_targets(tokens: Tensor) -> Tensor:
