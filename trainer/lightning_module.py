@@ -295,7 +295,8 @@ class LanguageModel(pl.LightningModule):
             raise UserError("eval.adapt_rate: its gradients underflow in float16; give --precision 32-true")
         targets = (evaluation.stride or evaluation.window) * evaluation.batch_windows  # of every batch but the first
         length = min(evaluation.attention_window or evaluation.window, targets)
-        return Adapter(self.model.parameters(), self.nll, evaluation.adapt_rate, length, targets // length)
+        rate, ema_decay = evaluation.adapt_rate, evaluation.adapt_ema_decay
+        return Adapter(self.model.parameters(), self.nll, rate, length, targets // length, ema_decay)
 
     @override
     def validation_step(self, batch: WindowBatch, batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -18,13 +18,16 @@ from trainer.lightning_module import LanguageModel
 from trainer.model.transformer import Transformer
 
 
-def losses(tokens: torch.Tensor, rate: float, shard_folder, batch_windows: int = 2) -> tuple[torch.Tensor, list[int]]:
+def losses(
+    tokens: torch.Tensor, rate: float, shard_folder, ema_decay: float | None = None
+) -> tuple[torch.Tensor, list[int]]:
     """The loss of every target in the order of the text, and how many were scored before each step."""
     torch.manual_seed(0)
     model = Transformer(TINY)
     table = ByteTable.from_tokenizer(load_tokenizer(shard_folder / "tokenizer.model"))
     plan = plan_windows(len(tokens) - 1, 32, 8)
-    scorer, adapter = WindowScorer(tokens, table, 32), Adapter(model.parameters(), model.nll, rate, 16, 1)
+    scorer = WindowScorer(tokens, table, 32)
+    adapter = Adapter(model.parameters(), model.nll, rate, 16, 1, ema_decay)
     scores, steps = torch.full((len(tokens) - 1,), float("nan")), []
 
     def nll(inputs: torch.Tensor, targets: torch.Tensor, start_pos: int, excluded: None) -> torch.Tensor:
@@ -34,7 +37,7 @@ def losses(tokens: torch.Tensor, rate: float, shard_folder, batch_windows: int =
                 scores[start + scored_from : start + 32] = values[row, scored_from - start_pos :]
         return values
 
-    for batch in batch_plan(plan, batch_windows):
+    for batch in batch_plan(plan, 2):
         scorer.add(BitsPerByte(), nll, batch)
         segment = scorer.scored(batch)
         begin = sum(steps)
@@ -44,10 +47,11 @@ def losses(tokens: torch.Tensor, rate: float, shard_folder, batch_windows: int =
     return scores, steps
 
 
-def test_every_target_is_scored_once_and_trained_on_only_afterward(shard_folder):
+@pytest.mark.parametrize("ema_decay", [None, 0.5])
+def test_every_target_is_scored_once_and_trained_on_only_afterward(ema_decay: float | None, shard_folder):
     tokens = torch.randint(4, 300, (150,), dtype=torch.int32, generator=torch.Generator().manual_seed(1))
     plain, steps = losses(tokens, 0.0, shard_folder)
-    adapted, _ = losses(tokens, 0.1, shard_folder)
+    adapted, _ = losses(tokens, 0.1, shard_folder, ema_decay)
     assert sum(steps) == 149
     assert not adapted.isnan().any()
     assert torch.equal(adapted[: steps[0]], plain[: steps[0]])  # the first batch meets the model as it was
@@ -80,6 +84,19 @@ def test_a_step_is_sgd_on_the_mean_loss_of_whole_sequences(
         assert np.allclose(weights.detach().numpy(), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.6])
+def test_between_steps_the_weights_are_the_average_of_the_trained_ones(decay: float):
+    """Each step moves the one weight that is read by its rate, since the clipped gradient has norm one."""
+    weights = torch.zeros(50, requires_grad=True)
+    adapter = Adapter([weights], lambda x, y, start: 7.0 * weights[x + y], 0.25, 4, 1, ema_decay=decay)
+    trained, average = np.zeros(50), np.zeros(50)
+    for read in (3, 3, 8, 20):
+        adapter.learn(torch.full((5,), read))
+        trained[2 * read] -= 0.25
+        average = decay * average + (1 - decay) * trained
+        assert np.allclose(weights.detach().numpy(), average, atol=1e-6)
+
+
 def test_float16_is_refused(monkeypatch):
     """Gradients of a mean over thousands of targets are smaller than its smallest number."""
     config = EvaluationConfig(adapt_rate=0.1)
@@ -95,13 +112,14 @@ def test_float16_is_refused(monkeypatch):
             assert module._adapter() is not None
 
 
-def test_no_score_depends_on_a_later_token(shard_folder):
+@pytest.mark.parametrize("ema_decay", [None, 0.5])
+def test_no_score_depends_on_a_later_token(ema_decay: float | None, shard_folder):
     tokens = torch.randint(4, 300, (150,), dtype=torch.int32, generator=torch.Generator().manual_seed(1))
-    before, _ = losses(tokens, 0.1, shard_folder)
+    before, _ = losses(tokens, 0.1, shard_folder, ema_decay)
     for position in (60, 100, 149):
         changed = tokens.clone()
         changed[position] = 3 + changed[position] % 290
-        after, _ = losses(changed, 0.1, shard_folder)
+        after, _ = losses(changed, 0.1, shard_folder, ema_decay)
         assert torch.equal(after[: position - 1], before[: position - 1])  # target i is token i + 1
         assert not torch.equal(after[position - 1 :], before[position - 1 :])
 

@@ -132,6 +132,9 @@ def test_progress_tells_of_every_batch(ahead: int, shard_folder: Path, monkeypat
         ({"adapt_rate": -0.1}, r"eval\.adapt_rate must be above 0 and at most 100, or null for no training, not -0\.1"),
         ({"adapt_rate": 1e39}, r"eval\.adapt_rate must be above 0 and at most 100"),
         ({"adapt_rate": 0.0}, r"eval\.adapt_rate must be above 0 and at most 100, or null for no training, not 0\.0"),
+        ({"adapt_rate": 0.1, "adapt_ema_decay": 1.0}, r"must be in \[0, 1\), or null for no average, not 1\.0"),
+        ({"adapt_rate": 0.1, "adapt_ema_decay": -0.1}, r"eval\.adapt_ema_decay must be in \[0, 1\)"),
+        ({"adapt_ema_decay": 0.9}, r"eval\.adapt_ema_decay averages the weights that eval\.adapt_rate trains"),
         ({"attention_window": 2000, "stride": 64}, "together must not exceed"),
         ({"attention_window": 2000, "stride": None}, "together must not exceed"),
     ],
@@ -150,7 +153,7 @@ def test_the_smallest_settings_are_settings():
 
 
 def test_null_means_off_or_all():
-    config = EvaluationConfig(window=8192, stride=6144, attention_window=2048, adapt_rate=0.1)
+    config = EvaluationConfig(window=8192, stride=6144, attention_window=2048, adapt_rate=0.1, adapt_ema_decay=0.9)
     assert not config.is_plain
     assert config.plain == EvaluationConfig(window=2048, stride=None)
     assert config.plain.is_plain

@@ -30,12 +30,12 @@ FIT = {
     "export": ("export.",),
     "files and messages": ("trainer.log_every_n_steps", "progress.mode", "checkpoints.every", "stability."),
 }
-REFUSED_BY_FIT = "eval.adapt_rate"
+REFUSED_BY_FIT = "eval.adapt_"
 VALIDATE = {
     "what is scored": ("ckpt", "weights", "split", "text", "text_field", "source_field", "per_document"),
     "how; the run's own settings where none is given": (
         *("config", "eval.window", "eval.stride", "eval.batch_windows", "eval.max_tokens", "eval.attention_window"),
-        *("eval.adapt_rate", "eval.canonical", "data.source", "precision"),
+        *("eval.adapt_rate", "eval.adapt_ema_decay", "eval.canonical", "data.source", "precision"),
     ),
     "on what": ("trainer.accelerator", "trainer.devices", "model.attention.backend", "model.compile", "progress.mode"),
 }
@@ -83,7 +83,7 @@ def first_help(parser: ArgumentParser, values: dict[str, Any], recipe: str) -> s
     shown: dict[str, list[str]] = {title: [] for title in (FIT if is_fit else VALIDATE)}
     for name, text in _texts(parser, values).items():
         title = _title(name, FIT if is_fit else VALIDATE)
-        if title is not None and not (is_fit and name == REFUSED_BY_FIT):
+        if title is not None and not (is_fit and name.startswith(REFUSED_BY_FIT)):
             value = recipe if name == "config" else _as_yaml(_value(values, name)) if is_fit else ""
             shown[title].append(_line(f"--{name} {value}", TEXTS.get(name, text)))
     lines = [f"usage: {parser.usage}", *textwrap.wrap(str(parser.description), _width())]

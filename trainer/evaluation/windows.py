@@ -31,6 +31,8 @@ class EvaluationConfig:
             of window 2048 with stride 64, for a 24th of the tokens that pass through the model.
         adapt_rate: Learning rate of score-first test-time training: in its last evaluation, `validate` trains between
             two batches of windows, on the targets that it has just scored (above 0, at most 100). null: no training.
+        adapt_ema_decay: Score with an exponential moving average of the weights that adapt_rate trains, and take it
+            after each step with this decay (0 to 1). null: with the weights of the last step.
         canonical: Give no probability to tokens that the tokenizer never puts after the one before, in every score
             (Vieira et al. 2025, for BPE tokenizers).
     """
@@ -43,6 +45,7 @@ class EvaluationConfig:
     max_tokens: int | None = None
     attention_window: int | None = None
     adapt_rate: float | None = None
+    adapt_ema_decay: float | None = None
     canonical: bool = False
 
     def __post_init__(self) -> None:
@@ -62,6 +65,13 @@ class EvaluationConfig:
                 f"eval.adapt_rate must be above 0 and at most {MAX_RATE}, or null for no training, not "
                 f"{self.adapt_rate}"
             )
+        if self.adapt_ema_decay is not None:
+            if not 0 <= self.adapt_ema_decay < 1:
+                raise ValueError(
+                    f"eval.adapt_ema_decay must be in [0, 1), or null for no average, not {self.adapt_ema_decay}"
+                )
+            if self.adapt_rate is None:
+                raise ValueError("eval.adapt_ema_decay averages the weights that eval.adapt_rate trains; give it too")
         if self.attention_window is not None and (
             self.stride is None or self.stride > self.window - self.attention_window
         ):
@@ -73,14 +83,13 @@ class EvaluationConfig:
     @property
     def plain(self) -> "EvaluationConfig":
         """The same text in windows of the training length, each scored whole."""
-        return replace(
-            self, window=self.attention_window or self.window, stride=None, attention_window=None, adapt_rate=None
-        )
+        window = self.attention_window or self.window
+        return replace(self, window=window, stride=None, attention_window=None, adapt_rate=None, adapt_ema_decay=None)
 
     @property
     def description(self) -> str:
         """What determines a score, in the names of the options."""
-        names = ["window", "stride", "attention_window", "adapt_rate", "canonical"]
+        names = ["window", "stride", "attention_window", "adapt_rate", "adapt_ema_decay", "canonical"]
         names += ["batch_windows"] if self.adapt_rate else []  # as often as that, it trains
         return ", ".join(f"{name} {value}" for name in names if (value := getattr(self, name)))
 
