@@ -57,6 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal without UTF-8 shows escapes instead of failing
             stream.reconfigure(errors="backslashreplace")
+    if sys.platform == "win32":  # no fcntl, and os.kill(pid, 0) would end the process
+        print("trainer: does not run on Windows itself; install it in the Windows Subsystem for Linux", file=sys.stderr)
+        return 1
     try:
         if command in ("-h", "--help"):
             if not args:

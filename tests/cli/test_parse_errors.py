@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import trainer_here
+from trainer.__main__ import main
 
 LOCAL = "--data.source=LocalText"
 FILES = "--data.source.train_files=x.txt"
@@ -94,3 +95,9 @@ def test_fit_finds_modules_of_the_working_folder_and_puts_them_last(tmp_path: Pa
     assert (result.returncode, result.stderr) == (0, "")
     assert "class_path: my_text.Mine" in result.stdout
     assert sys.path[-1] == str(tmp_path)
+
+
+def test_windows_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert main(["fit"]) == 1
+    assert "install it in the Windows Subsystem for Linux" in capsys.readouterr().err
