@@ -5,6 +5,7 @@ import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from tests.helpers import score_of, trainer_here
 from trainer.data.canonical import check_canonical, excluded_pairs
-from trainer.data.case_markup import MARK, SPACE
+from trainer.data.case_markup import MARK, SPACE, marked_capitals
 from trainer.data.manifest import Manifest
 from trainer.data.shard_writer import BEGIN
 from trainer.data.tokenizer import ByteTable, load_tokenizer, normalized_bytes, train_tokenizer
@@ -238,6 +239,16 @@ def test_a_run_with_case_markup_scores_the_same_bytes(tmp_path: Path):
     manifest = Manifest.read(tmp_path / "true")
     assert manifest is not None
     assert score_of(again.stdout)["bytes"] == sum(shard.bytes for shard in manifest.shards if shard.split == "val")
+
+
+def test_inspect_says_what_the_tokenizer_marks(model: Path, tmp_path: Path):
+    assert marked_capitals(load_tokenizer(model)) == "capitals that do not follow the end of a sentence"
+    assert marked_capitals(SimpleNamespace(encode=lambda text, out_type: [MARK, "a"])) == "all capitals"
+    (tmp_path / "t.txt").write_text("\n\n".join(sentence(random.Random(seed)) for seed in range(300)))
+    args = ["--data.source=LocalText", "--data.source.train_files=t.txt", f"--data.source.tokenizer={model}"]
+    assert trainer_here("prepare", *args, cwd=tmp_path).returncode == 0
+    shown = trainer_here("inspect", "data/t", cwd=tmp_path).stdout
+    assert shown.startswith("tokenizer.model  400 tokens  case markup of capitals that do not follow the end of a")
 
 
 def test_every_name_of_a_method_knows_the_marks(model: Path):

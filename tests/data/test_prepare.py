@@ -382,6 +382,7 @@ def test_inspect_shows_shards_documents_and_lengths(prepared, capsys):
     shown = capsys.readouterr().out
     first = next(text for text in texts if split_of(DocumentKeys().of(text), 5) == "train")
     assert first[:60] in shown
+    assert " tokens  no case markup" in shown
     assert "bytes per token" in shown
     assert "tokens per document" in shown
     assert main(["inspect", str(folder / "none")]) == 1

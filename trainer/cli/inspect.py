@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from trainer.cli.parser import CommandParser
+from trainer.data.case_markup import has_case_markup, marked_capitals
 from trainer.data.manifest import TOKENIZER, check_vocabulary, documents_of
 from trainer.data.shards import open_shard
 from trainer.data.source import list_shards
@@ -32,6 +33,8 @@ def inspect(folder: str, tokenizer: str | None = None, documents: int = 3) -> No
     text = list_shards(Path(folder), Path(tokenizer) if tokenizer else Path(folder) / TOKENIZER)
     processor = load_tokenizer(text.tokenizer)
     table = ByteTable.from_tokenizer(processor)
+    markup = f"case markup of {marked_capitals(processor)}" if has_case_markup(processor) else "no case markup"
+    print(f"{text.tokenizer.name}  {processor.get_piece_size():,} tokens  {markup}")
     lengths: list[np.ndarray] = []
     for split, paths in (("train", text.train), ("val", text.val)):
         for path in paths:
