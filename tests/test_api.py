@@ -7,6 +7,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
+import sentencepiece
 import torch
 
 import trainer
@@ -14,7 +15,7 @@ from tests.conftest import make_documents
 from tests.helpers import trainer_here
 from trainer.checkpoint import METADATA_KEY
 from trainer.data.canonical import excluded_pairs
-from trainer.data.tokenizer import ByteTable
+from trainer.data.tokenizer import ByteTable, load_tokenizer
 from trainer.errors import UserError
 from trainer.evaluation import sliding
 from trainer.evaluation.windows import EvaluationConfig
@@ -55,7 +56,20 @@ def test_validate_scores_the_same_again_and_takes_overrides(
     assert averaged.scores["plain"].bpb == pytest.approx(run.scores["averaged_plain"].bpb, rel=1e-6)
 
 
-def test_texts_are_scored_as_validation_scores_a_split(run: trainer.TrainedRun):
+@pytest.fixture(scope="module")
+def without_bytes(tmp_path_factory: pytest.TempPathFactory) -> sentencepiece.SentencePieceProcessor:
+    """A tokenizer that cannot spell every character."""
+    path = tmp_path_factory.mktemp("tokenizer") / "t.model"
+    sentences, special = iter(make_documents(200, 2)), {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=sentences, model_prefix=str(path.with_suffix("")), vocab_size=40, minloglevel=4, **special
+    )
+    return load_tokenizer(path)
+
+
+def test_texts_are_scored_as_validation_scores_a_split(
+    run: trainer.TrainedRun, without_bytes: sentencepiece.SentencePieceProcessor, tmp_path: Path
+):
     model, tokenizer = trainer.load_artifact(run.run_folder / "artifact.zst")
     documents = make_documents(40, 1)  # what the validation shard was made of
     ids = [token for text in documents for token in (tokenizer.bos_id(), *tokenizer.encode(text))]
@@ -77,6 +91,9 @@ def test_texts_are_scored_as_validation_scores_a_split(run: trainer.TrainedRun):
     assert one.bytes == len(documents[0].encode())
     assert one.tokens == len(tokenizer.encode(documents[0]))
     assert one.bpb == pytest.approx(one.loss * one.tokens / math.log(2) / one.bytes)
+    for text in ("a \u2603", ["one", "a \u2603"]):  # a snowman, which a tokenizer without bytes does not know
+        with pytest.raises(trainer.UserError, match=r"texts\[[01]\]: a document has 5 bytes, but its tokens stand "):
+            trainer.score(model, without_bytes, text, 32, 8)
     for nothing in ([], [""], [" "]):
         with pytest.raises(trainer.UserError, match="no text to score"):
             trainer.score(model, tokenizer, nothing)

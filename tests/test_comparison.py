@@ -152,6 +152,7 @@ def test_one_run_on_each_side_has_a_difference_and_no_p(tmp_path: Path):
         ({"summary_val_bytes": 999}, "another part of the text"),
         ({"wallclock": {"seconds": 150}}, "wallclock.seconds is 150 there and 300 here"),
         ({"eval": {"stride": 32}}, "eval.stride is 32 there and null here"),
+        ({"eval": {"canonical": True}}, "eval.canonical is True there and null here"),
         ({}, "has the settings and the seed of"),
     ],
 )
@@ -177,6 +178,25 @@ def test_the_command_prints_the_table_and_the_report_draws_it(runs: list[RunFold
     assert trainer_here("compare", folders[0], cwd=tmp_path).stderr.count("at least two run folders") == 1
     nowhere = trainer_here("compare", folders[0], "nowhere", cwd=tmp_path)
     assert nowhere.stderr == "trainer: nowhere: there is no such run folder\n"
+
+
+def test_runs_without_a_seed_make_no_pairs(tmp_path: Path):
+    runs = [
+        make_run(tmp_path, f"b{n}", n, 1.3 + n / 100, seed_everything=False, eval={"canonical": False}) for n in (1, 2)
+    ]
+    runs += [make_run(tmp_path, f"w{n}", n, 1.2, seed_everything=n, model={"num_layers": 5}) for n in (0, 1)]
+    groups = group_runs([run.read() for run in runs])
+    assert [len(group.runs) for group in groups] == [2, 2]
+    assert change(*groups).pairs == 0
+
+
+def test_the_same_time_on_another_device_is_named(tmp_path: Path):
+    for name, device in (("a", "H200"), ("b", "H200"), ("c", "A100")):
+        make_run(tmp_path, name, ord(name), 1.2, summary_versions={"device": device})
+    recipe = tmp_path / "recipe"
+    assert "warning" not in trainer_here("compare", str(recipe / "a"), str(recipe / "b"), cwd=tmp_path).stdout
+    result = trainer_here("compare", *(str(recipe / name) for name in "abc"), cwd=tmp_path)
+    assert "warning: recipe/c: ran on another device (A100, not H200)" in result.stdout
 
 
 def test_other_code_is_named_and_another_script_is_another_setting(tmp_path: Path):

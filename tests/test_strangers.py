@@ -11,14 +11,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 import yaml
 
+from tests.conftest import make_documents
 from tests.helpers import RUNS, environment, run_faulty, score_of, small, trainer, trainer_here
+from trainer.callbacks.wallclock import WallclockCutoff
 from trainer.checkpoint import METADATA_KEY, append_checksum, load_checkpoint, stored_average
 from trainer.data.documents import find_files
 from trainer.data.shards import open_shard, write_shard
@@ -46,6 +49,11 @@ def copied(finished: Path, tmp_path: Path) -> Path:
     """A copy of that folder, to be changed."""
     shutil.copytree(finished, tmp_path / "copy")
     return tmp_path / "copy"
+
+
+def lines(output: str, name: str) -> list[str]:
+    """The numbers of the lines that begin with a name."""
+    return [line.removeprefix(name).strip() for line in output.splitlines() if line.startswith(f"{name} ")]
 
 
 def last_line(*args: str, cwd: Path) -> str:
@@ -114,7 +122,12 @@ def test_an_extended_run_averages_its_own_end_alone(finished: Path, copied: Path
 
 @pytest.mark.parametrize("weights", ["average", "live", "better"])
 def test_the_weights_that_are_exported_can_be_chosen(weights: str, tmp_path: Path, shard_folder: Path):
-    args = [f"--export.weights={weights}", "--data.held_out_tokens=500", "--report.enabled=false"]
+    args = [
+        f"--export.weights={weights}",
+        "--data.held_out_tokens=500",
+        "--eval.max_tokens=60",
+        "--report.enabled=false",
+    ]
     result = trainer_here(*small(shard_folder, *args), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     summary = json.loads((tmp_path / RUNS / "1/summary.json").read_text())
@@ -127,6 +140,47 @@ def test_the_weights_that_are_exported_can_be_chosen(weights: str, tmp_path: Pat
         assert line.startswith("on 499 held-out training tokens: live ")
         live, average = (float(word) for word in line.replace(",", "").split() if word[0].isdigit() and "." in word)
         assert summary["weights"] == ("live" if live < average else "averaged")
+        of_both = ["validate", f"--ckpt={RUNS}/1/checkpoints/last.ckpt", "--split=held_out", "--eval.stride=null"]
+        for name, expected_bpb in (("live", live), ("averaged", average)):  # of all 499, not of eval.max_tokens
+            scored = score_of(trainer_here(*of_both, f"--weights={name}", cwd=tmp_path).stdout)
+            assert (scored["tokens"], round(scored["val_bpb"], 5)) == (499, expected_bpb)
+
+
+def test_without_an_artifact_the_score_is_that_of_the_chosen_weights(tmp_path: Path, shard_folder: Path):
+    args = ["--export.weights=live", "--export.enabled=false", "--report.enabled=false"]
+    result = trainer_here(*small(shard_folder, *args), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / RUNS / "1/summary.json").read_text())
+    assert summary["stages"]["averaged_plain"]["bpb"] != summary["stages"]["live_plain"]["bpb"]
+    assert summary["val_bpb"] == summary["stages"]["live_plain"]["bpb"]
+
+
+def test_shards_that_were_replaced_since_the_run_are_named(tmp_path: Path, shard_folder: Path):
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in make_documents(400, 3)))
+    text = ["--data.source=LocalText", "--data.source.train_files=t.jsonl"]
+    text.append(f"--data.source.tokenizer={shard_folder}/tokenizer.model")
+    options = [arg for arg in small(shard_folder, *text, "--report.enabled=false") if "source.folder" not in arg]
+    assert trainer_here(*options, cwd=tmp_path).returncode == 0
+    files = [f"--ckpt={RUNS}/1/{name}" for name in ("artifact.zst", "checkpoints/last.ckpt")]
+    for file in files:
+        assert "warning" not in trainer_here("validate", file, cwd=tmp_path).stdout
+    with (tmp_path / "t.jsonl").open("a") as more:
+        more.writelines(json.dumps({"text": text}) + "\n" for text in make_documents(400, 4))
+    assert trainer_here("prepare", *text, cwd=tmp_path).returncode == 0
+    for file in files:
+        result = trainer_here("validate", file, cwd=tmp_path)
+        assert "warning: data/t: not the shards of this run any more" in result.stdout, result.stderr
+        assert "warning" not in trainer_here("validate", file, "--text=t.jsonl", cwd=tmp_path).stdout
+
+
+def test_a_resumed_run_whose_time_is_over_counts_no_more():
+    for spent, is_running in ((0.4, True), (1.5, False)):
+        cutoff, loop = WallclockCutoff(1.0), SimpleNamespace(should_stop=False)
+        cutoff.clock.load_state_dict({"elapsed": spent})
+        cutoff.on_train_start(cast(Any, loop), cast(Any, None))
+        before = cutoff.clock.elapsed
+        time.sleep(0.01)
+        assert (cutoff.clock.elapsed > before, loop.should_stop) == (is_running, not is_running)
 
 
 def test_held_out_text_can_be_scored_by_itself(tmp_path: Path, shard_folder: Path):
@@ -164,6 +218,9 @@ def test_a_rate_that_does_nothing_or_too_much_is_said(copied: Path):
     loud = trainer_here(*args, "--eval.adapt_rate=0.01", "--eval.max_tokens=64", cwd=copied)
     assert (quiet.returncode, loud.returncode) == (0, 0)
     assert "eval.adapt_rate had no effect" not in quiet.stdout + quiet.stderr
+    plain = trainer_here(*args, "--eval.batch_windows=1", cwd=copied).stdout  # that of the model as it is has this name
+    assert lines(quiet.stdout, "plain") == lines(plain, "plain")
+    assert lines(quiet.stdout, "adapted") != lines(plain, "plain")
     assert "this text has too few; lower eval.batch_windows" in loud.stdout + loud.stderr
     whole = trainer_here(*args, "--eval.adapt_rate=0.01", "--eval.window=9999", "--eval.batch_windows=1", cwd=copied)
     assert "lower eval.window" in whole.stdout + whole.stderr

@@ -6,12 +6,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import sentencepiece
 import torch
 
 from trainer.cli import train
 from trainer.data.canonical import check_canonical, excluded_pairs
-from trainer.data.tokenizer import BOS, ByteTable
+from trainer.data.tokenizer import BOS, ByteTable, normalized_bytes
 from trainer.errors import OptionError, UserError
 from trainer.evaluation import sliding
 from trainer.evaluation.metric import Score
@@ -50,7 +51,7 @@ class Validation(NamedTuple):
 
     Attributes:
         val_bpb: Bits per byte: the sliding-window score, or the plain one where no stride is set.
-        scores: `plain` and, with a stride, `sliding`.
+        scores: `plain` and, with a stride, `sliding`, or `adapted` with `eval.adapt_rate`.
     """
 
     val_bpb: float
@@ -120,7 +121,8 @@ def score(
         The score; its bytes are those of the texts after the tokenizer's normalization.
 
     Raises:
-        UserError: If there is no text, window and stride do not fit together, or a canonical score is not possible.
+        UserError: If there is no text, the tokenizer has no tokens for some of its characters, window and stride do not
+            fit together, or a canonical score is not possible.
     """
     try:
         evaluation = EvaluationConfig(window, stride, batch_windows)
@@ -129,7 +131,10 @@ def score(
     texts = [texts] if isinstance(texts, str) else list(texts)
     if not any(texts):
         raise UserError("there is no text to score")
-    ids = [token for encoded in tokenizer.encode(texts) for token in (BOS, *encoded)]
+    table, ids = ByteTable.from_tokenizer(tokenizer), []
+    for index, (text, encoded) in enumerate(zip(texts, tokenizer.encode(texts), strict=True)):
+        table.check(np.array(encoded, np.uint16), normalized_bytes(tokenizer, text), f"texts[{index}]")
+        ids += [BOS, *encoded]
     if len(ids) < 2:
         raise UserError("there is no text to score")
     device = model.token_embedding.weight.device
@@ -138,7 +143,7 @@ def score(
     if excluded is not None:
         check_canonical(tokens, excluded, tokenizer, "texts", "set canonical=False")
     with torch.no_grad():
-        return sliding.score(model.nll, tokens, ByteTable.from_tokenizer(tokenizer), evaluation, excluded=excluded)
+        return sliding.score(model.nll, tokens, table, evaluation, excluded=excluded)
 
 
 def generate(

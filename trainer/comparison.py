@@ -19,7 +19,14 @@ NOT_COMPARED = (
     *("trainer.val_check_interval", "trainer.log_every_n_steps", "eval.every_seconds", "eval.fit_tokens"),
     *("eval.batch_windows", "model.micro_batch_tokens"),  # what fits into the memory that was free
 )
-EQUAL = ("wallclock.seconds", "trainer.max_steps", "eval.window", "eval.stride", "eval.attention_window")
+EQUAL = (
+    "wallclock.seconds",
+    "trainer.max_steps",
+    "eval.window",
+    "eval.stride",
+    "eval.attention_window",
+    "eval.canonical",
+)
 Seed = tuple[Any, Any]  # seed_everything and data.seed
 
 
@@ -91,6 +98,8 @@ def group_runs(runs: list[RunData]) -> list[Group]:
             members = {}
             groups.append((setting, members))
         seed = run.config.get("seed_everything"), run.config.get("data.seed")
+        if seed[0] is False:  # none, so that no other run has the same; in a dictionary it would equal 0
+            seed = str(run.folder), None
         if seed in members:
             raise UserError(f"{run.folder}: has the settings and the seed of {members[seed].folder}; leave one out")
         members[seed] = run
@@ -110,6 +119,22 @@ def warn_of_other_code(runs: list[RunData]) -> None:
         logger.warning(f"{others[0]}{more}: other code than {runs[0].name}, so more than a setting may differ")
 
 
+def warn_of_other_devices(runs: list[RunData]) -> None:
+    """Name the runs that had the same time on another device than the first run."""
+    device = _device(runs[0])
+    others = [run for run in runs if _device(run) != device]
+    if others and runs[0].config.get("wallclock.seconds"):
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        logger.warning(
+            f"{others[0].name}{more}: ran on another device ({_device(others[0])}, not {device}), so the same time is "
+            "another amount of training"
+        )
+
+
+def _device(run: RunData) -> object:
+    return run.summary.get("versions", {}).get("device")
+
+
 def _name(first: RunData, base: dict[str, object], setting: dict[str, object], members: dict[Seed, RunData]) -> str:
     """What a group differs in from the first; before it the name of its sprint, if all its runs are of one."""
     names = {run.folder.path.resolve().name for run in members.values()}
@@ -122,8 +147,9 @@ def _name(first: RunData, base: dict[str, object], setting: dict[str, object], m
 def _check_comparable(first: RunData, run: RunData) -> None:
     reason = why_incomparable(first, run)
     for key in EQUAL:
-        if reason is None and first.config.get(key) != run.config.get(key):
-            there, here = ("null" if each.config.get(key) is None else each.config[key] for each in (run, first))
+        there, here = (each.config.get(key) or None for each in (run, first))  # a canonical score that is off: None
+        if reason is None and there != here:
+            there, here = ("null" if value is None else value for value in (there, here))
             reason = f"{key} is {there} there and {here} here"
     if reason is None and ("bytes_total" in first.summary) != ("bytes_total" in run.summary):
         reason = "one stored an artifact, the other none"

@@ -181,7 +181,7 @@ class TokenData(pl.LightningDataModule):
         tokenizer = load_tokenizer(self.tokenizer)
         self._check_tokenizer(self.tokenizer)
         self.table = ByteTable.from_tokenizer(tokenizer)
-        tokens, self.document_sources = text.read(tokenizer)
+        tokens, self.document_sources = text.read(tokenizer, self.table)
         if self.table.total(tokens) == 0:
             raise UserError(f"{', '.join(text.files)}: has no bytes to score; give another text")
         self._take_tokens(tokens, tokenizer, ", ".join(text.files))

@@ -57,7 +57,7 @@ def stored_weights(path: Path, weights: str = "live") -> Artifact:
         config = TransformerConfig.from_dict(metadata["model"])
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path}: was written by another version of this trainer ({error})") from error
-    return Artifact(config, state or live_state(checkpoint), metadata.get("tokenizer_sha256"))
+    return Artifact(config, state or live_state(checkpoint), metadata.get("tokenizer_sha256"), path)
 
 
 def load_run(path: str | Path) -> dict[str, Any]:
@@ -107,8 +107,12 @@ def load_artifact(
     """
     path = Path(path)
     stored = stored_weights(path, "best")
+    hint = "name another one" if tokenizer else "name it with --tokenizer"
     tokenizer = Path(tokenizer) if tokenizer else RunFolder.containing(path).tokenizer
     processor = load_tokenizer(tokenizer)
-    if stored.tokenizer_sha256 not in (None, sha256_of(tokenizer)):
-        raise UserError(f"{tokenizer}: is not the tokenizer this model was trained with; name it with --tokenizer")
+    if stored.tokenizer_sha256 not in (None, now := sha256_of(tokenizer)):
+        raise UserError(
+            f"{tokenizer}: is not the tokenizer this model was trained with (its sha256 begins with {now[:12]}, not "
+            f"{stored.tokenizer_sha256[:12]}); {hint}"
+        )
     return LoadedModel(stored.build().to(device).eval(), processor)

@@ -13,8 +13,8 @@ import pytest
 import sentencepiece
 
 from trainer.data.case_markup import SPACE
-from trainer.data.shard_writer import BEGIN, ShardWriter
-from trainer.data.tokenizer import BOS, ByteTable, load_tokenizer, normalized_bytes
+from trainer.data.shard_writer import ShardWriter
+from trainer.data.tokenizer import BEGIN, BOS, ByteTable, load_tokenizer, normalized_bytes
 from trainer.errors import UserError
 
 SETTINGS: dict[str, tuple[Any, Any]] = {

@@ -16,8 +16,7 @@ from tests.helpers import score_of, trainer_here
 from trainer.data.canonical import check_canonical, excluded_pairs
 from trainer.data.case_markup import MARK, SPACE, marked_capitals
 from trainer.data.manifest import Manifest
-from trainer.data.shard_writer import BEGIN
-from trainer.data.tokenizer import ByteTable, load_tokenizer, normalized_bytes, train_tokenizer
+from trainer.data.tokenizer import BEGIN, ByteTable, load_tokenizer, normalized_bytes, train_tokenizer
 from trainer.generation import prompt_tokens, stream_text
 
 WORDS = "the cat sat on a mat in new york and mcdonald of nasa read it while she ran home to paris".split()

@@ -114,6 +114,9 @@ def test_names_are_files_folders_and_patterns_in_the_given_order(tmp_path: Path)
         (tmp_path / name).write_text("x")
     files = find_files([str(tmp_path / "b"), str(tmp_path / "*.txt")])
     assert [str(path.relative_to(tmp_path)) for path in files] == ["b/1.jsonl.gz", "b/2.txt", "b/c/3.txt", "a.txt"]
+    (tmp_path / "link.txt").symlink_to(tmp_path / "b/2.txt")
+    twice = find_files([str(tmp_path / name) for name in ("b/2.txt", "link.txt", "a.txt", "b", "a.txt")])
+    assert [str(path.relative_to(tmp_path)) for path in twice] == ["b/2.txt", "a.txt", "b/1.jsonl.gz", "b/c/3.txt"]
     for name, message in (("none.txt", "no such text file"), ("*.jsonl", "no such text file"), ("b/notes.pdf", "only")):
         with pytest.raises(UserError, match=message):
             find_files([str(tmp_path / name)])

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -366,16 +367,36 @@ def test_a_config_survives_the_round_trip(config: TransformerConfig):
         ({3: 1, "x": 2}, "not a model config"),
         ({"mlp": {"ratio": 2, "slope": 0.5}}, r"this code has no option model\.mlp\.slope"),
         ({"attention": 3}, "not a model config"),
-        ({"value_embedding_blocks": 1.5}, "not a model config: value_embedding_blocks must be a whole number, not 1.5"),
-        ({"attention": {"window": 2.5}}, "not a model config: window must be a whole number, not 2.5"),
-        ({"vocab_size": True}, "not a model config: vocab_size must be a whole number, not True"),
-        ({"mlp": {"ratio": 2.5}}, "not a model config: ratio must be a whole number, not 2.5"),
-        ({"smear": {"gate": "loud"}}, r"not a model config: gate must be one of \(.*\), not 'loud'"),
+        ({"value_embedding_blocks": 1.5}, "model.value_embedding_blocks must be a whole number or null, not 1.5"),
+        ({"attention": {"window": 2.5}}, "model.attention.window must be a whole number or null, not 2.5"),
+        ({"vocab_size": True}, "not a model config: model.vocab_size must be a whole number, not True"),
+        ({"mlp": {"ratio": 2.5}}, "not a model config: model.mlp.ratio must be a whole number, not 2.5"),
+        ({"smear": {"gate": "loud"}}, "model.smear.gate must be one of per_channel, per_token, not 'loud'"),
     ],
 )
-def test_a_bad_config_is_refused(values: dict, message: str):
+def test_a_bad_config_is_refused(values: Any, message: str):
+    whole = TransformerConfig().to_dict()
+    if isinstance(values, dict):
+        groups = {key: {**whole[key], **value} for key, value in values.items() if isinstance(value, dict)}
+        values = {**whole, **values, **groups}
     with pytest.raises(ValueError, match=message):
         TransformerConfig.from_dict(values)
+
+
+def test_an_option_that_is_absent_is_off_or_missed():
+    default = TransformerConfig().to_dict()
+    options = [(name,) for name in default if not isinstance(default[name], dict)]
+    options += [(group, name) for group in default if isinstance(default[group], dict) for name in default[group]]
+    for *group, name in options:
+        cut = TransformerConfig(attention=AttentionConfig(rope_dims=8)).to_dict()
+        del (cut[group[0]] if group else cut)[name]
+        value = (default[group[0]] if group else default)[name]
+        if value in (None, False, 0):
+            read = TransformerConfig.from_dict(cut).to_dict()
+            assert (read[group[0]] if group else read)[name] == value
+        else:
+            with pytest.raises(ValueError, match=rf"model\.{'.'.join((*group, name))} is missing"):
+                TransformerConfig.from_dict(cut)
 
 
 def test_stored_config_is_the_model_and_not_the_machine():

@@ -25,6 +25,7 @@ from hypothesis.extra import numpy as arrays
 from tests.conftest import TINY
 from trainer.errors import UserError
 from trainer.model.transformer import Transformer, TransformerConfig
+from trainer.quantize import container
 from trainer.quantize.artifact import read_artifact, write_artifact
 from trainer.quantize.calibration import calibrate
 from trainer.quantize.container import (
@@ -248,7 +249,7 @@ def test_the_whole_range_of_symbols_is_stored_and_none_beyond_it(bits: int, code
             wrong = values.copy()
             wrong[1, 1, 1] = beyond
             write_container(tmp_path / "c", {}, {"w": replace(tensor, values=wrong)}, codec)
-            with pytest.raises(UserError, match=f"tensor w holds a symbol that int{bits} does not have"):
+            with pytest.raises(UserError, match=f"tensor 'w' holds a symbol that int{bits} does not have"):
                 read_container(tmp_path / "c")
 
 
@@ -331,7 +332,8 @@ def set_in(*path: Any) -> Callable[[dict[str, Any]], None]:
 
 
 FORGERIES = [
-    (set_in("codec", "brotli"), "unknown codec"),
+    (set_in("codec", "brotli"), "names no codec"),
+    (lambda header: header.pop("tensors"), "its header lacks 'tensors'"),
     (set_in("tensors", 1, "offset", 0), "not where the one before it ends"),
     (set_in("tensors", 0, "offset", 1), "not where the one before it ends"),
     (lambda header: header["tensors"][0].pop("offset"), "offset"),
@@ -350,12 +352,22 @@ FORGERIES = [
     (set_in("tensors", None), "not a valid artifact"),
     (lambda header: header["tensors"].pop(), "do not fill its content"),
     (lambda header: header["tensors"].append(header["tensors"][-1]), "occurs twice"),
-    (set_in("model", "num_layers", "many"), "not a model config"),
+    (set_in("tensors", 0, "columns", 1), "not a valid artifact|do not fill|fewer bytes|starts at"),
+    (set_in("tensors", 0, "columns", "yes"), "has the columns 'yes'"),
+    (set_in("model", "num_layers", "many"), "model.num_layers must be a whole number, not 'many'"),
+    (set_in("model", "attention", "xsa", "no"), "model.attention.xsa must be true or false, not 'no'"),
+    (set_in("model", "tied_embeddings", 1), "model.tied_embeddings must be true or false, not 1"),
+    (set_in("model", "logit_softcap", float("inf")), "model.logit_softcap must be finite, not inf"),
+    (set_in("model", "attention", "rope_base", float("nan")), "model.attention.rope_base must be finite, not nan"),
+    (set_in("model", "attention", "window_pattern", ["S"]), "model.attention.window_pattern must be a text, not"),
+    (lambda header: header["model"].pop("logit_softcap"), "model.logit_softcap is missing"),
+    (lambda header: header["model"].pop("attention"), "model.attention.num_heads is missing"),
+    (set_in("model", "attention", "num_kv_heads", 1), "the tensor '.*' has the shape .*, the model needs"),
     (set_in("model", "num_layers", 10**9), "num_layers must be between 2 and 1,000"),
     (set_in("model", "num_layers", 1000), "do not fit its model"),
     (set_in("model", "model_dim", 2**20), "do not fit its model"),
     (set_in("model", "evil", 1), "not a model config"),
-    (set_in("tokenizer_sha256", 5), "tokenizer_sha256 is not a text"),
+    (set_in("tokenizer_sha256", 5), "its header has no right tokenizer_sha256"),
 ]
 
 
@@ -367,6 +379,15 @@ def test_a_forged_header_is_refused(written, change, message: str):
         read_artifact(path).build()
 
 
+def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    bad = np.array([np.nan], dtype=np.float32)
+    monkeypatch.setattr(container, "_floats_of", lambda tensor: [])  # what keeps our own writer from it
+    for tensor in (StoredTensor("float32", bad), StoredTensor("int5", np.ones((1, 2), dtype=np.int8), bad)):
+        write_container(tmp_path / "a.zst", {}, {"bad": tensor})
+        with pytest.raises(UserError, match="a.zst: is not a valid artifact .*'bad' holds a number that is not finite"):
+            read_container(tmp_path / "a.zst")
+
+
 def test_bytes_after_the_tensors_and_a_second_frame_are_refused(written):
     path, _, _ = written
     raw = path.read_bytes()
@@ -375,6 +396,9 @@ def test_bytes_after_the_tensors_and_a_second_frame_are_refused(written):
         read_artifact(path)
     path.write_bytes(container_of(raw[40:] + zstandard.compress(b"second")))
     with pytest.raises(UserError, match="not a valid artifact"):
+        read_artifact(path)
+    path.write_bytes(raw[:20])
+    with pytest.raises(UserError, match="is cut"):
         read_artifact(path)
     path.write_bytes(b"GOLFLM02" + raw[8:])
     with pytest.raises(UserError, match="has artifact version '02', but only 03 is known"):

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -123,6 +123,7 @@ class PostTrainExport(pl.Callback):
         if averaged and (self.weights == "live" or (self.weights == "better" and stages.live_is_better(model))):
             averaged = None
             model.load_state_dict(pl_module.model.state_dict())
+            stages.scores["live_plain"] = stages.scores.pop("live_plain")  # the last score is the run's
         stored = stages.export(model, self) if self.enabled else {}
         pl_module.display.close()
         if trainer.is_global_zero:
@@ -157,7 +158,7 @@ class _Stages:
 
     def live_is_better(self, averaged: Transformer) -> bool:
         """Whether the live weights score better than the averaged ones on the held-out training tokens."""
-        plain, tokens = self.data.evaluation.plain, self.data.held_out()
+        plain, tokens = replace(self.data.evaluation.plain, max_tokens=None), self.data.held_out()
         live, average = (
             self.module.score_model(name, model, plain, tokens).bpb
             for name, model in (("live_held_out", self.module.model), ("averaged_held_out", averaged))

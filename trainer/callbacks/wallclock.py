@@ -43,7 +43,8 @@ class WallclockCutoff(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         """Start the clock, unless the time is over; the warm-up comes before this callback."""
         self._stop_if_over(trainer)
-        self.clock.start()
+        if not trainer.should_stop:
+            self.clock.start()
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LanguageModel, *_: Any) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from trainer.cli.parser import CommandParser
-from trainer.comparison import as_markdown, group_runs, table, warn_of_other_code
+from trainer.comparison import as_markdown, group_runs, table, warn_of_other_code, warn_of_other_devices
 from trainer.errors import UserError
 from trainer.paired import compare_documents, moved_table, read_table, sentences
 from trainer.run_folder import RunFolder
@@ -32,6 +32,7 @@ def compare(runs: list[str]) -> None:
     if len(runs) < 2:
         raise UserError("compare needs at least two run folders; give several seeds of each setting")
     warn_of_other_code(data)
+    warn_of_other_devices(data)
     print(as_markdown(table(group_runs(data))))
 
 

@@ -1,12 +1,14 @@
-"""`validate --split held_out`: what a run held out, so that nothing it trained on is scored in its place."""
+"""Whether `validate` scores the text of the run: the part that it held out, or shards that are still its own."""
 
 from pathlib import Path
 
 from trainer.checkpoint import METADATA_KEY
 from trainer.data.identity import fingerprint, identify
+from trainer.data.manifest import Manifest
 from trainer.data.source import Source
 from trainer.errors import UserError
 from trainer.loading import is_artifact, load_run
+from trainer.logging import logger
 from trainer.run_folder import RunFolder
 
 
@@ -36,6 +38,28 @@ def held_out_tokens(ckpt: Path, source: Source, given: int | None) -> int:
             "shards with --data.source.folder"
         )
     return tokens
+
+
+def warn_of_other_text(ckpt: Path, source: Source) -> None:
+    """Tell of shards that have been replaced since the run, as far as their manifest says so.
+
+    Args:
+        ckpt: Checkpoint or artifact of the run.
+        source: The text that its config names.
+    """
+    text = source.prepared()
+    folder = text.train[0].parent
+    if Manifest.read(folder) is None:  # reading all shards could take minutes
+        return
+    now = identify(text)
+    if is_artifact(ckpt):
+        summary = RunFolder.containing(ckpt).read_summary()
+        is_same = summary is None or summary.get("shards_fingerprint") in (None, fingerprint(now))
+    else:
+        before = load_run(ckpt)[METADATA_KEY].get("shards") or now
+        is_same = [tuple(shard) for shard in before["val"]] == now["val"]
+    if not is_same:
+        logger.warning(f"{folder}: not the shards of this run any more, so the scores do not compare")
 
 
 def _of_run(ckpt: Path) -> tuple[int | None, str]:

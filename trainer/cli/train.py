@@ -21,7 +21,7 @@ from trainer.callbacks import CALLBACKS
 from trainer.callbacks.checkpoint import STOPPING
 from trainer.cli.dry_run import dry_run
 from trainer.cli.env_aliases import alias_options
-from trainer.cli.held_out import held_out_tokens
+from trainer.cli.held_out import held_out_tokens, warn_of_other_text
 from trainer.cli.help import first_help, help_of, parts_named, take_help
 from trainer.cli.lightning_cli import TrainerCLI, make_parser
 from trainer.cli.parse_errors import reword_failure
@@ -125,7 +125,8 @@ def run(command: str, args: Sequence[str]) -> RunFolder | dict[str, Score] | Non
             raise UserError("--dry_run belongs to trainer fit; leave it out")
         _warn_of_no_effect(rest)
         is_cut = any(arg.startswith("--eval.max_tokens") for arg in rest)
-        return validate(cli, stored, Path(ckpt), is_cut)
+        has_own_text = not configs and not any(arg.startswith(("--data.source", "--text")) for arg in rest)
+        return validate(cli, stored, Path(ckpt), is_cut, has_own_text)
     if cli.is_dry_run:
         cli.config.ckpt = ckpt or cli.config.ckpt
         dry_run(cli)
@@ -189,7 +190,9 @@ def _to_score(ckpt: str | None, rest: list[str]) -> tuple[str, Artifact]:
     is_averaged = split_options(rest, "--weights")[0]["weights"][-1:] == ["averaged"]
     if is_averaged and Path(ckpt).is_file() and is_artifact(Path(ckpt)):
         raise UserError(f"--weights averaged: {ckpt} is an artifact, which holds one set of weights; leave it out")
-    return ckpt, stored_weights(Path(ckpt), "averaged" if is_averaged else "live")
+    stored = stored_weights(Path(ckpt), "averaged" if is_averaged else "live")
+    stored.build()  # before a model is made of sizes that the file may only claim
+    return ckpt, stored
 
 
 def _warn_of_no_effect(args: list[str]) -> None:
@@ -216,7 +219,7 @@ def _recipe(path: Path, has_source: bool) -> str:
     return yaml.safe_dump(recipe, sort_keys=False)
 
 
-def validate(cli: TrainerCLI, stored: Artifact, ckpt: Path, is_cut: bool) -> dict[str, Score]:
+def validate(cli: TrainerCLI, stored: Artifact, ckpt: Path, is_cut: bool, has_own_text: bool) -> dict[str, Score]:
     """Score stored weights and print the scores, which are returned by name; the last line is for scripts.
 
     Args:
@@ -224,25 +227,27 @@ def validate(cli: TrainerCLI, stored: Artifact, ckpt: Path, is_cut: bool) -> dic
         stored: The weights.
         ckpt: Their file.
         is_cut: Whether the command line limits the tokens; the run's own limit does not hold for another text.
+        has_own_text: Whether nothing but the run's own config says what is scored.
     """
-    try:
-        cli.model.model.load_state_dict(stored.state)
-    except RuntimeError as error:
-        raise UserError(f"its tensors do not fit its model ({' '.join(str(error).split())[:200]})") from error
+    cli.model.model.load_state_dict(stored.state)
     cli.datamodule.expected_tokenizer = stored.tokenizer_sha256
     _choose_text(cli, ckpt, is_cut)
+    if has_own_text and cli.datamodule.split == "val" and cli.trainer.is_global_zero:
+        warn_of_other_text(ckpt, cli.datamodule.source)
     with _interruptible():
         cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
     if not all(math.isfinite(score.bpb) for score in cli.model.scores):
         rate = cli.datamodule.evaluation.adapt_rate
         reason = f"lower --eval.adapt_rate {rate:g}" if rate else "these weights are not usable"
         raise UserError(f"the score is not a number: {reason}")
-    scores = dict(zip(("plain", "sliding"), cli.model.scores, strict=False))
+    last = "adapted" if cli.datamodule.evaluation.adapt_rate else "sliding"
+    scores = dict(zip(("plain", last), cli.model.scores, strict=False))
     for name, score in scores.items():
         logger.info(f"{name:<8} {score.line()}")
     logger.info(f"scored in {cli.model.validation_seconds:.1f} s")
     if cli.model.documents is not None and cli.trainer.is_global_zero:
-        _report_documents(Path(cli.config.per_document or ""), cli.datamodule, cli.model.documents)
+        path, precision = Path(cli.config.per_document or ""), str(cli.trainer.precision)
+        _report_documents(path, cli.datamodule, cli.model.documents, precision)
     logger.info(cli.model.scores[-1].line())
     return scores
 
@@ -282,11 +287,11 @@ def _choose_text(cli: TrainerCLI, ckpt: Path, is_cut: bool) -> None:
     data.scores_documents = True
 
 
-def _report_documents(path: Path, data: TokenData, documents: DocumentScores) -> None:
+def _report_documents(path: Path, data: TokenData, documents: DocumentScores, precision: str) -> None:
     """Log the score of each source, and write the documents' scores if there is a path for them."""
     sources, columns = data.document_sources, documents.compute()
     if path.name:
-        write_csv(path, sources, data.evaluation.description, *columns)
+        write_csv(path, sources, f"{data.evaluation.description}, precision {precision}", *columns)
     rows = by_source(sources[: len(columns[0])], *columns)
     for name, count, score in rows[:SOURCES]:
         logger.info(f"{score.bpb:.4f} bpb  {counted(count, 'document')}, {score.bytes:,} bytes  {name}")

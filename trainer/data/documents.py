@@ -28,7 +28,7 @@ READ_BYTES = 2**17
 def find_files(names: list[str], option: str = "--data.source.train_files") -> list[Path]:
     """Resolve files, folders (all text files below them) and glob patterns, in the order of the names.
 
-    What a folder or a pattern holds and cannot be read is named in a warning.
+    What a folder or a pattern holds and cannot be read is named in a warning; a file is read once, also behind a link.
 
     Args:
         names: What the option says.
@@ -54,6 +54,10 @@ def find_files(names: list[str], option: str = "--data.source.train_files") -> l
         if not matches or not all(file.is_file() for file in matches):
             raise UserError(f"{name}: there is no such text file; check {option}")
         files += matches
+    once = {os.path.realpath(file): file for file in reversed(files)}
+    if len(once) < len(files):
+        files = [file for file in dict.fromkeys(files) if once[os.path.realpath(file)] == file]
+        logger.warning(f"{option}: names some files more than once; each is read once")
     for file in files:
         if _kind(file) not in KINDS:
             raise UserError(f"{file}: only {', '.join(KINDS)} are read, each also as {', '.join(COMPRESSIONS)}")

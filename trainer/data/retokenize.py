@@ -12,10 +12,10 @@ import numpy as np
 from trainer.data.case_markup import RULES, CaseMarkupProcessor, has_case_markup
 from trainer.data.manifest import NAME, TOKENIZER, Manifest, check_tokenizer, check_vocabulary
 from trainer.data.preparation import check_folder, is_prepared, prepare_folder
-from trainer.data.shard_writer import BEGIN, SPLITS, Document, tokenize
+from trainer.data.shard_writer import SPLITS, Document, tokenize
 from trainer.data.shards import TokenArray, TokenFiles
 from trainer.data.source import SAMPLE_BYTES, PreparedText, list_shards, size_option, train_for_source
-from trainer.data.tokenizer import BOS, ByteTable, check_trainable_size, load_tokenizer
+from trainer.data.tokenizer import BEGIN, BOS, ByteTable, check_trainable_size, load_tokenizer
 from trainer.errors import UserError
 from trainer.files import sha256_of
 from trainer.logging import counted, logger

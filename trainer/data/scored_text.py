@@ -7,7 +7,7 @@ import sentencepiece
 
 from trainer.data.documents import FIELD, TextFiles, find_files
 from trainer.data.shards import TokenArray
-from trainer.data.tokenizer import BOS
+from trainer.data.tokenizer import BEGIN, ByteTable, normalized_bytes
 from trainer.errors import UserError
 
 
@@ -25,20 +25,22 @@ class ScoredText:
     field: str = FIELD
     source_field: str | None = None
 
-    def read(self, tokenizer: sentencepiece.SentencePieceProcessor) -> tuple[TokenArray, list[str]]:
+    def read(self, tokenizer: sentencepiece.SentencePieceProcessor, table: ByteTable) -> tuple[TokenArray, list[str]]:
         """Tokenize the documents, each after a BOS token.
 
         Returns:
             (n,) uint16, and where each document comes from.
 
         Raises:
-            UserError: If a file cannot be read.
+            UserError: If a file cannot be read, or the tokenizer has no tokens for some of its characters.
         """
         pieces, sources = [], []
         try:
             texts = TextFiles(find_files(self.files, "--text"), self.field, self.source_field)
             for text in texts:
-                pieces.append(np.array([BOS, *tokenizer.encode(text)], dtype=np.uint16))
+                ids = np.array(tokenizer.encode(text), dtype=np.uint16)
+                table.check(ids, normalized_bytes(tokenizer, text), str(texts.paths[texts.index]))
+                pieces += [BEGIN, ids]
                 sources.append(texts.source)
         except UserError as error:  # it may name an option of a source
             words = str(error).replace("--data.source.field", "--text_field").replace("data.source", "--text")

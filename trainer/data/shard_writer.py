@@ -16,7 +16,7 @@ import sentencepiece
 from trainer.data.manifest import Manifest, ShardRecord
 from trainer.data.normalization import NormalizationSample
 from trainer.data.shards import TokenArray, check_vocab_size, write_shard
-from trainer.data.tokenizer import BOS, ByteTable, load_tokenizer, normalized_bytes
+from trainer.data.tokenizer import BEGIN, ByteTable, load_tokenizer, normalized_bytes
 from trainer.errors import UserError
 from trainer.files import sha256_of
 from trainer.logging import logger
@@ -27,7 +27,6 @@ SHARD_TOKENS = 100_000_000  # as in the published export
 SPLITS = ("train", "val")
 PROGRESS_SECONDS = 5.0  # between two lines
 IdArray = np.ndarray[tuple[int], np.dtype[np.int32]]
-BEGIN = np.array([BOS], dtype=np.uint16)
 
 
 def split_of(key: bytes, val_every: int) -> str:
@@ -69,11 +68,7 @@ class ShardWriter:
             UserError: If it is longer than a shard, or its tokens do not tell its bytes.
         """
         length = len(ids) + 1
-        if (counted := self.table.total(np.concatenate([BEGIN, ids]))) != num_bytes:
-            raise UserError(
-                f"{origin}: a document has {num_bytes:,} bytes, but its tokens stand for {counted:,}: the tokenizer "
-                "has no tokens for some of its characters; use one with byte fallback"
-            )
+        self.table.check(ids, num_bytes, origin)
         if length > self.shard_tokens:
             raise UserError(
                 f"{origin}: a document of {length:,} tokens is longer than a shard ({self.shard_tokens:,}); "

@@ -82,8 +82,8 @@ def list_shards(folder: Path, tokenizer: Path) -> PreparedText:
     """
     if not folder.is_dir():
         raise UserError(
-            f"{folder}: is not a folder; prepare it (trainer fit does so, and trainer prepare), or name one with token "
-            "shards with --data.source.folder"
+            f"{folder}: is not a folder; name one with token shards with --data.source.folder, or give a text: "
+            "--data.source LocalText (your own) or --data.source PublishedFineWeb (downloaded)"
         )
     train, val = sorted(folder.glob(TRAIN_PATTERN)), sorted(folder.glob(VAL_PATTERN))
     for shards, pattern in ((train, TRAIN_PATTERN), (val, VAL_PATTERN)):

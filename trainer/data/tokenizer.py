@@ -22,10 +22,11 @@ from trainer.data.case_markup import (
     without_paths,
     write_rules,
 )
-from trainer.data.shards import MAX_VOCAB
+from trainer.data.shards import MAX_VOCAB, TokenArray
 from trainer.errors import UserError
 
 BOS = 1
+BEGIN = np.array([BOS], dtype=np.uint16)
 MIN_VOCAB = 261  # 256 byte tokens, 4 control tokens and one of text
 
 
@@ -247,6 +248,23 @@ class ByteTable:
             total += int(np.bincount(targets, minlength=len(text_bytes)) @ text_bytes)
             total += int(np.count_nonzero(leading.take(targets) & inside.take(previous)))
         return total
+
+    def check(self, ids: TokenArray, num_bytes: int, origin: str) -> None:
+        """Refuse a document whose tokens stand for other bytes than it has.
+
+        Args:
+            ids: (n,) its tokens, without BOS.
+            num_bytes: Its `normalized_bytes`.
+            origin: Where it comes from, for the error.
+
+        Raises:
+            UserError: If the numbers differ.
+        """
+        if (counted := self.total(np.concatenate([BEGIN, ids]))) != num_bytes:
+            raise UserError(
+                f"{origin}: a document has {num_bytes:,} bytes, but its tokens stand for {counted:,}: the tokenizer "
+                "has no tokens for some of its characters; use one with byte fallback"
+            )
 
     def count(self, previous: Tensor, targets: Tensor) -> Tensor:
         """Bytes of each target, given the token before it.

@@ -95,8 +95,8 @@ class EvaluationConfig:
 
     @property
     def is_plain(self) -> bool:
-        """Whether every window is scored whole."""
-        return self.stride is None or self.stride >= self.window
+        """Whether every window is scored whole, by the model as it is."""
+        return (self.stride is None or self.stride >= self.window) and self.adapt_rate is None
 
 
 class WindowPlan(NamedTuple):

@@ -4,7 +4,9 @@ Source: openai/parameter-golf PR #560, a port of the record 2026-03-20_10L_Int5M
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 import torch
@@ -166,24 +168,51 @@ class TransformerConfig:
             ValueError: If a key is unknown or a value does not fit.
         """
         groups: dict[str, Any] = {each.name: each.type for each in fields(cls) if is_dataclass(each.type)}
-        known = {each.name for each in fields(cls)}
-        known |= {f"{name}.{each.name}" for name, group in groups.items() for each in fields(group)}
         try:
-            nested = {key: value for key, value in values.items() if key in groups}
-            given = {f"{key}.{name}" for key, value in nested.items() for name in value}
-            if unknown := sorted((given | set(values)) - known, key=str):
-                raise ValueError(f"not a model config: this code has no option model.{unknown[0]}")
+            _check_options(cls, {key: value for key, value in values.items() if key not in groups}, "", groups)
+            for name, group in groups.items():
+                _check_options(group, values.get(name, {}), f"{name}.")
             config = cls(**{key: groups[key](**value) if key in groups else value for key, value in values.items()})
-        except (TypeError, AttributeError) as error:
+        except (TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"not a model config: {error}") from error
-        for group in (config, *(getattr(config, name) for name in groups)):
-            for each in fields(group):
-                value, allowed = getattr(group, each.name), get_args(each.type) or (each.type,)
-                if int in allowed and type(value) not in allowed:
-                    raise ValueError(f"not a model config: {each.name} must be a whole number, not {value!r}")
-                if get_origin(each.type) is Literal and value not in allowed:
-                    raise ValueError(f"not a model config: {each.name} must be one of {allowed}, not {value!r}")
         return config
+
+
+def _check_options(config: Any, values: dict[str, Any], prefix: str, groups: Iterable[str] = ()) -> None:
+    """Check the options that a file gives; one that is not off by default must be there.
+
+    Args:
+        config: Class of the options.
+        values: Options by name.
+        prefix: What comes before the names in errors.
+        groups: Names that are no options.
+
+    Raises:
+        ValueError: If an option is unknown, missing, of another type or not finite.
+    """
+    options = {each.name: each for each in fields(config) if each.name not in groups}
+    for name in sorted({*values, *options}, key=str):
+        if name not in options:
+            raise ValueError(f"this code has no option model.{prefix}{name}")
+        option = options[name]
+        if name not in values:
+            if option.default not in (None, False, 0, "auto"):  # which is off, or the choice of the machine
+                raise ValueError(f"model.{prefix}{name} is missing")
+            continue
+        value, allowed = values[name], get_args(option.type) or (option.type,)
+        is_whole_float = float in allowed and type(value) is int
+        if get_origin(option.type) is Literal:
+            if value not in allowed:
+                raise ValueError(f"model.{prefix}{name} must be one of {', '.join(allowed)}, not {value!r}")
+        elif type(value) not in allowed and not is_whole_float:
+            raise ValueError(f"model.{prefix}{name} must be {_words(allowed)}, not {value!r}")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"model.{prefix}{name} must be finite, not {value!r}")
+
+
+def _words(types: Iterable[Any]) -> str:
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
+    return " or ".join(words[each] for each in types)
 
 
 class Block(nn.Module):

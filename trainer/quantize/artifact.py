@@ -20,11 +20,13 @@ class Artifact:
         model: Config of the model.
         state: float32 tensors by name.
         tokenizer_sha256: sha256 of the tokenizer it was trained with; None in a checkpoint without one.
+        path: The file, for errors.
     """
 
     model: TransformerConfig
     state: dict[str, Tensor]
     tokenizer_sha256: str | None
+    path: str | Path
 
     def build(self) -> Transformer:
         """The model with these weights.
@@ -37,9 +39,15 @@ class Artifact:
                 raise ValueError(f"{self.model.num_layers} layers, but {len(self.state)} tensors")
             with torch.device("meta"):  # sizes that the file only claims take no memory
                 model = Transformer(self.model)
+            needed = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+            for name in sorted({*needed, *self.state}):
+                if name not in needed or name not in self.state:
+                    raise ValueError(f"it {'lacks' if name in needed else 'has no use for'} the tensor {name!r}")
+                if (shape := list(self.state[name].shape)) != needed[name]:
+                    raise ValueError(f"the tensor {name!r} has the shape {shape}, the model needs {needed[name]}")
             model.load_state_dict(self.state, assign=True)
         except (RuntimeError, ValueError, TypeError, ArithmeticError) as error:
-            raise UserError(f"artifact: its tensors do not fit its model ({error})") from error
+            raise UserError(f"{self.path}: its tensors do not fit its model ({error})") from error
         return model
 
 
@@ -86,12 +94,14 @@ def read_artifact(path: str | Path, content: bytes | None = None) -> Artifact:
     """
     header, stored = read_container(path, content)
     try:
-        model, fingerprint = TransformerConfig.from_dict(header["model"]), header["tokenizer_sha256"]
-        if not isinstance(fingerprint, str):
-            raise ValueError("its tokenizer_sha256 is not a text")
-    except (ValueError, KeyError, TypeError) as error:
+        for key, kind in (("model", dict), ("tokenizer_sha256", str)):
+            if not isinstance(header.get(key), kind):
+                raise ValueError(f"its header has no right {key}")
+        model = TransformerConfig.from_dict(header["model"])
+    except (ValueError, TypeError) as error:
         raise UserError(f"{path}: is not a valid artifact ({error})") from error
-    return Artifact(model, {name: torch.from_numpy(tensor.floats()) for name, tensor in stored.items()}, fingerprint)
+    state = {name: torch.from_numpy(tensor.floats()) for name, tensor in stored.items()}
+    return Artifact(model, state, header["tokenizer_sha256"], path)
 
 
 def to_stored(tensor: Tensor, dtype: str) -> StoredTensor:

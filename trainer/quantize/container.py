@@ -153,6 +153,8 @@ def read_container(path: str | Path, content: bytes | None = None) -> tuple[dict
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     if not raw.startswith(MAGIC):
         raise UserError(f"{path}: is not a model artifact (it does not start with {MAGIC.decode()})")
+    if len(raw) < START:
+        raise UserError(f"{path}: is cut; copy or export it again")
     if (version := raw[len(MAGIC) : len(MAGIC) + len(VERSION)]) != VERSION:
         raise UserError(
             f"{path}: has artifact version {version.decode('ascii', 'replace')!r}, but only {VERSION.decode()} is known"
@@ -167,11 +169,13 @@ def read_container(path: str | Path, content: bytes | None = None) -> tuple[dict
         length = struct.unpack_from("<I", body)[0]
         if length > MAX_HEADER:
             raise ValueError(f"its header of {length:,} bytes is longer than {MAX_HEADER:,}")
-        header = json.loads(bytes(body[4 : 4 + length]))
-        if header["codec"] not in CODECS:
-            raise ValueError(f"unknown codec {header['codec']!r}")
+        header = json.loads(bytes(body[4 : 4 + length]).decode("utf-8"))
+        if not isinstance(header, dict) or header.get("codec") not in CODECS:
+            raise ValueError(f"its header names no codec, or none of {', '.join(CODECS)}")
         return header, _tensors(header, body[4 + length :], limit)
-    except (ValueError, KeyError, TypeError, struct.error, zstandard.ZstdError, RecursionError) as error:
+    except KeyError as error:
+        raise UserError(f"{path}: is not a valid artifact (its header lacks {error})") from error
+    except (ValueError, TypeError, struct.error, zstandard.ZstdError, RecursionError) as error:
         raise UserError(f"{path}: is not a valid artifact ({error})") from error
 
 
@@ -239,27 +243,29 @@ def _tensors(header: dict[str, Any], content: memoryview, max_symbols: int) -> d
         if not isinstance(name, str) or name in tensors:
             raise ValueError(f"the tensor name {name!r} is not a text, or occurs twice")
         if not all(type(size) is int and 0 < size < 2**31 for size in shape):
-            raise ValueError(f"tensor {name} has the shape {shape}")
+            raise ValueError(f"tensor {name!r} has the shape {shape}")
         if entry["offset"] != reader.position:
-            raise ValueError(f"tensor {name} starts at {entry['offset']}, not where the one before it ends")
+            raise ValueError(f"tensor {name!r} starts at {entry['offset']}, not where the one before it ends")
         count = math.prod(shape)
+        if (columns := entry.get("columns", False)) not in (False, True) or (columns and kind not in INTEGERS):
+            raise ValueError(f"tensor {name!r} of the kind {kind!r} has the columns {columns!r}")
         if kind in INTEGERS and shape:
             rows = count // shape[-1]
             if coded:
                 if (symbols_left := symbols_left - count) < 0:  # a small file could claim that
-                    raise ValueError(f"tensor {name} of shape {shape} is too large")
+                    raise ValueError(f"tensor {name!r} of shape {shape} is too large")
                 sizes = np.frombuffer(reader.take(rows + shape[-1]), dtype=np.int8)
                 classes[name] = sizes[:rows], sizes[rows:]
                 symbols = np.zeros(0, dtype=np.int8)  # they follow all tensors
             else:
                 symbols = np.frombuffer(reader.take(count), dtype=np.int8).reshape(shape)
             scale = reader.planes(rows, SCALE)
-            exponents = np.frombuffer(reader.take(shape[-1]), dtype=np.int8) if entry.get("columns") is True else None
+            exponents = np.frombuffer(reader.take(shape[-1]), dtype=np.int8) if columns else None
             tensors[name] = StoredTensor(kind, symbols, scale, exponents)
         elif kind in FLOATS:
             tensors[name] = StoredTensor(kind, reader.planes(count, FLOATS[kind]).reshape(shape))
         else:
-            raise ValueError(f"tensor {name} of shape {shape} has the unknown kind {kind!r}")
+            raise ValueError(f"tensor {name!r} of shape {shape} has the unknown kind {kind!r}")
     if coded and classes:
         shapes = {entry["name"]: entry["shape"] for entry in header["tensors"]}
         num_tables, num_words = header["tables"], header["words"]
@@ -281,5 +287,7 @@ def _tensors(header: dict[str, Any], content: memoryview, max_symbols: int) -> d
         if tensor.kind in INTEGERS:
             limit = 2 ** (INTEGERS[tensor.kind] - 1)
             if tensor.values.min() < -limit or tensor.values.max() >= limit:
-                raise ValueError(f"tensor {name} holds a symbol that {tensor.kind} does not have")
+                raise ValueError(f"tensor {name!r} holds a symbol that {tensor.kind} does not have")
+        if not np.isfinite(tensor.values if tensor.scale is None else tensor.scale).all():
+            raise ValueError(f"tensor {name!r} holds a number that is not finite")
     return tensors
