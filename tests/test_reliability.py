@@ -5,6 +5,9 @@ import json
 import os
 import random
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -339,3 +342,20 @@ def test_a_resumed_run_is_bit_identical_on_a_gpu_with_deterministic_kernels(
     ends = [digest(tmp_path / RUNS / f"{run}/checkpoints/last.ckpt") for run in (1, 3)]
     assert load_checkpoint(tmp_path / RUNS / "2/checkpoints/last.ckpt")["global_step"] == 5
     assert ends[0] == ends[1]
+
+
+def test_a_second_interruption_prints_nothing_more():
+    """At its exit Python calls what is registered, such as by torch; an interruption there is a traceback."""
+    program = (
+        "import atexit, os, signal, sys\n"
+        "import trainer.__main__ as program\n"
+        "interrupt = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "program._run = interrupt\n"
+        "atexit.register(interrupt)\n"
+        "sys.argv = ['trainer', 'runs']\n"
+        "sys.exit(program.program())\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert result.stderr == "trainer: interrupted\n"
+    assert result.returncode == -signal.SIGINT

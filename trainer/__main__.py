@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import signal
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -18,6 +19,7 @@ from trainer.logging import running_without_output
 
 # What a machine can lack, wherever a library meets it.
 NOT_A_BUG = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EROFS, errno.EFBIG)
+INTERRUPTED = 130
 COMMANDS = {
     "fit": ("train, export, read back and score", "fit --config int5mlp_10l"),
     "validate": ("score a checkpoint or an artifact", "validate --ckpt runs/quickstart/1/artifact.zst"),
@@ -90,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print("trainer: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except OSError as error:
         if error.errno not in NOT_A_BUG:
             raise
@@ -98,6 +100,17 @@ def main(argv: list[str] | None = None) -> int:
         print(f"trainer: {error.filename or 'a file'}: {error.strerror}{hint}", file=sys.stderr)
         return 1
     return 0
+
+
+def program() -> int:
+    """`main` as a program of its own, which a second Ctrl-C ends without Python's tracebacks from its exit."""
+    try:
+        code = main()
+    except KeyboardInterrupt:  # a second one, while the first was reported
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return code
 
 
 def _commit() -> str:
@@ -147,4 +160,4 @@ def _print_completion(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(program())
