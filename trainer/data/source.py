@@ -82,8 +82,8 @@ def list_shards(folder: Path, tokenizer: Path) -> PreparedText:
     """
     if not folder.is_dir():
         raise UserError(
-            f"{folder}: is not a folder; name one with token shards with --data.source.folder, or give a text: "
-            "--data.source LocalText (your own) or --data.source PublishedFineWeb (downloaded)"
+            f"{folder}: is not a folder; prepare it (your own text with --data.source LocalText, the Hub's with "
+            "--data.source PublishedFineWeb), or name one with token shards with --data.source.folder"
         )
     train, val = sorted(folder.glob(TRAIN_PATTERN)), sorted(folder.glob(VAL_PATTERN))
     for shards, pattern in ((train, TRAIN_PATTERN), (val, VAL_PATTERN)):
