@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -188,6 +189,36 @@ def test_runs_without_a_seed_make_no_pairs(tmp_path: Path):
     groups = group_runs([run.read() for run in runs])
     assert [len(group.runs) for group in groups] == [2, 2]
     assert change(*groups).pairs == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"summary_bytes_total": "15"}, "bytes_total"),
+        ({"summary_bytes_cap": 0}, "bytes_cap"),
+        ({"summary_bytes_cap": None}, "bytes_cap"),
+        ({"summary_val_bpb": 10**400}, "val_bpb"),
+        ({"summary_val_bpb": True}, "val_bpb"),
+        ({"summary_steps": 10**30}, "steps"),
+        ({"summary_versions": {}}, "versions"),
+    ],
+)
+def test_a_summary_that_was_changed_by_hand_is_no_finished_run(tmp_path: Path, changes: dict[str, Any], name: str):
+    good, run = make_run(tmp_path, "good", 1, 1.2), make_run(tmp_path, "bad", 2, 1.2, **changes)
+    with pytest.raises(UserError, match=f"holds no finished run .summary.json has no right {name}"):
+        run.read()
+    assert run.read_summary() is None
+    assert good.read_summary() is not None
+    result = trainer_here("runs", f"--root={tmp_path}", cwd=tmp_path)
+    assert (result.returncode, result.stdout.count("| finished |")) == (0, 1), result.stderr
+
+
+@pytest.mark.parametrize("row", ["9" * 400 + ",2.0,0.4", "9" * 200_000])
+def test_a_metrics_file_that_was_changed_by_hand_is_refused(tmp_path: Path, row: str):
+    run = make_run(tmp_path, "bad", 2, 1.2)
+    run.metrics.write_text(f"step,train/loss,perf/mfu\n{row}\n1,2.0,0.42\n")
+    with pytest.raises(UserError, match=r"holds no finished run .metrics\.csv: (row 1 is not whole|field larger)"):
+        run.read()
 
 
 def test_the_same_time_on_another_device_is_named(tmp_path: Path):

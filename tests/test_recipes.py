@@ -1,12 +1,15 @@
 """The recipes in `configs/`: the reference is written out in full, the others name only what differs from it."""
 
 import re
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
 from trainer.cli.lightning_cli import make_parser
+from trainer.errors import UserError
 from trainer.recipes import find_recipe, load_recipe, recipe_folder
 from trainer.run_folder import flatten
 
@@ -63,3 +66,29 @@ def test_every_recipe_opens_with_its_purpose():
     for path in recipe_folder().glob("*.yaml"):
         assert path.read_text().startswith("# "), path
         assert yaml.safe_load(path.read_text())
+
+
+BOMB = "a: &a [1,1,1,1]\n" + "".join(f"{y}: &{y} [*{x},*{x},*{x},*{x}]\n" for x, y in pairwise("abcdefghij"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("wallclock:\n", "wallclock is a group of options, not None; give options of it, or remove it"),
+        ("export: false\n", "export is a group of options, not False"),
+        ("model:\n  attention: 5\n", "model.attention is a group of options, not 5"),
+        ("export:\n  quantization: [1]\n", r"export.quantization is a group of options, not \[1\]"),
+        ("data: 5\n", "data is a group of options, not 5"),
+        ("trainer:\n\tmax_steps: 3\n", r"is not a recipe \(line 2: found character '\\t' that cannot start"),
+        ("seed_everything: 1\n1: 2\n", "line 2: the key 1 is not a name"),
+        ("x: &a [*a]\n", "its aliases stand for too many values, or for themselves"),
+        (BOMB, "its aliases stand for too many values"),
+    ],
+)  # fmt: skip
+def test_a_recipe_of_another_form_is_refused_in_one_line(text: str, message: str, tmp_path: Path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message) as refused:
+        load_recipe(path)
+    assert str(refused.value).startswith(f"--config {path}: ")
+    assert "\n" not in str(refused.value)

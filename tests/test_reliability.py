@@ -18,6 +18,7 @@ import yaml
 from tests.conftest import make_documents
 from tests.helpers import RUNS, digest, run_faulty, small, start_faulty, trainer, trainer_here
 from trainer.checkpoint import load_checkpoint, verify_checksum
+from trainer.cli import train
 from trainer.clock import TrainingClock
 from trainer.data.tokenizer import train_tokenizer
 from trainer.errors import UserError
@@ -359,3 +360,13 @@ def test_a_second_interruption_prints_nothing_more():
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
     assert result.stderr == "trainer: interrupted\n"
     assert result.returncode == -signal.SIGINT
+
+
+def test_a_disk_that_cannot_hold_a_checkpoint_is_refused_before_the_training(
+    tmp_path: Path, shard_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("trainer.callbacks.checkpoint.shutil.disk_usage", lambda path: usage._replace(free=100_000))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"has 0\.1 MB free, but a checkpoint takes more than .* MB; free some space"):
+        train.run("fit", small(shard_folder)[1:])

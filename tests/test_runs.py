@@ -22,9 +22,16 @@ def make_run(root: Path, name: str, age: float, bpb: float | None = None, **conf
     run.config.write_text(json.dumps({"data": {"source": {"init_args": {"folder": "data/mine"}}}, **config}))
     if bpb is not None:
         numbers = dict.fromkeys(("val_loss", "val_tokens", "val_bytes", "epochs", "train_tokens"), 1)
-        more = {"train_seconds": 1.0, "parameters": 5, "weights": "live", "versions": {}, "text_fingerprint": None}
+        more = {
+            "train_seconds": 1.0,
+            "parameters": 5,
+            "weights": "live",
+            "versions": {"device": "cpu"},
+            "text_fingerprint": None,
+        }
         hashes = {"shards_fingerprint": "a", "tokenizer_sha256": "b"}
-        summary = {**numbers, **more, **hashes, "val_bpb": bpb, "steps": 40, "bytes_total": 1000, "stages": STAGES}
+        sizes = {"bytes_total": 1000, "bytes_model": 900, "bytes_code": 100, "bytes_cap": 2000}
+        summary = {**numbers, **sizes, **more, **hashes, "val_bpb": bpb, "steps": 40, "stages": STAGES}
         run.write_summary(summary)
         run.artifact.write_bytes(b"model")
     for path in run.path.rglob("*"):

@@ -18,7 +18,10 @@ from trainer.errors import OptionError, UserError
 from trainer.logging import running_without_output
 
 # What a machine can lack, wherever a library meets it.
-NOT_A_BUG = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EROFS, errno.EFBIG)
+NOT_A_BUG = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EROFS, errno.EFBIG),
+    *(errno.ENAMETOOLONG, errno.ELOOP),
+)
 INTERRUPTED = 130
 COMMANDS = {
     "fit": ("train, export, read back and score", "fit --config int5mlp_10l"),

@@ -68,7 +68,7 @@ def _acquire(path: Path, purpose: str, waits: bool) -> str:
             raise UserError(f"{path}: cannot be made ({error.strerror}); choose another folder") from error
         if (state := _state(path)) != seen:
             if not waits and seen[0] == state[0] != "":  # a sign of life
-                raise UserError(f"{purpose}: another process does that now ({state[0]})")
+                raise UserError(f"{purpose}: another process does that now ({_named(state[0])}); wait for it or end it")
             seen, since = state, time.monotonic()
         if _is_dead(seen[0]) or time.monotonic() - since > STALE:
             dead = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}")
@@ -97,6 +97,15 @@ def is_held(path: Path) -> bool:
     """Whether a process holds a lock; one of another machine counts as alive."""
     owner = _state(path)[0]
     return bool(owner) and not _is_dead(owner)
+
+
+def _named(owner: str) -> str:
+    """The owner in words."""
+    try:
+        values = json.loads(owner)
+        return f"number {values['pid']} on {values['host']}"
+    except (ValueError, KeyError, TypeError):
+        return owner
 
 
 def _is_dead(owner: str) -> bool:

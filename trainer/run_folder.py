@@ -6,7 +6,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -29,6 +29,8 @@ NUMBERS = (
     "train_seconds",
     "parameters",
 )
+SIZES = ("bytes_total", "bytes_model", "bytes_code", "bytes_cap")
+MAX_NUMBER = 2.0**63
 NAMES = ("weights", "shards_fingerprint", "tokenizer_sha256")
 
 HINT = "choose another --trainer.default_root_dir"  # where runs cannot be made
@@ -268,13 +270,17 @@ def _rows(path: Path) -> list[dict[str, float]]:
     """
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
-        lines = list(csv.DictReader(file))
+    try:
+        with path.open(newline="") as file:
+            lines = list(csv.DictReader(file))
+    except csv.Error as error:
+        raise ValueError(f"{path.name}: {error}") from error
     rows = []
     for number, line in enumerate(lines, 1):
         try:
             rows.append({name: float(value) for name, value in line.items() if value and name})
-            int(line["step"])
+            if int(line["step"]) >= MAX_NUMBER:
+                raise ValueError
         except (ValueError, TypeError, KeyError) as error:
             if number < len(lines):
                 raise ValueError(f"{path.name}: row {number} is not whole") from error
@@ -289,11 +295,16 @@ def _check_types(summary: dict[str, Any]) -> None:
     Raises:
         ValueError: If a value is missing or of another type.
     """
-    checks: list[tuple[str, type | tuple[type, ...]]] = [(name, (int, float)) for name in NUMBERS]
-    checks += [(name, str) for name in NAMES] + [("text_fingerprint", (str, type(None))), ("versions", dict)]
-    for name, kind in checks:
-        if not isinstance(summary.get(name, ()), kind):
-            raise ValueError(f"summary.json has no right {name}")
+    checks: list[tuple[str, type | tuple[type, ...]]] = [(name, str) for name in NAMES]
+    checks += [("text_fingerprint", (str, type(None))), ("versions", dict)]
+    wrong = [name for name, kind in checks if not isinstance(summary.get(name, ()), kind)]
+    wrong += [name for name in NUMBERS if not _is_number(summary.get(name))]
+    if any(name in summary for name in SIZES):  # of a run that stored an artifact
+        wrong += [name for name in SIZES if not _is_number(summary.get(name), int) or summary[name] <= 0]
+    if not wrong and not isinstance(summary["versions"].get("device"), str):
+        wrong = ["versions"]
+    if wrong:
+        raise ValueError(f"summary.json has no right {wrong[0]}")
     script = summary.get("script", {"name": "", "sha256": ""})
     if not isinstance(script, dict) or not all(isinstance(script.get(name), str) for name in ("name", "sha256")):
         raise ValueError("summary.json has no right script")
@@ -301,8 +312,13 @@ def _check_types(summary: dict[str, Any]) -> None:
     if not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
         raise ValueError("summary.json has no right stages")
     for stage in stages.values():
-        if not all(isinstance(stage.get(name), int | float) for name in ("bpb", "loss", "tokens", "bytes")):
+        if not all(_is_number(stage.get(name)) for name in ("bpb", "loss", "tokens", "bytes")):
             raise ValueError("summary.json has no right stages")
+
+
+def _is_number(value: object, kind: type | tuple[type, ...] = (int, float)) -> bool:
+    """Whether a value is a number that a float can hold."""
+    return isinstance(value, kind) and not isinstance(value, bool) and abs(cast(float, value)) < MAX_NUMBER
 
 
 def _refuse_constant(name: str) -> None:
@@ -315,7 +331,7 @@ def check_name(parent: Path, name: str) -> None:
     Raises:
         UserError: If it does.
     """
-    if name != Path(name).name:
+    if name != Path(name).name or name == "..":
         raise UserError(f"--run_name {name}: is not the name of a folder in {parent}")
 
 

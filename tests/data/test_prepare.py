@@ -76,6 +76,8 @@ def test_several_frames_a_bom_a_blank_line_and_another_field_are_read(tmp_path: 
     (tmp_path / "b.jsonl").write_bytes(jsonl(TEXTS).replace(b'"text"', b'"body"'))
     (tmp_path / "b.parquet").write_bytes(table({"body": TEXTS}))
     assert list(TextFiles([tmp_path / "b.jsonl", tmp_path / "b.parquet"], "body")) == TEXTS * 2
+    (tmp_path / "c.parquet").write_bytes(table({"body": pa.array([*TEXTS, TEXTS[0]]).dictionary_encode()}))
+    assert list(TextFiles([tmp_path / "c.parquet"], "body")) == [*TEXTS, TEXTS[0]]
 
 
 def test_what_a_folder_holds_and_is_not_read_is_named(tmp_path: Path, capsys):

@@ -30,6 +30,7 @@ from trainer.run_folder import RunFolder
 
 # Signals that end a run; the last one announces a time limit.
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+BYTES_PER_PARAMETER = 8  # of a checkpoint, at least: a weight and a momentum
 
 
 class Stopped(SIGTERMException):
@@ -85,7 +86,20 @@ class Checkpoints(Checkpoint):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: LanguageModel, stage: str) -> None:
+        """Find the run's folder, and refuse a disk that cannot hold one checkpoint.
+
+        Raises:
+            UserError: If it cannot, or the processes resume from different files.
+        """
         self.run = RunFolder(str(trainer.log_dir))
+        if trainer.is_global_zero and self.run.path.is_dir():
+            needed = BYTES_PER_PARAMETER * sum(parameter.numel() for parameter in pl_module.model.parameters())
+            free = shutil.disk_usage(self.run.path).free
+            if free < needed:
+                raise UserError(
+                    f"{self.run}: has {free / 1e6:,.1f} MB free, but a checkpoint takes more than {needed / 1e6:,.1f} "
+                    "MB; free some space, or choose another --trainer.default_root_dir"
+                )
         self._channel = self._channel or HostChannel(trainer.world_size)
         if trainer.world_size > 1:
             self._agree_on_checkpoint(trainer)

@@ -276,7 +276,9 @@ def _rows(path: Path, file: BinaryIO, field: str, source_field: str | None) -> I
                 raise UserError(
                     f"{path}: has no column `{field}`, but {', '.join(columns)}; name one with --data.source.field"
                 )
-            if not (pyarrow.types.is_string(columns[field]) or pyarrow.types.is_large_string(columns[field])):
+            kind = columns[field]
+            kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind  # of a column with few values
+            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
                 raise UserError(
                     f"{path}: the column `{field}` holds {columns[field]}, not text; name another --data.source.field"
                 )
