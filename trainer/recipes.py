@@ -11,7 +11,7 @@ from trainer.errors import UserError
 
 DEFAULT = "quickstart"  # the recipe where none is named
 REFERENCE = "int5mlp_10l"  # which sets every option
-MAX_VALUES = 10_000  # of a recipe
+MAX_VALUES = 1_000_000  # of a recipe
 
 
 class _UniqueKeys(yaml.SafeLoader):
