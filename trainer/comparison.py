@@ -121,18 +121,15 @@ def warn_of_other_code(runs: list[RunData]) -> None:
 
 def warn_of_other_devices(runs: list[RunData]) -> None:
     """Name the runs that had the same time on another device than the first run."""
-    device = _device(runs[0])
-    others = [run for run in runs if _device(run) != device]
+    devices = [run.summary["versions"]["device"] for run in runs]
+    others = [run for run, device in zip(runs, devices, strict=True) if device != devices[0]]
     if others and runs[0].config.get("wallclock.seconds"):
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        device = others[0].summary["versions"]["device"]
         logger.warning(
-            f"{others[0].name}{more}: ran on another device ({_device(others[0])}, not {device}), so the same time is "
-            "another amount of training"
+            f"{others[0].name}{more}: ran on another device ({device}, not {devices[0]}), so the same time is another "
+            "amount of training"
         )
-
-
-def _device(run: RunData) -> object:
-    return run.summary.get("versions", {}).get("device")
 
 
 def _name(first: RunData, base: dict[str, object], setting: dict[str, object], members: dict[Seed, RunData]) -> str:

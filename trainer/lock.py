@@ -103,7 +103,7 @@ def _named(owner: str) -> str:
     """The owner in words."""
     try:
         values = json.loads(owner)
-        return f"number {values['pid']} on {values['host']}"
+        return f"PID {values['pid']} on {values['host']}"
     except (ValueError, KeyError, TypeError):
         return owner
 

@@ -54,7 +54,7 @@ def warn_of_other_text(ckpt: Path, source: Source) -> None:
     now = identify(text)
     if is_artifact(ckpt):
         summary = RunFolder.containing(ckpt).read_summary()
-        is_same = summary is None or summary.get("shards_fingerprint") in (None, fingerprint(now))
+        is_same = summary is None or summary["shards_fingerprint"] == fingerprint(now)
     else:
         before = load_run(ckpt)[METADATA_KEY].get("shards") or now
         is_same = [tuple(shard) for shard in before["val"]] == now["val"]

@@ -5,7 +5,7 @@ from html import escape
 
 from trainer.run_folder import Series
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 250, 58, 26, 10, 12
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 250, 58, 26, 10, 18
 MAX_POINTS = 500
 TICKS = 5  # of an axis, at most about
 
