@@ -35,7 +35,7 @@ COMMANDS = {
     "sprint": ("train several seeds and compare", "sprint --config frontier --data data/mine8192"),
     "submit": ("make a submission and prove it", 'submit runs/int5mlp_10l/1 --name "10 layers" ...'),
     "prepare": ("make or check the token shards", "prepare --config quickstart --verify"),
-    "inspect": ("show the content of a shard folder", "inspect data/python-documentation"),
+    "inspect": ("show what a folder or file holds", "inspect runs/quickstart/1/artifact.zst"),
     "recipes": ("list the names that --config knows", "recipes"),
 }
 

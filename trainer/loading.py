@@ -43,11 +43,8 @@ def stored_weights(path: Path, weights: str = "live") -> Artifact:
         )
     if not path.is_file():
         raise UserError(f"{path}: there is no such file; give an artifact or a checkpoint")
-    if is_artifact(path):
+    if is_artifact(path, or_checkpoint=True):
         return read_artifact(path)
-    with path.open("rb") as file:
-        if file.read(2) != b"PK":  # torch's checkpoints are zip files
-            raise UserError(f"{path}: is neither an artifact nor a checkpoint of this trainer; give one of its files")
     checkpoint = load_checkpoint(path)
     metadata = checkpoint[METADATA_KEY]
     state = None if weights == "live" else stored_average(checkpoint)
@@ -83,10 +80,24 @@ def load_run(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def is_artifact(path: Path) -> bool:
-    """Whether a file begins as an artifact does."""
-    with path.open("rb") as file:
-        return file.read(len(MAGIC)) == MAGIC
+def is_artifact(path: Path, or_checkpoint: bool = False) -> bool:
+    """Whether a file begins as an artifact does.
+
+    Args:
+        path: The file.
+        or_checkpoint: Whether it must begin as one of the two.
+
+    Raises:
+        UserError: If it cannot be read, or is neither although it must be.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(MAGIC))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if or_checkpoint and start != MAGIC and not start.startswith(b"PK"):  # torch's checkpoints are zip files
+        raise UserError(f"{path}: is neither an artifact nor a checkpoint of this trainer; give one of its files")
+    return start == MAGIC
 
 
 def load_artifact(

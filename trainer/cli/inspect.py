@@ -1,10 +1,11 @@
-"""`trainer inspect`: the content of a folder of shards."""
+"""`trainer inspect`: the content of a folder of shards, or of a model file."""
 
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from trainer.cli.inspect_model import inspect_model
 from trainer.cli.parser import CommandParser
 from trainer.data.case_markup import has_case_markup, marked_capitals
 from trainer.data.manifest import TOKENIZER, check_vocabulary, documents_of
@@ -17,35 +18,42 @@ from trainer.logging import counted
 BAR_WIDTH = 40
 
 
-def inspect(folder: str, tokenizer: str | None = None, documents: int = 3) -> None:
-    """Show the content of a folder of token shards.
+def inspect(path: str, tokenizer: str | None = None, documents: int = 3) -> None:
+    """Show the content of a folder of token shards, of an artifact or of a checkpoint.
 
     Args:
-        folder: Folder with *_train_*.bin and *_val_*.bin.
-        tokenizer: SentencePiece model; default: tokenizer.model in the folder.
-        documents: Number of documents to show (at least 0).
+        path: Folder with *_train_*.bin and *_val_*.bin, or a file such as artifact.zst.
+        tokenizer: SentencePiece model; default: tokenizer.model in the folder, or in that of the file's run.
+        documents: Number of documents of a folder to show (at least 0).
 
     Raises:
-        UserError: If the folder holds no shards or no tokenizer.
+        UserError: If there is no such path, it is damaged, or the folder holds no shards or no tokenizer.
     """
-    if not Path(folder).is_dir():
-        raise UserError(f"{folder}: is not a folder; give one with token shards, such as data/python-documentation")
-    text = list_shards(Path(folder), Path(tokenizer) if tokenizer else Path(folder) / TOKENIZER)
+    folder = Path(path)
+    if folder.is_file():
+        inspect_model(folder, Path(tokenizer) if tokenizer else None)
+        return
+    if not folder.is_dir():
+        raise UserError(
+            f"{path}: there is no such folder or file; give a folder with token shards, such as "
+            "data/python-documentation, or a file such as runs/quickstart/1/artifact.zst"
+        )
+    text = list_shards(folder, Path(tokenizer) if tokenizer else folder / TOKENIZER)
     processor = load_tokenizer(text.tokenizer)
     table = ByteTable.from_tokenizer(processor)
     markup = f"case markup of {marked_capitals(processor)}" if has_case_markup(processor) else "no case markup"
     print(f"{text.tokenizer.name}  {processor.get_piece_size():,} tokens  {markup}")
     lengths: list[np.ndarray] = []
     for split, paths in (("train", text.train), ("val", text.val)):
-        for path in paths:
-            tokens = open_shard(path)
-            check_vocabulary(path, tokens, processor.get_piece_size())
+        for shard in paths:
+            tokens = open_shard(shard)
+            check_vocabulary(shard, tokens, processor.get_piece_size())
             starts = np.flatnonzero(tokens == BOS)
             lengths.append(np.diff(starts, append=len(tokens)))
             sample = torch.from_numpy(tokens[:1_000_000].astype(np.int32))
             bytes_per_token = int(table.count(sample[:-1], sample[1:]).sum()) / len(sample)
             print(
-                f"{split:<5} {path.name}  {len(tokens):,} tokens  {counted(len(starts), 'document')}  "
+                f"{split:<5} {shard.name}  {len(tokens):,} tokens  {counted(len(starts), 'document')}  "
                 f"{bytes_per_token:.2f} bytes per token (first million)"
             )
     print_histogram(np.concatenate(lengths))
@@ -69,4 +77,4 @@ def print_histogram(lengths: np.ndarray) -> None:
 
 def make_parser() -> CommandParser:
     """The options of the command."""
-    return CommandParser(inspect, "inspect data/python-documentation", folder={"nargs": None})
+    return CommandParser(inspect, "inspect data/python-documentation", path={"nargs": None})

@@ -1,0 +1,83 @@
+"""`trainer inspect` of a model file, against an independent reader of the format and Shannon's formula."""
+
+import math
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from examples.read_artifact import read
+from tests.conftest import ROOT
+from trainer.__main__ import main
+from trainer.quantize.container import read_container
+
+GOLDEN = ROOT / "tests/golden/0.1.0"
+
+
+def inspected(capsys: pytest.CaptureFixture[str], *args: str | Path) -> str:
+    capsys.readouterr()
+    assert main(["inspect", *map(str, args)]) == 0
+    return capsys.readouterr().out
+
+
+def rows_of(shown: str) -> dict[tuple[str, str], tuple[int, int, float]]:
+    """Count, parameters and bits of each parameter, by the name and kind of a row."""
+    lines = shown.partition("bits each\n")[2].partition("\n\n")[0].splitlines()
+    cells = [re.split(r" {2,}", line) for line in lines]
+    return {(cell[0], cell[1]): (int(cell[-3]), int(cell[-2].replace(",", "")), float(cell[-1])) for cell in cells}
+
+
+@pytest.mark.parametrize("name", ["nearest.zst", "loss_aware.zst"])
+def test_the_tensors_of_an_artifact_are_those_of_another_reader(name: str, capsys):
+    header, tensors = read(GOLDEN / name)
+    groups: dict[tuple[str, str], list[str]] = {}
+    for entry in header["tensors"]:
+        groups.setdefault((re.sub(r"\.\d+\.", ".*.", entry["name"]), entry["kind"]), []).append(entry["name"])
+    groups["all", str(len(tensors))] = list(tensors)
+    rows = rows_of(inspected(capsys, GOLDEN / name))
+    assert rows.keys() == groups.keys()
+    for row, names in groups.items():
+        parameters = sum(tensors[each].size for each in names)
+        bits = sum(bits_of(name, each) for each in names)
+        assert rows[row][:2] == (len(names), parameters)
+        assert rows[row][2] == pytest.approx(bits / parameters, abs=0.006)
+
+
+def bits_of(name: str, tensor: str) -> float:
+    """Shannon's entropy of the symbols, and the bytes of everything else."""
+    stored = read_container(GOLDEN / name)[1][tensor]
+    if stored.scale is None:
+        return 16.0 * stored.values.size
+    counts = Counter(stored.values.flatten().tolist())
+    symbols = -sum(count * math.log2(count / stored.values.size) for count in counts.values())
+    return symbols + 16.0 * stored.scale.size + (0 if stored.columns is None else 8.0 * stored.columns.size)
+
+
+def test_the_tokenizer_beside_it_is_compared(tmp_path: Path, capsys):
+    model = shutil.copy(GOLDEN / "nearest.zst", tmp_path)
+    assert "tokenizer.model is missing" in inspected(capsys, model)
+    shutil.copy(GOLDEN / "shards/tokenizer.model", tmp_path)
+    assert "tokenizer.model is the same" in inspected(capsys, model)
+    (tmp_path / "other.model").write_bytes(b"x")
+    assert "other.model is another one" in inspected(capsys, model, "--tokenizer", tmp_path / "other.model")
+
+
+def test_a_checkpoint_shows_its_step_and_its_tensors(capsys):
+    shown = inspected(capsys, GOLDEN / "step.ckpt", "--tokenizer", GOLDEN / "shards/tokenizer.model")
+    checkpoint = torch.load(GOLDEN / "step.ckpt", weights_only=True)
+    assert f"checkpoint after step {checkpoint['global_step']} of " in shown
+    assert f"vocab_size: {checkpoint['golf_trainer']['model']['vocab_size']}\n" in shown
+    numbers = sum(value.numel() for key, value in checkpoint["state_dict"].items() if key.startswith("model."))
+    (total,) = (row for (name, _), row in rows_of(shown).items() if name == "all")
+    assert total[1:] == (numbers, 32.0)
+    assert "tokenizer.model is the same" in shown
+
+
+@pytest.mark.parametrize("content", [b"", b"GOLFLM03", b"PK but no checkpoint", b"some text"])
+def test_any_other_file_is_refused_in_one_line(content: bytes, tmp_path: Path, capsys):
+    (tmp_path / "file").write_bytes(content)
+    assert main(["inspect", str(tmp_path / "file")]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
