@@ -99,7 +99,8 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in NOT_A_BUG:
             raise
-        hint = "; raise the limit with `ulimit -n 4096`" if error.errno == errno.EMFILE else ""
+        hints = {errno.EMFILE: "; raise the limit with `ulimit -n 4096`", errno.EACCES: "; check its permissions"}
+        hint = hints.get(error.errno, "")
         print(f"trainer: {error.filename or 'a file'}: {error.strerror}{hint}", file=sys.stderr)
         return 1
     return 0

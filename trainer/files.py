@@ -120,6 +120,11 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def cannot_read(error: PermissionError) -> UserError:
+    """The error of a file that exists, but may not be read: neither missing nor damaged."""
+    return UserError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions")
+
+
 def sha256_of(path: str | Path) -> str:
     """Hexadecimal sha256 of a file's content."""
     with Path(path).open("rb") as file:

@@ -9,7 +9,7 @@ import torch
 from trainer.checkpoint import METADATA_KEY, live_state, load_checkpoint, stored_average
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import UserError
-from trainer.files import sha256_of
+from trainer.files import cannot_read, sha256_of
 from trainer.model.transformer import Transformer, TransformerConfig
 from trainer.quantize.artifact import Artifact, read_artifact
 from trainer.quantize.container import MAGIC
@@ -88,13 +88,13 @@ def is_artifact(path: Path, or_checkpoint: bool = False) -> bool:
         or_checkpoint: Whether it must begin as one of the two.
 
     Raises:
-        UserError: If it cannot be read, or is neither although it must be.
+        UserError: If it may not be read, or is neither although it must be.
     """
     try:
         with path.open("rb") as file:
             start = file.read(len(MAGIC))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except PermissionError as error:
+        raise cannot_read(error) from error
     if or_checkpoint and start != MAGIC and not start.startswith(b"PK"):  # torch's checkpoints are zip files
         raise UserError(f"{path}: is neither an artifact nor a checkpoint of this trainer; give one of its files")
     return start == MAGIC

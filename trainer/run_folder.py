@@ -12,7 +12,7 @@ import yaml
 
 from trainer.checkpoint import read_progress, verify_checksum
 from trainer.errors import UserError
-from trainer.files import atomic_write, remove_partials
+from trainer.files import atomic_write, cannot_read, remove_partials
 from trainer.logging import logger
 from trainer.rank import rank
 
@@ -134,18 +134,30 @@ class RunFolder:
             file.write(json.dumps(summary, indent=2, allow_nan=False).encode())
 
     def read_summary(self) -> dict[str, Any] | None:
-        """The summary of a finished run; None where there is none, or it cannot be used."""
+        """The summary of a finished run; None where there is none, or it cannot be used.
+
+        Raises:
+            UserError: If it may not be read.
+        """
         try:
             summary = json.loads(self.summary.read_text(), parse_constant=_refuse_constant)
             _check_types(summary)
+        except PermissionError as error:
+            raise cannot_read(error) from error
         except (OSError, ValueError, TypeError, AttributeError, RecursionError):
             return None
         return dict(summary)
 
     def settings(self) -> dict[str, Any]:
-        """The settings of the run by dotted name; none where config.yaml is missing or holds none."""
+        """The settings of the run by dotted name; none where config.yaml is missing or holds none.
+
+        Raises:
+            UserError: If it may not be read.
+        """
         try:
             return dict(flatten(yaml.safe_load(self.config.read_text())))
+        except PermissionError as error:
+            raise cannot_read(error) from error
         except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError):
             return {}
 
@@ -153,7 +165,7 @@ class RunFolder:
         """What the folder says of its run.
 
         Raises:
-            UserError: If the run has not finished.
+            UserError: If the run has not finished, or its files may not be read.
         """
         if not self.path.is_dir():
             raise UserError(f"{self}: there is no such run folder")
@@ -165,6 +177,8 @@ class RunFolder:
             settings = dict(flatten(config))
             _check_types(summary)
             rows = _rows(self.metrics)
+        except PermissionError as error:
+            raise cannot_read(error) from error
         except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
             reason = (
                 f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else " ".join(str(error).split())
@@ -235,7 +249,7 @@ def newest_checkpoint(parent: Path, name: str | None = None) -> Path | None:
         The file; None if the named run has saved nothing yet.
 
     Raises:
-        UserError: If there is none, or none that is whole.
+        UserError: If there is none, none that is whole, or a newer one may not be read.
     """
     runs: list[tuple[float, list[tuple[int, Path]]]] = []
     for run in map(RunFolder, [parent / name] if name else sorted(parent.glob("*"))):
@@ -247,7 +261,11 @@ def newest_checkpoint(parent: Path, name: str | None = None) -> Path | None:
     runs.sort(key=lambda run: run[0], reverse=True)  # stable, and last.ckpt before another name of the same file
     for _, steps in runs:
         for step, path in steps:
-            if (problem := verify_checksum(path)) is None:
+            try:
+                problem = verify_checksum(path)
+            except PermissionError as error:  # an older one would repeat steps for nothing
+                raise cannot_read(error) from error
+            if problem is None:
                 others = [f"{each[0][1]} (step {each[0][0]:,})" for _, each in runs if each is not steps]
                 if others:
                     logger.info(

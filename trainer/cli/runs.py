@@ -14,7 +14,7 @@ from trainer.comparison import as_markdown
 from trainer.errors import OptionError, UserError
 from trainer.files import atomic_write, check_replaceable
 from trainer.lock import is_held
-from trainer.logging import counted
+from trainer.logging import counted, logger
 from trainer.run_folder import RunFolder
 
 State = Literal["finished", "running", "interrupted", "failed"]
@@ -98,13 +98,20 @@ def runs(
         yes: Do not ask before removing.
 
     Raises:
-        UserError: If there is no such folder, or an option does not fit the action.
+        UserError: If there is no such folder, an option does not fit the action, or prune may not read a run.
     """
     if not Path(root).is_dir():
         raise UserError(
             f"--root {root}: there is no such folder; name the folder that holds the folders of the recipes"
         )
-    all_runs = [_listed(RunFolder(path)) for path in sorted(Path(root).glob("*/*/")) if _is_run(RunFolder(path))]
+    all_runs = []
+    for run in filter(_is_run, map(RunFolder, sorted(Path(root).glob("*/*/")))):
+        try:
+            all_runs.append(_listed(run))
+        except UserError as error:
+            if action == "prune":  # it may need the files of another run
+                raise
+            logger.warning(f"{error}; {run} is left out")
     chosen = [run for run in all_runs if recipe in (None, run.recipe) and state in (None, run.state)]
     if csv is not None and not csv.endswith(".csv"):
         raise UserError(f"--csv {csv}: is written as CSV; choose a name that ends in .csv")
@@ -138,7 +145,11 @@ def _is_run(run: RunFolder) -> bool:
 
 
 def _listed(run: RunFolder) -> Listed:
-    """Read what a folder says of its run; what cannot be read is left out."""
+    """Read what a folder says of its run; what is missing or damaged is left out.
+
+    Raises:
+        UserError: If a file may not be read.
+    """
     config = run.settings()
     summary = run.read_summary() or {}
     files = [path for path in (run.log, run.summary, run.last_checkpoint, run.config) if path.is_file()]

@@ -14,7 +14,7 @@ from trainer.data.normalization import DocumentKeys
 from trainer.data.shards import TokenArray, open_shard
 from trainer.data.tokenizer import BOS, load_tokenizer
 from trainer.errors import UserError
-from trainer.files import atomic_write, sha256_of
+from trainer.files import atomic_write, cannot_read, sha256_of
 
 NAME = "manifest.json"
 TOKENIZER = "tokenizer.model"  # beside the shards
@@ -79,7 +79,7 @@ class Manifest:
         """The manifest of a folder, or None if there is none.
 
         Raises:
-            UserError: If it is damaged or of another format.
+            UserError: If it is damaged, of another format, or may not be read.
         """
         path = folder / NAME
         if not path.is_file():
@@ -89,6 +89,8 @@ class Manifest:
             if values.pop("format") != FORMAT:
                 raise ValueError("unknown format")
             return cls(**{**values, "shards": [ShardRecord(**shard) for shard in values["shards"]]})
+        except PermissionError as error:
+            raise cannot_read(error) from error
         except (ValueError, TypeError, KeyError, OSError) as error:
             raise UserError(
                 f"{path}: is not a manifest this version reads ({error}); prepare the folder again"

@@ -13,7 +13,7 @@ from typing import Any
 from trainer.data.manifest import NAME, TOKENIZER, Manifest
 from trainer.data.shards import HEADER_BYTES
 from trainer.errors import UserError
-from trainer.files import check_can_make, sha256_of
+from trainer.files import cannot_read, check_can_make, sha256_of
 from trainer.lock import exclusive
 from trainer.logging import logger
 
@@ -108,7 +108,7 @@ def refuse_foreign(folder: Path, hint: str = HINT) -> None:
     """Refuse a folder that holds anything but what a manifest of ours names.
 
     Raises:
-        UserError: With the name of one such file.
+        UserError: With the name of one such file, or of one that may not be read.
     """
     hint = f"{hint}, or remove it"
     if folder.exists() and not folder.is_dir():
@@ -128,10 +128,12 @@ def refuse_other_source(folder: Path, source: dict[str, Any]) -> None:
     """Refuse to replace shards that a source of another class made: the folder was probably meant for them.
 
     Raises:
-        UserError: With the name of that class.
+        UserError: With the name of that class, or if the manifest may not be read.
     """
     try:
         made_by = json.loads((folder / NAME).read_text())["source"]["class"]
+    except PermissionError as error:
+        raise cannot_read(error) from error
     except (OSError, ValueError, KeyError, TypeError):
         return
     if made_by != source["class"]:
@@ -149,6 +151,8 @@ def _own_files(folder: Path) -> set[str]:
         int(manifest["format"])
         if sha256_of(folder / TOKENIZER) == manifest["tokenizer_sha256"]:
             names.add(TOKENIZER)
+    except PermissionError as error:
+        raise cannot_read(error) from error
     except (OSError, ValueError, KeyError, TypeError):
         return set()
     return names | {NAME}

@@ -24,6 +24,7 @@ from trainer.data.case_markup import (
 )
 from trainer.data.shards import MAX_VOCAB, TokenArray
 from trainer.errors import UserError
+from trainer.files import cannot_read
 
 BOS = 1
 BEGIN = np.array([BOS], dtype=np.uint16)
@@ -34,13 +35,16 @@ def load_tokenizer(path: str | Path) -> sentencepiece.SentencePieceProcessor:
     """Open a SentencePiece model.
 
     Raises:
-        UserError: If the file is missing, is not a SentencePiece model, its BOS is not token 1, or its tokens do not
-            tell how many bytes of text they stand for.
+        UserError: If the file is missing, may not be read, is not a SentencePiece model, its BOS is not token 1, or
+            its tokens do not tell how many bytes of text they stand for.
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: there is no tokenizer; give the path of a SentencePiece .model file")
     try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        with Path(path).open("rb"):  # SentencePiece calls a file that may not be read none of its own
+            tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except PermissionError as error:
+        raise cannot_read(error) from error
     except (RuntimeError, OSError) as error:
         raise UserError(f"{path}: is not a SentencePiece model ({error})") from error
     if has_case_markup(tokenizer):
