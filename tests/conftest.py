@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, settings
 from trainer.data.shards import write_shard
 from trainer.data.tokenizer import BOS, load_tokenizer, train_tokenizer
 from trainer.model.attention import AttentionConfig
+from trainer.model.config import LoopConfig, TransformerConfig
 from trainer.model.embedding import BigramConfig, SmearConfig
-from trainer.model.transformer import LoopConfig, TransformerConfig
 
 torch.set_num_threads(1)  # the processes that run side by side share the cores
 # On a busy machine the first example of a test may take seconds.

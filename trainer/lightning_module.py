@@ -25,9 +25,10 @@ from trainer.kernels.compiler import configure_compiler
 from trainer.kernels.fusion import Fused
 from trainer.kernels.windowed_attention import with_window
 from trainer.logging import logger
+from trainer.model.config import TransformerConfig
 from trainer.model.flops import forward_flops, peak_flops
 from trainer.model.kernel_choice import choose_attention, choose_fused
-from trainer.model.transformer import Transformer, TransformerConfig
+from trainer.model.transformer import Transformer
 from trainer.optim.muon_adamw import MuonAdamW, OptimizerConfig, parameter_groups
 from trainer.optim.schedule import ScheduleConfig, lr_multiplier, muon_momentum
 from trainer.progress_display import ProgressDisplay

@@ -10,7 +10,8 @@ from trainer.checkpoint import METADATA_KEY, live_state, load_checkpoint, stored
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import UserError
 from trainer.files import cannot_read, sha256_of
-from trainer.model.transformer import Transformer, TransformerConfig
+from trainer.model.config import TransformerConfig
+from trainer.model.transformer import Transformer
 from trainer.quantize.artifact import Artifact, read_artifact
 from trainer.quantize.container import MAGIC
 from trainer.quantize.policy import QuantizationConfig

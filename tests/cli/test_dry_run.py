@@ -15,9 +15,10 @@ from trainer.errors import UserError
 from trainer.kernels.fusion import Fused
 from trainer.model import kernel_choice
 from trainer.model.attention import AttentionConfig
+from trainer.model.config import LoopConfig, TransformerConfig
 from trainer.model.embedding import BigramConfig
 from trainer.model.memory import TrainingMemory, saved_bytes, training_memory
-from trainer.model.transformer import LoopConfig, MLPConfig, Transformer, TransformerConfig
+from trainer.model.transformer import MLPConfig, Transformer
 from trainer.quantize.artifact import write_artifact
 from trainer.quantize.policy import QuantizationConfig, storage_dtype
 from trainer.quantize.rounding import prune_smallest

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from trainer.kernels.attention_backends import FlashAttention4, SdpaBackend
 from trainer.kernels.windowed_attention import WindowedAttention, with_window
 from trainer.model.attention import AttentionConfig
+from trainer.model.config import TransformerConfig
 from trainer.model.kernel_choice import time_attention
-from trainer.model.transformer import TransformerConfig
 
 
 @settings(max_examples=60, deadline=None)

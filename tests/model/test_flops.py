@@ -9,8 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.conftest import TINY
 from trainer.kernels.attention_backends import SdpaBackend
 from trainer.kernels.fusion import Fused
+from trainer.model.config import TransformerConfig
 from trainer.model.flops import PEAK_FLOPS, forward_flops, peak_flops
-from trainer.model.transformer import Transformer, TransformerConfig
+from trainer.model.transformer import Transformer
 
 
 def test_an_attention_window_costs_the_keys_inside_it():

@@ -18,9 +18,9 @@ from trainer.kernels.flash_attention import cache_folder
 from trainer.kernels.windowed_attention import with_window
 from trainer.model import kernel_choice
 from trainer.model.attention import AttentionConfig
+from trainer.model.config import TransformerConfig
 from trainer.model.kernel_choice import Seconds, choose_attention, choose_fused
 from trainer.model.mlp import MLPConfig
-from trainer.model.transformer import TransformerConfig
 
 GPU = (128, torch.device("cuda"), torch.float16)
 

@@ -15,10 +15,11 @@ from trainer.data import tokenizer
 from trainer.kernels.attention_backends import SdpaBackend
 from trainer.model import embedding
 from trainer.model.attention import AttentionConfig, rotary_tables, rotate, xsa
+from trainer.model.config import LoopConfig, TransformerConfig
 from trainer.model.embedding import BigramConfig, SmearConfig, SmearGate, bigram_buckets
 from trainer.model.layers import Linear
 from trainer.model.mlp import MLPConfig
-from trainer.model.transformer import LoopConfig, Transformer, TransformerConfig
+from trainer.model.transformer import Transformer
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tests.conftest import TINY
 from trainer.errors import UserError
 from trainer.kernels.attention_backends import SdpaBackend
-from trainer.model.transformer import Transformer, TransformerConfig
+from trainer.model.config import TransformerConfig
+from trainer.model.transformer import Transformer
 from trainer.quantize.calibration import EMBEDDING, Moments, calibrate
 from trainer.quantize.container import EXPONENTS_PER_OCTAVE
 from trainer.quantize.export import CAP_TOLERANCE, ExportedSize, find_quant_step

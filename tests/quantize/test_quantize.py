@@ -24,7 +24,8 @@ from hypothesis.extra import numpy as arrays
 
 from tests.conftest import TINY
 from trainer.errors import UserError
-from trainer.model.transformer import Transformer, TransformerConfig
+from trainer.model.config import TransformerConfig
+from trainer.model.transformer import Transformer
 from trainer.quantize import container
 from trainer.quantize.artifact import read_artifact, write_artifact
 from trainer.quantize.calibration import calibrate

@@ -18,7 +18,8 @@ from trainer.errors import UserError
 from trainer.files import copy_file, sha256_of
 from trainer.loading import is_artifact, load_run, stored_weights
 from trainer.logging import logger
-from trainer.model.transformer import Transformer, TransformerConfig
+from trainer.model.config import TransformerConfig
+from trainer.model.transformer import Transformer
 from trainer.model_card import write_model_card
 from trainer.open_format import Dtype, write_open_format
 from trainer.quantize.export import SIZE_CAP

@@ -5,7 +5,7 @@ import re
 import torch
 
 from trainer.device import device_name
-from trainer.model.transformer import TransformerConfig
+from trainer.model.config import TransformerConfig
 
 # Dense bfloat16 (float16 where there is none) with float32 sums, FLOP/s, from the vendor's data sheets.
 # Where the words of two names are in a device's name, the first one counts.

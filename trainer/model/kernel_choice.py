@@ -19,7 +19,7 @@ from trainer.kernels.flash_attention import is_installed, why_not
 from trainer.kernels.fusion import Fused
 from trainer.kernels.windowed_attention import with_window
 from trainer.model.attention import Attention, rotary_tables
-from trainer.model.transformer import TransformerConfig
+from trainer.model.config import TransformerConfig
 
 PROBE_TOKENS = 131_072
 # The settings that a fused operator computes, or that it leaves to the code around it. One that is not listed is new:

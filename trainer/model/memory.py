@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.kernels.fusion import Fused
-from trainer.model.transformer import TransformerConfig
+from trainer.model.config import TransformerConfig
 
 # float32 copies of the weights: themselves, gradients, two moments, the average, the update in the making.
 COPIES = 6

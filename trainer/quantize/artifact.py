@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from trainer.errors import UserError
-from trainer.model.transformer import Transformer, TransformerConfig
+from trainer.model.config import TransformerConfig
+from trainer.model.transformer import Transformer
 from trainer.quantize.container import INTEGERS, Codec, StoredTensor, read_container, write_container
 from trainer.quantize.rounding import quantize_rows
 

@@ -13,7 +13,8 @@ from trainer.distributed import bytes_of_first_rank, on_first_rank
 from trainer.errors import UserError
 from trainer.files import atomic_write
 from trainer.logging import logger
-from trainer.model.transformer import Transformer, TransformerConfig
+from trainer.model.config import TransformerConfig
+from trainer.model.transformer import Transformer
 from trainer.quantize.artifact import read_artifact, write_artifact
 from trainer.quantize.calibration import calibrate
 from trainer.quantize.loss_aware import LossAwareRounding

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from trainer.model.transformer import TransformerConfig
+from trainer.model.config import TransformerConfig
 from trainer.quantize.container import Codec
 
 SHRINK_PRUNING = 0.08  # pruned fraction where the file has to shrink

@@ -5,7 +5,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from trainer.model.transformer import TransformerConfig
+from trainer.model.config import TransformerConfig
 from trainer.quantize.artifact import to_stored
 from trainer.quantize.container import StoredTensor, compressed_size
 from trainer.quantize.export import CAP_TOLERANCE
