@@ -22,6 +22,7 @@ from trainer.cli.lightning_cli import EpochLoop
 from trainer.clock import TrainingClock
 from trainer.lightning_module import LanguageModel
 from trainer.optim.muon_adamw import MuonAdamW
+from trainer.quantize import container
 from trainer.step import StepFence
 
 RANK = int(os.environ.get("LOCAL_RANK", "0"))
@@ -96,6 +97,11 @@ def full_disk(size: int) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
     before(checkpoint, "atomic_write", count)
+
+
+def full_disk_in_export(size: int) -> None:
+    """The artifact meets a limit of its size."""
+    before(container, "atomic_write", lambda *_: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
 
 
 def bad_gradient(steps: list[int]) -> None:

@@ -213,6 +213,16 @@ def test_a_full_disk_ends_the_run_in_one_line_and_the_checkpoint_before_stays(
     assert load_checkpoint(folder / "last.ckpt")["global_step"] == 14
 
 
+def test_a_disk_that_is_full_in_the_export_says_where_the_training_is(tmp_path: Path, shard_folder: Path):
+    result = run_faulty("full_disk_in_export", {"size": 20_000}, *long(shard_folder), cwd=tmp_path)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
+    assert "artifact.zst: cannot be written" in result.stderr
+    assert f"kept in {RUNS}/1/checkpoints/last.ckpt: resume with --ckpt last" in result.stderr
+    resumed = trainer(*long(shard_folder, "--ckpt=last", "--run_name=1"), cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert (tmp_path / RUNS / "1/artifact.zst").is_file()
+
+
 def test_a_bad_gradient_stops_the_run_with_good_weights_saved(tmp_path: Path, shard_folder: Path):
     result = run_faulty("bad_gradient", {"steps": [5]}, *small(shard_folder), cwd=tmp_path)
     errors = result.stderr

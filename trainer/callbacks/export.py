@@ -107,7 +107,20 @@ class PostTrainExport(pl.Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
-        """Score on all processes, export on rank 0. Lightning does not call this for an interrupted run."""
+        """Score on all processes, export on rank 0. Lightning does not call this for an interrupted run.
+
+        Raises:
+            UserError: If a file cannot be written or a score is not a finite number.
+        """
+        try:
+            self._finish(trainer, pl_module)
+        except UserError as error:
+            last = RunFolder(str(trainer.log_dir)).last_checkpoint
+            if not isinstance(error.__cause__, OSError) or not last.is_file():
+                raise
+            raise UserError(f"{error}. The training is kept in {last}: resume with --ckpt last to export it") from error
+
+    def _finish(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         pl_module.model.is_looped = True
         stages = _Stages(trainer, pl_module)
         start = next((callback for callback in _callbacks(trainer) if isinstance(callback, WarmStart)), None)
