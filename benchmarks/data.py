@@ -1,6 +1,6 @@
 """The training stream of a recipe: tokens per second from the shards to the device, against plain memory-map reads.
 
-And how long a step of 2 million tokens a second waits for its batch when a thread reads ahead.
+And how long a step of 2 million tokens per second waits for its batch when a thread reads ahead.
 """
 
 import argparse

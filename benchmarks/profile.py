@@ -102,7 +102,7 @@ def main() -> None:
     cli.trainer.fit(cli.model, cli.datamodule)
     device = cli.trainer.strategy.root_device
     kernels = kernels_of(watch.profile)
-    print("\n ms a step   calls   us a call  kernel")
+    print("\nms per step  calls  us per call  kernel")
     for name, calls, taken in by_time(kernels)[: options.kernels]:
         print(f"{taken / 1000 / PROFILED:10.3f} {calls / PROFILED:7.1f} {taken / calls:11.1f}  {name[:120]}")
     report(

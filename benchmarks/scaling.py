@@ -1,6 +1,6 @@
-"""The training step of a recipe on 1, 2, ... GPUs of one host, with the same tokens a GPU.
+"""The training step of a recipe on 1, 2, ... GPUs of one host, with the same tokens per GPU.
 
-`python -m benchmarks.scaling --devices 1 2` starts one process a GPU for each number and prints, of each, what a step
+`python -m benchmarks.scaling --devices 1 2` starts one process per GPU for each number and prints, of each, what a step
 takes under Lightning, what the GPU of rank 0 does in it, and Muon's orthogonalization by itself, divided between the
 processes and with each process doing all of it. `--muon replicated` makes the steps that way. Further options are those
 of `trainer fit`.
@@ -31,7 +31,7 @@ from trainer.optim.muon_adamw import parameter_groups
 
 
 def device_times(kernels: list[tuple[str, Interval]], steps: int) -> dict[str, float]:
-    """Milliseconds a step of what a GPU did.
+    """Milliseconds per step of what a GPU did.
 
     Args:
         kernels: Name, start and end in microseconds.
@@ -110,7 +110,7 @@ def work(recipe: str, steps: int, muon: str, args: list[str], out: Path) -> None
     row = {
         "devices": cli.trainer.world_size,
         "muon": muon,
-        "tokens_a_step": tokens,
+        "tokens_per_step": tokens,
         "micro_batch_tokens": cli.model.micro_batch_tokens,
         "step_ms": round(1000 * watch.seconds, 2),
         "tokens_per_second": round(tokens / watch.seconds),
@@ -140,7 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", default="int5mlp_10l_8gpu", help="name or path, as for --config")
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2], help="numbers of GPUs")
-    parser.add_argument("--tokens-a-device", type=int, default=98_304, help="of a step; the recipe's on eight GPUs")
+    parser.add_argument("--tokens-per-device", type=int, default=98_304, help="of a step; the recipe's on eight GPUs")
     parser.add_argument("--steps", type=int, default=50, help="steps that are timed")
     parser.add_argument("--muon", choices=["divided", "replicated"], default="divided", help="who orthogonalizes what")
     parser.add_argument("--process-of", type=Path, help=argparse.SUPPRESS)  # a started process writes there
@@ -160,7 +160,7 @@ def main() -> None:
                 f"--data.source.folder={folder}/data",  # one for all processes
                 f"--trainer.default_root_dir={folder}/runs",
                 f"--trainer.devices={devices}",
-                f"--data.batch_tokens={devices * options.tokens_a_device}",
+                f"--data.batch_tokens={devices * options.tokens_per_device}",
                 *args,
             ]
             if subprocess.run(command, check=False).returncode:

@@ -115,7 +115,7 @@ def main() -> None:
             "graphs_compiled_after_warmup": counters["stats"]["unique_graphs"] - watch.graphs,
             "first_loss": round(float(watch.losses[0]), 6),
             "last_loss": round(float(watch.losses[-1]), 6),
-            "attention": module.kernel.describe(),
+            "attention": module.attention.describe(),
             "fused": module.fused.describe(),
             "micro_batch_tokens": module.micro_batch_tokens,
             "precision": str(cli.trainer.precision),

@@ -73,7 +73,7 @@ def test_any_damage_is_found(path: Path):
             load_checkpoint(path)
     for damaged in (raw[:-1], raw[: len(raw) // 2], raw + b"x", b"", b"PK", raw[:70]):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match="is damaged .no checksum at its end: it was cut"):
+        with pytest.raises(UserError, match="is damaged .no checksum at its end: it was truncated"):
             load_checkpoint(path)
     path.unlink()
     assert verify_checksum(path) == "No such file or directory"

@@ -205,7 +205,7 @@ def test_runs_without_a_seed_make_no_pairs(tmp_path: Path):
 )
 def test_a_summary_that_was_changed_by_hand_is_no_finished_run(tmp_path: Path, changes: dict[str, Any], name: str):
     good, run = make_run(tmp_path, "good", 1, 1.2), make_run(tmp_path, "bad", 2, 1.2, **changes)
-    with pytest.raises(UserError, match=f"holds no finished run .summary.json has no right {name}"):
+    with pytest.raises(UserError, match=f"holds no finished run .summary.json: {name} is missing or invalid"):
         run.read()
     assert run.read_summary() is None
     assert good.read_summary() is not None
@@ -245,7 +245,7 @@ def test_other_code_is_named_and_another_script_is_another_setting(tmp_path: Pat
     changed = json.loads((recipe / "plain-seed2/summary.json").read_text())
     for script, message in (
         ({"name": "plain.py", "sha256": "2"}, "| plain: script=plain.py@2 | 1 |"),  # it was edited
-        ("plain.py", "summary.json has no right script"),
+        ("plain.py", "summary.json: script is missing or invalid"),
     ):
         (recipe / "plain-seed2/summary.json").write_text(json.dumps({**changed, "script": script}))
         result = trainer_here("compare", *map(str, sorted(recipe.glob("plain-seed*"))), cwd=tmp_path)

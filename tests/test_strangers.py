@@ -492,7 +492,7 @@ def test_a_last_row_that_was_cut_is_left_out(copied: Path):
     metrics.write_text("\n".join([*lines, lines[-1][:5]]))
     result = trainer_here("report", f"{RUNS}/1", cwd=copied)
     assert result.returncode == 0, result.stderr
-    assert "metrics.csv: its last row is cut, and left out" in result.stdout
+    assert "metrics.csv: its last row is truncated, and left out" in result.stdout
     metrics.write_text("\n".join([lines[0], "x,y", *lines[1:]]))
     result = trainer_here("report", f"{RUNS}/1", cwd=copied)
     assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
@@ -698,8 +698,8 @@ def test_no_command_replaces_a_file_of_something_else(tmp_path: Path, shard_fold
     documents = ["validate", f"--ckpt={run}/artifact.zst"]
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for words, message in (
-        ([*export, "--out=mine"], "--out mine: its train_gpt.py is no export's and would be lost; choose another"),
-        ([*export, f"--out={shards}"], "its tokenizer.model is no export's and would be lost"),
+        ([*export, "--out=mine"], "--out mine: its train_gpt.py was not written by an export and would be overwritten"),
+        ([*export, f"--out={shards}"], "its tokenizer.model was not written by an export"),
         ([*documents, f"--per_document={run}/metrics.csv"], "metrics.csv: holds something else, which would be lost"),
         (["runs", f"--csv={run}/metrics.csv"], "metrics.csv: holds something else, which would be lost"),
         (["report", run, "--out=page.html"], "page.html: holds something else, which would be lost"),
@@ -831,7 +831,7 @@ def test_a_changed_summary_is_refused(changes: dict[str, Any], copied: Path):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     result = trainer_here("report", f"{RUNS}/1", cwd=copied)
     assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
-    assert f"summary.json has no right {next(iter(changes))}" in result.stderr
+    assert f"summary.json: {next(iter(changes))} is missing or invalid" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def verify_checksum(path: str | Path) -> str | None:
             file.seek(max(content, 0))
             stored = file.read()
             if content < 0 or not stored.startswith(COMMENT):
-                return "no checksum at its end: it was cut, or not written by this trainer"
+                return "no checksum at its end: it was truncated, or not written by this trainer"
             is_right = stored == COMMENT + _sha256(file, content)
     except PermissionError:
         raise

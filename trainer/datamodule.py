@@ -76,11 +76,11 @@ class TokenData(pl.LightningDataModule):
             held_out_tokens: Tokens at the end of the training text that are never trained on (at least 2), for
                 export.weights better. null: none.
             vocab_size: Vocabulary size of the model (1 to 65,536); linked to model.vocab_size.
-            case_markup: Whether the tokenizer encodes a capital letter before a small one as a mark and its small
-                letter, so that `The` and `the` share a token; after the end of a sentence it is the small letter that
-                gets the mark. true: shards without it are encoded again, in a copy in `data`, with a tokenizer that is
-                trained on their first 50 MB. null: shards and tokenizers that exist are used as they are, and those
-                that are trained here have it.
+            case_markup: Whether the tokenizer encodes a capital letter before a lowercase one as a mark and its
+                lowercase letter, so that `The` and `the` share a token; after the end of a sentence it is the lowercase
+                letter that gets the mark. true: shards without it are encoded again, in a copy in `data`, with a
+                tokenizer that is trained on their first 50 MB. null: shards and tokenizers that exist are used as they
+                are, and those that are trained here have it.
             evaluation: How validation text is scored; linked to eval.
         """
         super().__init__()

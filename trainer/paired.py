@@ -94,7 +94,7 @@ def read_table(path: Path) -> DocumentTable:
                 )
             rows = list(reader)
         if any(None in row.values() for row in rows):
-            raise ValueError("a row is cut")
+            raise ValueError("a row is truncated")
         if [row["document"] for row in rows] != [str(number) for number in range(1, len(rows) + 1)]:
             raise ValueError(f"its documents are not numbered from 1 to {len(rows)}")
         numbers = np.array([[float(row["bytes"]), float(row["nats"])] for row in rows]).reshape(-1, 2)
@@ -103,7 +103,7 @@ def read_table(path: Path) -> DocumentTable:
     except (ValueError, TypeError, csv.Error) as error:
         raise UserError(f"{path}: is no file of trainer validate --per_document ({error})") from error
     if not np.isfinite(numbers).all() or (numbers < 0).any() or not numbers[:, 0].sum() > 0:
-        raise UserError(f"{path}: holds no document with bytes, or numbers that are no counts; write it again")
+        raise UserError(f"{path}: holds no document with bytes, or invalid counts; write it again")
     sources, evaluation = [row["source"] for row in rows], rows[0]["evaluation"]
     return DocumentTable(path, sources, numbers[:, 0], numbers[:, 1] / math.log(2), evaluation)
 

@@ -302,7 +302,7 @@ def _rows(path: Path) -> list[dict[str, float]]:
         except (ValueError, TypeError, KeyError) as error:
             if number < len(lines):
                 raise ValueError(f"{path.name}: row {number} is not whole") from error
-            logger.warning(f"{path}: its last row is cut, and left out")
+            logger.warning(f"{path}: its last row is truncated, and left out")
             return rows[: number - 1]
     return rows
 
@@ -322,16 +322,16 @@ def _check_types(summary: dict[str, Any]) -> None:
     if not wrong and not isinstance(summary["versions"].get("device"), str):
         wrong = ["versions"]
     if wrong:
-        raise ValueError(f"summary.json has no right {wrong[0]}")
+        raise ValueError(f"summary.json: {wrong[0]} is missing or invalid")
     script = summary.get("script", {"name": "", "sha256": ""})
     if not isinstance(script, dict) or not all(isinstance(script.get(name), str) for name in ("name", "sha256")):
-        raise ValueError("summary.json has no right script")
+        raise ValueError("summary.json: script is missing or invalid")
     stages = summary.get("stages")
     if not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
-        raise ValueError("summary.json has no right stages")
+        raise ValueError("summary.json: stages is missing or invalid")
     for stage in stages.values():
         if not all(_is_number(stage.get(name)) for name in ("bpb", "loss", "tokens", "bytes")):
-            raise ValueError("summary.json has no right stages")
+            raise ValueError("summary.json: stages is missing or invalid")
 
 
 def _is_number(value: object, kind: type | tuple[type, ...] = (int, float)) -> bool:

@@ -368,7 +368,7 @@ FORGERIES = [
     (set_in("model", "num_layers", 1000), "do not fit its model"),
     (set_in("model", "model_dim", 2**20), "do not fit its model"),
     (set_in("model", "evil", 1), "not a model config"),
-    (set_in("tokenizer_sha256", 5), "its header has no right tokenizer_sha256"),
+    (set_in("tokenizer_sha256", 5), "its header lacks tokenizer_sha256, or it is invalid"),
 ]
 
 
@@ -399,7 +399,7 @@ def test_bytes_after_the_tensors_and_a_second_frame_are_refused(written):
     with pytest.raises(UserError, match="not a valid artifact"):
         read_artifact(path)
     path.write_bytes(raw[:20])
-    with pytest.raises(UserError, match="is cut"):
+    with pytest.raises(UserError, match="is truncated"):
         read_artifact(path)
     path.write_bytes(b"GOLFLM02" + raw[8:])
     with pytest.raises(UserError, match="has artifact version '02', but only 03 is known"):

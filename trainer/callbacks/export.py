@@ -47,7 +47,7 @@ class PostTrainExport(pl.Callback):
         Args:
             quantization: Storage types, rounding and pruning.
             cap: Largest allowed size of code and model together, in bytes (at least 1).
-            shrink_to_cap: If they are larger than the cap, prune more and store fewer bits until they fit, instead of
+            shrink_to_cap: If code and model exceed the cap, prune more and store fewer bits until they fit, instead of
                 failing. With loss-aware rounding, search for the finest quant_step that fits.
             weights: Which weights are stored. average: the averaged ones, where there are any. live: those of the last
                 step. better: whichever scores better on data.held_out_tokens.

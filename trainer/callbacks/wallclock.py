@@ -23,8 +23,8 @@ class WallclockCutoff(pl.Callback):
         Args:
             seconds: Training time in seconds (above 0); compile warm-up, validation and export do not count. null: no
                 limit.
-            reserve: Seconds of it that are left for calibrating the export on training text, which counts as training
-                (at least 0).
+            reserve: Seconds of wallclock.seconds kept for calibrating the export on training text, which counts as
+                training (at least 0).
         """
         if seconds is not None and seconds <= 0:
             raise ValueError(f"wallclock.seconds must be positive or null, not {seconds}")

@@ -25,8 +25,8 @@ class CompileWarmup(pl.Callback):
         """Warm up on a GPU, or when the model is compiled.
 
         Args:
-            steps: Training steps that are made and undone (at least 1). null: no warm-up; graphs are compiled during
-                training, inside the clock, and the micro-batch is a whole step.
+            steps: Training steps run before the clock starts, and undone (at least 1). null: no warm-up; graphs are
+                compiled during training, inside the clock, and the micro-batch is a whole step.
         """
         if steps is not None and steps < 1:
             raise ValueError(f"warmup.steps must be at least 1, or null for no warm-up, not {steps}")
@@ -101,7 +101,10 @@ class CompileWarmup(pl.Callback):
                 if trainer.is_global_zero:
                     _write_micro_batch(run, module.micro_batch_tokens)
                 return slices
-        raise UserError(f"{module.device}: not even one sequence of {length:,} tokens fits; shorten it or the model")
+        raise UserError(
+            f"{module.device}: not even one sequence of {length:,} tokens fits; lower --data.sequence_length or "
+            "--model.model_dim"
+        )
 
 
 def _backward(loss: Tensor, last: bool) -> None:

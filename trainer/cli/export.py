@@ -131,7 +131,10 @@ def _check_target(target: RunFolder, run: RunFolder, code: bytes) -> None:
     for path, content in ((target.code, code), (target.tokenizer, run.tokenizer), (target.config, run.config)):
         mine = content if isinstance(content, bytes) else content.read_bytes() if content.is_file() else b""
         if path.exists() and not (path.is_file() and path.read_bytes() == mine):
-            raise UserError(f"--out {target}: its {path.name} is no export's and would be lost; choose another --out")
+            raise UserError(
+                f"--out {target}: its {path.name} was not written by an export and would be overwritten; choose "
+                "another --out"
+            )
 
 
 def _takes_live(metadata: dict[str, Any], run: RunFolder) -> bool:

@@ -6,13 +6,13 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import yaml
 
 from trainer.checkpoint import METADATA_KEY, live_state, stored_average
 from trainer.files import sha256_of
 from trainer.loading import is_artifact, load_run
-from trainer.quantize.container import VERSION, Array, StoredTensor, read_container
+from trainer.quantize.container import VERSION, StoredTensor, read_container
+from trainer.report.byte_use import entropy_bytes
 from trainer.run_folder import RunFolder
 
 
@@ -73,13 +73,7 @@ def bits_of(tensor: StoredTensor) -> float:
     parts = [part for part in (tensor.scale, tensor.columns) if part is not None]
     if tensor.scale is None:
         return 8.0 * tensor.values.size * int(tensor.kind.removeprefix("float")) // 8
-    return entropy(tensor.values) * tensor.values.size + sum(8.0 * part.nbytes for part in parts)
-
-
-def entropy(symbols: Array) -> float:
-    """Bits of a symbol: -sum of p log2 p over the shares of the symbols."""
-    shares = np.unique(symbols, return_counts=True)[1] / symbols.size
-    return float(-(shares * np.log2(shares)).sum())
+    return 8 * (entropy_bytes(tensor.values.tobytes()) + sum(part.nbytes for part in parts))
 
 
 def grouped(tensors: dict[str, tuple[str, tuple[int, ...], float]]) -> list[Row]:

@@ -51,6 +51,9 @@ class TrainParser(ShortErrors, LightningArgumentParser):
 class TrainerCLI(LightningCLI):
     """The options of both commands, and the objects that they configure."""
 
+    model: LanguageModel
+    datamodule: TokenData
+
     def __init__(
         self, command: str, recipe: str, args: list[str], stored: Artifact | None = None, reopens: bool = False
     ) -> None:
@@ -149,7 +152,7 @@ class TrainerCLI(LightningCLI):
         parser.link_arguments("init_from", "warm_start.path")
         parser.link_arguments("init_from_sha256", "warm_start.sha256")
         is_fit = self.command == "fit"
-        text = "Train nothing; say what the run would take: bytes, memory, time and epochs."
+        text = "Estimate bytes, memory, time and epochs of the run, without training or writing anything."
         text = text if is_fit else argparse.SUPPRESS  # for validate too, which reads recipes
         parser.add_argument("--dry_run", type=bool, default=False, nargs="?", const=True, help=text)
         if is_fit:

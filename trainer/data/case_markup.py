@@ -1,10 +1,11 @@
-"""Case markup: an unexpected capital becomes a mark and its small letter, so that words share their tokens.
+"""Case markup: an unexpected capital becomes a mark and its lowercase letter, so that words share their tokens.
 
 `The cat` is encoded as a mark, `the`, ` cat`, and decoded to `The cat` again. After a period, an exclamation or a
-question mark and a space a capital is expected, so there it is the small letter that gets the mark: `It is. The end` is
-a mark and `it is. the end`. The letters are A to Z and a to z; `I`, `NASA` and `École` stay as they are. The mark is a
-token of its own, before the space of its word, so ` the` stays one token. The rules are in the SentencePiece model, as
-its normalization and denormalization. Sources: OpenNMT Tokenizer's case markup; openai/parameter-golf #1729 (CaseOps).
+question mark and a space a capital is expected, so there it is the lowercase letter that gets the mark: `It is. The
+end` is a mark and `it is. the end`. The letters are A to Z and a to z; `I`, `NASA` and `École` stay as they are. The
+mark is a token of its own, before the space of its word, so ` the` stays one token. The rules are in the SentencePiece
+model, as its normalization and denormalization. Sources: OpenNMT Tokenizer's case markup; openai/parameter-golf #1729
+(CaseOps).
 """
 
 import re
@@ -68,7 +69,7 @@ def has_case_markup(tokenizer: sentencepiece.SentencePieceProcessor) -> bool:
 
 
 def marked_capitals(tokenizer: sentencepiece.SentencePieceProcessor) -> str:
-    """Which capitals before a small letter a tokenizer with case markup marks; until 84e8666 it was all of them."""
+    """Which capitals before a lowercase letter a tokenizer with case markup marks; until 84e8666 it was all of them."""
     marks_starts = MARK in tokenizer.encode("a. Aa", out_type=str)
     return "all capitals" if marks_starts else "capitals that do not follow the end of a sentence"
 

@@ -98,7 +98,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _kind(path: Path) -> str:
-    """The ending that tells what a file holds, in small letters."""
+    """The ending that tells what a file holds, in lowercase."""
     return Path(path.stem).suffix.lower() if _compression(path) in COMPRESSIONS else path.suffix.lower()
 
 
@@ -178,7 +178,7 @@ def _documents(path: Path, raw: BinaryIO, field: str, source_field: str | None) 
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 at byte {error.start} ({error.reason}); convert it first") from error
     except (OSError, EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError) as error:
-        raise UserError(f"{path}: cannot be read to its end ({error}); it is cut or damaged") from error
+        raise UserError(f"{path}: cannot be read to its end ({error}); it is truncated or damaged") from error
 
 
 def _text_of(path: Path, number: int, line: bytes, field: str, source_field: str | None) -> tuple[str, str | None]:

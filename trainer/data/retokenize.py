@@ -210,7 +210,7 @@ def _texts(files: TokenFiles, model: Path, may_be_cut: bool) -> Iterator[tuple[s
             elif not (may_be_cut and ((is_first and index == 0) or (is_last and index == len(batch) - 1))):
                 raise UserError(
                     f"{files.paths[0].parent}: the document that begins {text[:40]!r} cannot be encoded again without "
-                    f"a change: it is cut, or has spaces that {model} should not leave, or was made with another "
+                    f"a change: it is truncated, or has spaces that {model} should not leave, or was made with another "
                     "tokenizer; use the shards as they are, --data.case_markup null"
                 )
 

@@ -64,7 +64,7 @@ def open_shard(path: str | Path) -> TokenArray:
     if size != expected:
         raise UserError(
             f"{path}: header promises {n_tokens:,} tokens ({expected:,} bytes) but the file has {size:,} bytes; "
-            "it was cut or damaged: delete it and prepare it again"
+            "it was truncated or damaged: delete it and prepare it again"
         )
     if n_tokens <= 0:
         raise UserError(f"{path}: holds no tokens; delete it and prepare it again")

@@ -22,8 +22,8 @@ class EvaluationConfig:
         batch_windows: Windows per batch (at least 1).
         fit_tokens: Validation tokens that each validation during training scores, in plain evaluation (at least 1);
             null: all.
-        every_seconds: Seconds of training after which it is also validated, however few steps that are (above 0). null:
-            only by trainer.val_check_interval.
+        every_seconds: Seconds of training between validations, in addition to trainer.val_check_interval (above 0).
+            null: only by that.
         max_tokens: Validation tokens that `validate` and the end of a run score (at least 1); null: all.
         attention_window: Tokens that each position attends to, itself included (at least 1); null: its whole window. It
             allows windows longer than the training sequences, so that the text is read about once (streaming
@@ -33,8 +33,8 @@ class EvaluationConfig:
             two batches of windows, on the targets that it has just scored (above 0, at most 100). null: no training.
         adapt_ema_decay: Score with an exponential moving average of the weights that adapt_rate trains, and take it
             after each step with this decay (0 to 1). null: with the weights of the last step.
-        canonical: Give no probability to tokens that the tokenizer never puts after the one before, in every score
-            (Vieira et al. 2025, for BPE tokenizers).
+        canonical: Give zero probability to tokens that the tokenizer never produces after the preceding token, in every
+            score (Vieira et al. 2025, for BPE tokenizers).
     """
 
     window: int = 2048

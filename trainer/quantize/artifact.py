@@ -97,7 +97,7 @@ def read_artifact(path: str | Path, content: bytes | None = None) -> Artifact:
     try:
         for key, kind in (("model", dict), ("tokenizer_sha256", str)):
             if not isinstance(header.get(key), kind):
-                raise ValueError(f"its header has no right {key}")
+                raise ValueError(f"its header lacks {key}, or it is invalid")
         model = TransformerConfig.from_dict(header["model"])
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: is not a valid artifact ({error})") from error

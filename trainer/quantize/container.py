@@ -154,7 +154,7 @@ def read_container(path: str | Path, content: bytes | None = None) -> tuple[dict
     if not raw.startswith(MAGIC):
         raise UserError(f"{path}: is not a model artifact (it does not start with {MAGIC.decode()})")
     if len(raw) < START:
-        raise UserError(f"{path}: is cut; copy or export it again")
+        raise UserError(f"{path}: is truncated; copy or export it again")
     if (version := raw[len(MAGIC) : len(MAGIC) + len(VERSION)]) != VERSION:
         raise UserError(
             f"{path}: has artifact version {version.decode('ascii', 'replace')!r}, but only {VERSION.decode()} is known"

@@ -24,7 +24,8 @@ class QuantizationConfig:
         fp16_key_blocks: Blocks whose key projection stays float16 (0 to num_layers - 1; others modulo num_layers, so
             that -1 is the last).
         small_tensor: Largest number of elements of a tensor that stays float16 (at least 0).
-        prune_frac: Fraction of each large matrix's smallest magnitudes that is set to zero before rounding (0 to 1).
+        prune_frac: Fraction of the entries of each large matrix, those of smallest magnitude, that is set to zero
+            before rounding (0 to 1).
         prune_above: Number of elements above which a matrix is large (at least 0).
         rounding: How matrices are rounded. nearest: to the nearest integer, with each row's largest magnitude at the
             end of the range. loss_aware: with GPTQ and with steps for rows and columns that follow from the loss on

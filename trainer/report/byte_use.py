@@ -70,14 +70,15 @@ def byte_use(tensors: dict[str, StoredTensor], weights: dict[str, Array] | None,
                 ", ".join(sorted({tensors[name].kind for name in names})),
                 sum(tensors[name].values.size for name in names),
                 compressed_size([tensors[name] for name in names], codec),
-                sum(map(_entropy_bytes, streams)),
+                sum(map(entropy_bytes, streams)),
                 float(np.sqrt(squares[0] / squares[1])) if squares[1] else None,
             )
         )
     return sorted(uses, key=lambda use: -use.bytes)
 
 
-def _entropy_bytes(stream: bytes) -> float:
+def entropy_bytes(stream: bytes) -> float:
+    """Bytes that a stream needs where each of its bytes is coded by its own share (zeroth-order entropy)."""
     counts: np.ndarray[Any, Any] = np.bincount(np.frombuffer(stream, dtype=np.uint8))
     counts = counts[counts > 0]
     return float(-(counts * np.log2(counts / counts.sum())).sum() / 8)
