@@ -18,7 +18,8 @@ from trainer.model.attention import AttentionConfig
 from trainer.model.config import LoopConfig, TransformerConfig
 from trainer.model.embedding import BigramConfig
 from trainer.model.memory import TrainingMemory, saved_bytes, training_memory
-from trainer.model.transformer import MLPConfig, Transformer
+from trainer.model.mlp import MLPConfig
+from trainer.model.transformer import Transformer
 from trainer.quantize.artifact import write_artifact
 from trainer.quantize.policy import QuantizationConfig, storage_dtype
 from trainer.quantize.rounding import prune_smallest
