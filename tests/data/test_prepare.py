@@ -238,7 +238,7 @@ def test_verify_finds_any_changed_byte(prepared, split: str):
         with pytest.raises(UserError, match=path.name):
             verify(folder)
     path.write_bytes(whole[:-2])
-    with pytest.raises(UserError, match="cut or damaged"):
+    with pytest.raises(UserError, match="truncated or damaged"):
         verify(folder)
 
 
