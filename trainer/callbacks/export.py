@@ -112,10 +112,10 @@ class PostTrainExport(pl.Callback):
         Raises:
             UserError: If a file cannot be written or a score is not a finite number.
         """
+        last = RunFolder(str(trainer.log_dir)).last_checkpoint  # a collective: all processes must ask
         try:
             self._finish(trainer, pl_module)
         except UserError as error:
-            last = RunFolder(str(trainer.log_dir)).last_checkpoint
             if not isinstance(error.__cause__, OSError) or not last.is_file():
                 raise
             raise UserError(f"{error}. The training is kept in {last}: resume with --ckpt last to export it") from error
