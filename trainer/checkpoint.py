@@ -53,7 +53,7 @@ def verify_checksum(path: str | Path) -> str | None:
     """What is wrong with the bytes of a checkpoint, or None if its checksum is right.
 
     Raises:
-        PermissionError: If it may not be read.
+        UserError: If it may not be read.
     """
     try:
         with Path(path).open("rb") as file:
@@ -63,8 +63,8 @@ def verify_checksum(path: str | Path) -> str | None:
             if content < 0 or not stored.startswith(COMMENT):
                 return "no checksum at its end: it was truncated, or not written by this trainer"
             is_right = stored == COMMENT + _sha256(file, content)
-    except PermissionError:
-        raise
+    except PermissionError as error:
+        raise cannot_read(error) from error
     except OSError as error:
         return error.strerror or str(error)
     return None if is_right else "its checksum does not match"
@@ -128,12 +128,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: is a folder; give a file in it, such as checkpoints/last.ckpt of a run")
     if not Path(path).is_file():
         raise UserError(f"{path}: there is no such checkpoint")
+    if problem := verify_checksum(path):
+        raise UserError(f"{path}: is damaged ({problem}); resume from another one, --ckpt last finds it")
     try:
-        if problem := verify_checksum(path):
-            raise UserError(f"{path}: is damaged ({problem}); resume from another one, --ckpt last finds it")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError as error:
-        raise cannot_read(error) from error
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: cannot be read safely: it holds more than tensors and plain values") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:

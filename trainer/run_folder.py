@@ -261,11 +261,7 @@ def newest_checkpoint(parent: Path, name: str | None = None) -> Path | None:
     runs.sort(key=lambda run: run[0], reverse=True)  # stable, and last.ckpt before another name of the same file
     for _, steps in runs:
         for step, path in steps:
-            try:
-                problem = verify_checksum(path)
-            except PermissionError as error:  # an older one would repeat steps for nothing
-                raise cannot_read(error) from error
-            if problem is None:
+            if (problem := verify_checksum(path)) is None:
                 others = [f"{each[0][1]} (step {each[0][0]:,})" for _, each in runs if each is not steps]
                 if others:
                     logger.info(

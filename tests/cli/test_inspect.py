@@ -76,6 +76,14 @@ def test_a_checkpoint_shows_its_step_and_its_tensors(capsys):
     assert "tokenizer.model is the same" in shown
 
 
+@pytest.mark.parametrize(("option", "value"), [("--documents", "-1"), ("--tokenizer", "nowhere.model")])
+def test_a_bad_option_is_refused_in_one_line(option: str, value: str, capsys):
+    assert main(["inspect", str(GOLDEN / "nearest.zst"), option, value]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert option in line
+    assert value in line
+
+
 @pytest.mark.parametrize("content", [b"", b"GOLFLM03", b"PK but no checkpoint", b"some text"])
 def test_any_other_file_is_refused_in_one_line(content: bytes, tmp_path: Path, capsys):
     (tmp_path / "file").write_bytes(content)

@@ -27,8 +27,12 @@ def inspect(path: str, tokenizer: str | None = None, documents: int = 3) -> None
         documents: Number of documents of a folder to show (at least 0).
 
     Raises:
-        UserError: If there is no such path, it is damaged, or the folder holds no shards or no tokenizer.
+        UserError: If there is no such path or tokenizer, it is damaged, or the folder holds no shards or no tokenizer.
     """
+    if documents < 0:
+        raise UserError(f"--documents must be at least 0, not {documents}")
+    if tokenizer and not Path(tokenizer).is_file():
+        raise UserError(f"--tokenizer {tokenizer}: there is no such file; give a SentencePiece .model file")
     folder = Path(path)
     if folder.is_file():
         inspect_model(folder, Path(tokenizer) if tokenizer else None)
