@@ -11,7 +11,7 @@ import yaml
 from trainer.checkpoint import METADATA_KEY, live_state, stored_average
 from trainer.files import sha256_of
 from trainer.loading import is_artifact, load_run
-from trainer.quantize.container import VERSION, StoredTensor, read_container
+from trainer.quantize.container import VERSION, encode, read_container
 from trainer.report.byte_use import entropy_bytes
 from trainer.run_folder import RunFolder
 
@@ -23,7 +23,7 @@ class Row(NamedTuple):
     kind: str
     shape: list[int]
     tensors: int
-    bits: float  # of all values, as `bits_of` estimates them
+    bits: float  # of all of them: entropy in an artifact, memory in a checkpoint
 
 
 def inspect_model(path: Path, tokenizer: Path | None) -> None:
@@ -40,7 +40,10 @@ def inspect_model(path: Path, tokenizer: Path | None) -> None:
         header, stored = read_container(path)
         config, sha256 = header.get("model"), header.get("tokenizer_sha256")
         print(f"artifact of version {VERSION.decode()}, {header['codec']}, {path.stat().st_size:,} bytes")
-        tensors = {name: (tensor.kind, tensor.values.shape, bits_of(tensor)) for name, tensor in stored.items()}
+        tensors = {
+            name: (tensor.kind, tensor.values.shape, 8 * sum(map(entropy_bytes, encode(tensor))))
+            for name, tensor in stored.items()
+        }
     else:
         checkpoint = load_run(path)
         metadata = checkpoint[METADATA_KEY]
@@ -57,7 +60,7 @@ def inspect_model(path: Path, tokenizer: Path | None) -> None:
     print(yaml.safe_dump({"model": config}, sort_keys=False, default_flow_style=None).rstrip() + "\n")
     print_table(grouped(tensors))
     if is_compressed:
-        print("\nbits each: entropy of a tensor's symbols (zeroth order) and its scales; the file itself may need less")
+        print("\nbits each: zeroth-order entropy of the stored bytes, scales included; the file itself may need less")
 
 
 def _tokenizer(path: Path, tokenizer: Path | None, sha256: object) -> str:
@@ -66,14 +69,6 @@ def _tokenizer(path: Path, tokenizer: Path | None, sha256: object) -> str:
     if not tokenizer.is_file():
         return f"{tokenizer} is missing; the model is of no use without its tokenizer"
     return f"{tokenizer} is {'the same' if sha256_of(tokenizer) == sha256 else 'another one'}"
-
-
-def bits_of(tensor: StoredTensor) -> float:
-    """Bits that a tensor's values take: the entropy of its symbols, with scales and floats as they are."""
-    parts = [part for part in (tensor.scale, tensor.columns) if part is not None]
-    if tensor.scale is None:
-        return 8.0 * tensor.values.size * int(tensor.kind.removeprefix("float")) // 8
-    return 8 * (entropy_bytes(tensor.values.tobytes()) + sum(part.nbytes for part in parts))
 
 
 def grouped(tensors: dict[str, tuple[str, tuple[int, ...], float]]) -> list[Row]:
