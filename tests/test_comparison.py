@@ -242,6 +242,7 @@ def test_other_code_is_named_and_another_script_is_another_setting(tmp_path: Pat
     assert "| plain: script=plain.py@1 | 2 |" in result.stdout
     result = trainer_here("compare", str(recipe / "base-seed1"), str(recipe / "new-seed2"), cwd=tmp_path)
     assert "warning: recipe/new-seed2: other code than recipe/base-seed1" in result.stdout
+    assert "new: code=b | 1 |" in result.stdout  # which is another setting, too
     changed = json.loads((recipe / "plain-seed2/summary.json").read_text())
     for script, message in (
         ({"name": "plain.py", "sha256": "2"}, "| plain: script=plain.py@2 | 1 |"),  # it was edited

@@ -53,6 +53,7 @@ def test_the_examples_run(workplace: Path):
     )
     assert muon != other
     output = run(adamw, workplace, *SMALL, *PYTHON_TEXT, "--run_name=adamw")
+    assert "AdamW updates the weights; of model.optimizer only grad_clip_norm has an effect" in output
     assert "trained     12 steps" in output
     assert "trainer validate --ckpt" in output
     assert "trainer submit" not in output  # which refuses it: the code that ships lacks the script
@@ -81,6 +82,14 @@ def test_the_examples_run(workplace: Path):
     refused = python("lbfgs.py", "fit", "--config=quickstart", *SMALL, *PYTHON_TEXT, cwd=workplace)
     assert (refused.returncode, refused.stderr.count("\n")) == (1, 1), refused.stderr
     assert "LBFGS computes the loss several times a step" in refused.stderr
+    for name, made in (("two", "[{0}, {0}]"), ("scheduled", "[o := {0}], [torch.optim.lr_scheduler.LinearLR(o)]")):
+        one = "torch.optim.AdamW(module.model.parameters(), lr=0.003)"
+        (workplace / f"{name}.py").write_text(
+            (workplace / "adamw.py").read_text().replace(one, f"({made.format(one)})")
+        )
+        refused = python(f"{name}.py", "fit", "--config=quickstart", *SMALL, *PYTHON_TEXT, cwd=workplace)
+        assert (refused.returncode, refused.stderr.count("\n")) == (1, 1), refused.stderr
+        assert "configure_optimizers must return one optimizer and no scheduler" in refused.stderr
     state = load_checkpoint(workplace / "runs/quickstart/adamw/checkpoints/last.ckpt")["optimizer_states"][0]
     assert [set(each) for each in state["state"].values()] == [{"step", "exp_avg", "exp_avg_sq"}] * len(state["state"])
     run(store, workplace)

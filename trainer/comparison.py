@@ -86,7 +86,7 @@ def group_runs(runs: list[RunData]) -> list[Group]:
     first = runs[0]
     settings = [
         {key: value for key, value in run.config.items() if value is not None and is_compared(key)}
-        | {"tokenizer": run.summary["tokenizer_sha256"][:12]}
+        | {"tokenizer": run.summary["tokenizer_sha256"][:12], "code": run.summary.get("code_sha256", "")[:8]}
         | ({"script": f"{script['name']}@{script['sha256'][:8]}"} if (script := run.summary.get("script")) else {})
         for run in runs
     ]

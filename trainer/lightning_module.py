@@ -3,6 +3,7 @@
 import gc
 import math
 import time
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -138,7 +139,11 @@ class LanguageModel(pl.LightningModule):
         gc.freeze()
         self.fence = StepFence(self.device)
         optimizer = self.optimizers()
-        assert not isinstance(optimizer, list)
+        if isinstance(optimizer, list) or self.lr_schedulers() is not None:
+            raise UserError(
+                "configure_optimizers must return one optimizer and no scheduler: learning rates follow "
+                "trainer.lightning_module.lr_multiplier, and one optimizer may have several parameter groups"
+            )
         if not isinstance(optimizer.optimizer, MuonAdamW):
             self._prepare_optimizer(optimizer.optimizer)
         self.validated_at = self.clock.reading
@@ -158,8 +163,11 @@ class LanguageModel(pl.LightningModule):
             raise UserError(
                 f"a fused {name} with 16-mixed gets scaled gradients, which cannot be clipped; give fused=False"
             )
+        logger.info(f"{name} updates the weights; of model.optimizer only grad_clip_norm has an effect")
         # A resumed one has the rates of the checkpoint.
-        for group, new in zip(optimizer.param_groups, self.configure_optimizers().param_groups, strict=True):
+        made: Any = self.configure_optimizers()
+        made = made["optimizer"] if isinstance(made, dict) else made[0] if isinstance(made, Sequence) else made
+        for group, new in zip(optimizer.param_groups, made.param_groups, strict=True):
             group.update({key: new[key] for key in ("lr", "weight_decay") if key in new}, initial_lr=new["lr"])
 
     def micro_batches(self, sequences: int) -> int:

@@ -53,6 +53,9 @@ def test_a_sprint_runs_its_seeds_and_is_compared_with_another(
         read[f"slow-seed{seed}"].summary["val_bpb"] - read[f"base-seed{seed}"].summary["val_bpb"] for seed in (1, 2)
     ]
     assert f"| {sum(differences) / 2:+.4f} ± " in row
+    refused = trainer_here(*args, "--name=again", "--against=base", cwd=tmp_path)  # before anything is trained
+    assert "--against base: has these settings already, and this code" in refused.stderr
+    assert not (runs / "again-seed1").exists()
     assert trainer_here(*args, "--name=base", cwd=tmp_path).stderr.endswith(
         "base-seed1: this run exists already; choose another --name\n"
     )
@@ -67,6 +70,7 @@ def test_jobs_are_spread_over_the_gpus_and_failures_counted(
         used.append((command[-2].partition("=")[2], env["CUDA_VISIBLE_DEVICES"]))
         return subprocess.CompletedProcess(command, int(command[-2].endswith("seed3")))
 
+    monkeypatch.setattr(module, "_settings", lambda job: {})
     monkeypatch.setattr(module, "gpu_count", lambda: 2)
     monkeypatch.setattr(module.subprocess, "run", run)
     result = trainer_here("sprint", "--config=frontier", f"--data={data}", "--seeds=6", cwd=tmp_path)
@@ -81,11 +85,12 @@ def test_only_a_script_that_was_asked_for_the_sprint_runs_again(
 ):
     """Another one would start a sprint in each run of the sprint, and so on."""
     script = types.ModuleType("__main__")
-    script.__file__ = "mine.py"
+    script.__file__ = str(tmp_path / "mine.py")
     ours = [sys.executable, "-m", "trainer"]
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "__main__", script)
-        for argv, expected in ((["mine.py", "sprint"], [sys.executable, "mine.py"]), (["mine.py"], ours)):
+        (tmp_path / "mine.py").touch()
+        for argv, expected in ((["mine.py", "sprint"], [sys.executable, script.__file__]), (["mine.py"], ours)):
             patch.setattr(sys, "argv", argv)
             assert module.program() == expected
     monkeypatch.setenv(module.INSIDE, "1")
@@ -106,6 +111,7 @@ def test_only_a_script_that_was_asked_for_the_sprint_runs_again(
         (["--set=data.source.folder=x"], "--set data.source.folder: a sprint decides that itself"),
         (["--set=trainer={max_steps: 3}"], "--set trainer: a sprint decides that itself"),
         (["--against=other"], "--against other: there is no finished run"),
+        (["--set=model.num_layer=9"], "did you mean --model.num_layers?"),
     ],
 )
 def test_a_sprint_that_cannot_be_made_is_refused_at_once(args: list[str], message: str, data: Path, tmp_path: Path):
@@ -143,4 +149,4 @@ def test_the_users_own_script_runs_again_for_each_seed(data: Path, tmp_path: Pat
     )
     assert f"{mine.summary['val_bpb'] - plain.summary['val_bpb']:+.4f}" in row
     again = trainer_here("rerun", str(mine.folder), cwd=tmp_path)
-    assert "warning: mine-seed1 was started by mine.py (" in again.stdout.replace("int5mlp_10l/", "")
+    assert "warning: mine-seed1 ran with mine.py (" in again.stdout.replace("int5mlp_10l/", "")

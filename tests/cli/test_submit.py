@@ -148,7 +148,7 @@ def test_what_must_not_ship_is_refused(runs: list[Path], shard_folder: Path, tmp
     (copy / "summary.json").write_text(json.dumps(summary))
     script = {"name": "mine.py", "sha256": "1"}
     (copy / "summary.json").write_text(json.dumps({**summary, "script": script}))
-    assert "was started by mine.py, whose changes the code that ships lacks" in refused(str(copy))
+    assert "ran with your own mine.py, which the code that ships lacks" in refused(str(copy))
     (copy / "summary.json").write_text(json.dumps(summary))
     (copy / "config.yaml").write_text((copy / "config.yaml").read_text().replace("matrix_lr: 0.02", "matrix_lr: 0.03"))
     assert "has another recipe than" in refused(str(runs[1]), str(copy))

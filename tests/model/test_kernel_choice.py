@@ -15,6 +15,7 @@ from trainer.kernels import flash_attention
 from trainer.kernels.attention_backends import AttentionBackend, BackendName, ByGradient, FlashAttention4, SdpaBackend
 from trainer.kernels.compiler import configure_compiler
 from trainer.kernels.flash_attention import cache_folder
+from trainer.kernels.fusion import Fused
 from trainer.kernels.windowed_attention import with_window
 from trainer.model import kernel_choice
 from trainer.model.attention import AttentionConfig
@@ -242,6 +243,13 @@ class NewAttention(AttentionConfig):
     new_gate: float | None = None
 
 
+@dataclass(frozen=True)
+class NewModel(TransformerConfig):
+    """A model with such an option."""
+
+    z_loss: float = 0.0
+
+
 def test_a_fused_operator_is_only_taken_for_settings_it_knows(monkeypatch: pytest.MonkeyPatch):
     for module in (kernel_choice.fused_mlp, kernel_choice.fused_heads, kernel_choice.fused_loss):
         monkeypatch.setattr(module, "runs_on", lambda *_: True)
@@ -251,8 +259,12 @@ def test_a_fused_operator_is_only_taken_for_settings_it_knows(monkeypatch: pytes
         (NewMLP(), NewAttention(new_gate=1.0), (True, False, True)),
     ):
         assert choose_fused(TransformerConfig(mlp=mlp, attention=attention), GPU[1], GPU[2]) == expected
-    known = {field.name for field in fields(AttentionConfig)}, {field.name for field in fields(MLPConfig)}
-    assert (set(kernel_choice.FUSED_HEADS), set(kernel_choice.FUSED_MLP)) == known
+    for z_loss, expected in ((0.0, (True, True, True)), (1e-4, (False, False, False))):
+        assert choose_fused(NewModel(z_loss=z_loss), GPU[1], GPU[2]) == expected
+        assert kernel_choice.supported_fused(NewModel(z_loss=z_loss), torch.device("cpu"), GPU[2]) == Fused()
+    lists = kernel_choice.FUSED_HEADS, kernel_choice.FUSED_MLP, kernel_choice.MODEL
+    for names, config in zip(lists, (AttentionConfig, MLPConfig, TransformerConfig), strict=True):
+        assert set(names) == {field.name for field in fields(config)}
 
 
 def test_flash_attention_caches_what_it_compiles_where_files_can_be_written(

@@ -1,6 +1,7 @@
 """Muon against its formula and torch's own, AdamW against torch's bit by bit, the schedule against a fake clock."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,6 +35,8 @@ def muon(shapes, dtype, **config) -> tuple[list[torch.Tensor], MuonAdamW]:
 @pytest.mark.parametrize("row_normalize", [False, True])
 def test_muon_equals_the_formula_in_float64_over_100_steps_of_changing_momentum(row_normalize: bool):
     params, optimizer = muon(SHAPES, torch.float64, weight_decay=0.07, row_normalize=row_normalize)
+    settings = dict.fromkeys(SHAPES, (0.02, 0.07)) | {(5, 5): (0.05, 0.3)}  # rate and decay, of one group its own
+    optimizer.param_groups[2].update(base_lr=0.05, weight_decay=0.3)
     weights = [p.detach().numpy().copy() for p in params]
     buffers = [np.zeros_like(w) for w in weights]
     rng = np.random.default_rng(0)
@@ -53,9 +56,10 @@ def test_muon_equals_the_formula_in_float64_over_100_steps_of_changing_momentum(
                 a = x @ x.T
                 x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
             x = x.T if u.shape[0] > u.shape[1] else x
-            lr = 0.02 * multiplier
             rows, cols = u.shape
-            weights[index] = weights[index] * (1 - lr * 0.07) - lr * max(1, rows / cols) ** 0.5 * x
+            base_lr, decay = settings[rows, cols]
+            lr = base_lr * multiplier
+            weights[index] = weights[index] * (1 - lr * decay) - lr * max(1, rows / cols) ** 0.5 * x
         optimizer.step()
     for parameter, weight in zip(params, weights, strict=True):
         assert np.abs(parameter.detach().numpy() - weight).max() < 1e-6
@@ -78,15 +82,15 @@ def test_muon_equals_torch_muon_at_constant_momentum():
         assert torch.allclose(parameter, twin, atol=0.02)
 
 
-def test_the_adamw_half_is_torch_adamw_bit_by_bit():
+@pytest.mark.parametrize("own", [{}, {"betas": (0.7, 0.99), "eps": 1e-3}])
+def test_the_adamw_half_is_torch_adamw_bit_by_bit(own: dict[str, Any]):
     torch.manual_seed(1)
     params = [torch.randn(7, 3, requires_grad=True), torch.randn(5, requires_grad=True)]
     twins = [p.detach().clone().requires_grad_() for p in params]
     config = OptimizerConfig(weight_decay=0.04)
-    ours = MuonAdamW([{"params": params, "lr": 0.03, "weight_decay": 0.04, "muon": False}], config)
-    theirs = torch.optim.AdamW(
-        twins, lr=0.03, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.04, foreach=False, fused=False
-    )
+    ours = MuonAdamW([{"params": params, "lr": 0.03, "weight_decay": 0.04, "muon": False, **own}], config)
+    options = {"betas": (0.9, 0.95), "eps": 1e-8} | own
+    theirs = torch.optim.AdamW(twins, lr=0.03, weight_decay=0.04, foreach=False, fused=False, **options)
     for step in range(20):
         multiplier = 1 - step / 40
         ours.set_rates(multiplier, 0.9)
@@ -135,6 +139,11 @@ def test_a_resumed_run_with_other_rates_uses_them():
     after.set_rates(0.25, 0.9)
     assert [group["lr"] for group in after.param_groups] == [0.25 * rate for rate in [0.001] * 5 + [0.03, 0.002]]
     assert {group["weight_decay"] for group in after.param_groups} == {0.5}
+    stored = before.state_dict()  # of a version whose groups had no betas
+    for group in stored["param_groups"]:
+        del group["betas"], group["eps"]
+    after.load_state_dict(stored)
+    assert {group["betas"] for group in after.param_groups} == {(0.9, 0.95)}
 
 
 def test_an_untied_head_gets_adam_and_the_embeddings_another_rate():

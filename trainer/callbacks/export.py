@@ -62,7 +62,7 @@ class PostTrainExport(pl.Callback):
         self.weights = weights
         self.enabled = enabled
         self.code = b""  # of the run, as it was when the run began
-        self.script: dict[str, str] | None = None  # that patched it
+        self.script: dict[str, str] | None = None  # of the user's, that changes it
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: LanguageModel, stage: str) -> None:
@@ -77,7 +77,7 @@ class PostTrainExport(pl.Callback):
             )
         if trainer.is_global_zero:  # the others neither save nor export
             self.code = source_bundle()
-            self.script = script_record(self.code)
+            self.script = script_record(self.code, [pl_module, *_callbacks(trainer)])
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:

@@ -5,6 +5,8 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+import lightning.pytorch as pl
+
 from trainer.cli.lightning_cli import TrainerCLI
 from trainer.cli.parser import CommandParser
 from trainer.cli.train import train
@@ -52,25 +54,23 @@ def rerun(run: str, run_name: str | None = None, data: str | None = None) -> Non
         raise UserError(f"{first.folder.config}: {error.reason}") from error
     except ValueError as error:  # a setting that this version refuses
         raise UserError(f"{first.folder.config}: {error}") from error
-    _tell_changes(first, versions(cli.trainer.strategy.root_device))
+    _tell_changes(first, cli)
     cli.datamodule.resumes = True  # the text is checked, and must stay as it is
     again = train(cli, cli.config.ckpt, lambda: _check_text(first.summary, cli, may_make=data is None))
     if cli.trainer.is_global_zero:
         logger.info(_compared(first, again.read()))
 
 
-def _tell_changes(first: RunData, now: dict[str, str]) -> None:
+def _tell_changes(first: RunData, cli: TrainerCLI) -> None:
     """Warn of other code, other packages and a time limit, with which the losses may differ."""
     code = source_bundle()
     if hashlib.sha256(code).hexdigest() != first.summary.get("code_sha256"):
         logger.warning(f"the trainer's code is not that of {first.name}: {_changed_files(first.folder, code)}")
-    scripts = [first.summary.get("script"), script_record(code)]
+    scripts = [first.summary.get("script"), script_record(code, [cli.model, *_callbacks(cli)])]
     if scripts[0] != scripts[1]:
-        names = [f"{script['name']} ({script['sha256'][:12]})" if script else "trainer itself" for script in scripts]
-        logger.warning(
-            f"{first.name} was started by {names[0]}, this run by {names[1]}; a script may patch the trainer"
-        )
-    before = first.summary["versions"]
+        names = [f"{script['name']} ({script['sha256'][:12]})" if script else "trainer alone" for script in scripts]
+        logger.warning(f"{first.name} ran with {names[0]}, this run with {names[1]}; own code may change the training")
+    before, now = first.summary["versions"], versions(cli.trainer.strategy.root_device)
     changes = [f"{name} {before.get(name)} is {now[name]} now" for name in now if before.get(name) != now[name]]
     if changes:
         logger.warning(f"{first.name} had others: {', '.join(changes)}")
@@ -80,6 +80,10 @@ def _tell_changes(first: RunData, now: dict[str, str]) -> None:
         logger.warning(
             "its learning rates follow the clock (wallclock.seconds), so its steps and losses are not exactly repeated"
         )
+
+
+def _callbacks(cli: TrainerCLI) -> list[pl.Callback]:
+    return cli.trainer.callbacks  # type: ignore[attr-defined]
 
 
 def _changed_files(folder: RunFolder, code: bytes) -> str:

@@ -1,21 +1,26 @@
 """`trainer sprint`: one recipe trained with several seeds, one job on each GPU, and compared with other runs."""
 
+import hashlib
 import os
 import queue
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from trainer.cli.parser import CommandParser
-from trainer.comparison import as_markdown, group_runs, table, warn_of_other_code
+from trainer.comparison import as_markdown, group_runs, is_compared, table, warn_of_other_code
 from trainer.data.manifest import NAME, Manifest
 from trainer.device import gpu_count
 from trainer.errors import UserError
 from trainer.logging import logger
 from trainer.recipes import find_recipe
-from trainer.run_folder import RunFolder
-from trainer.script import user_script
+from trainer.run_folder import RunData, RunFolder, flatten
+from trainer.script import script_record, user_script
+from trainer.source_bundle import source_bundle
 
 INSIDE = "GOLF_TRAINER_SPRINT"  # set for the runs of a sprint
 # Settings of fit that a sprint makes itself.
@@ -23,6 +28,7 @@ OWN = (
     *("c", "ckpt", "ckpt_path", "config", "data", "data.seed", "dry_run", "run_name", "seed_everything"),
     *("trainer", "trainer.default_root_dir", "trainer.devices", "trainer.max_steps", "wallclock", "wallclock.seconds"),
 )
+CONFIG_START = "# lightning.pytorch"  # of what --print_config prints
 SECONDS = 300.0  # of training, the yardstick of docs/ablations.md
 
 
@@ -91,12 +97,14 @@ def sprint(
         if run.path.exists():
             raise UserError(f"{run}: this run exists already; choose another --name")
     names = [run.path.name for run in new_runs]
-    _run_all(
-        [
-            [*args, f"--seed_everything={seed}", "--dry_run=false", f"--run_name={each}"]
-            for seed, each in enumerate(names, 1)
-        ]
-    )
+    jobs = [
+        [*args, f"--seed_everything={seed}", "--dry_run=false", f"--run_name={each}"]
+        for seed, each in enumerate(names, 1)
+    ]
+    new_settings = _settings(jobs[0])
+    if any(_is_same(run.read(), new_settings) for run in base):
+        raise UserError(f"--against {against}: has these settings already, and this code; change something with --set")
+    _run_all(jobs)
     finished = [run.read() for run in [*base, *new_runs]]
     warn_of_other_code(finished)
     try:
@@ -108,8 +116,32 @@ def sprint(
 
 def program() -> list[str]:
     """The command that runs this program again: a user's own script, which may change more than options do, or ours."""
-    script = user_script("sprint")  # one without that argument would not understand `fit`
-    return [sys.executable, *(["-m", "trainer"] if script is None else [str(script)])]
+    return [sys.executable, *(user_script("sprint") or ["-m", "trainer"])]  # another one would not understand `fit`
+
+
+def _settings(job: list[str]) -> dict[str, Any]:
+    """The settings that a run would have, by dotted name.
+
+    Raises:
+        UserError: In fit's own words, if it refuses them.
+    """
+    command = [*program(), "fit", *job, "--print_config"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        *_, reason = result.stderr.strip().splitlines() or ["fit does not start"]
+        raise UserError(reason.removeprefix("trainer: "))
+    return dict(flatten(yaml.safe_load(result.stdout[result.stdout.index(CONFIG_START) :])))
+
+
+def _is_same(run: RunData, settings: dict[str, Any]) -> bool:
+    """Whether a run had these settings but for its seed, and the code of today."""
+    code = source_bundle()
+    if run.summary.get("code_sha256") != hashlib.sha256(code).hexdigest():
+        return False
+    if run.summary.get("script") != script_record(code):
+        return False
+    names = {name for name in {*run.config, *settings} - {"dry_run"} if is_compared(name)}
+    return all(run.config.get(name) == settings.get(name) for name in names)
 
 
 def _finished(folder: Path, name: str) -> list[RunFolder]:

@@ -22,8 +22,12 @@ from trainer.model.attention import Attention, rotary_tables
 from trainer.model.config import TransformerConfig
 
 PROBE_TOKENS = 131_072
-# The settings that a fused operator computes, or that it leaves to the code around it. One that is not listed is new:
-# where it is switched on, the operator would ignore it in silence.
+# The settings that the fused operators compute, or that they leave to the code around them. One that is not listed is
+# new: where it is switched on, they would ignore it in silence.
+MODEL = (
+    *("vocab_size", "num_layers", "model_dim", "attention", "mlp", "bigram", "smear", "loop", "value_embedding_blocks"),
+    *("tied_embeddings", "embedding_init_std", "logit_softcap", "fused"),
+)
 FUSED_MLP = ("ratio",)
 FUSED_HEADS = [
     "num_heads",
@@ -60,7 +64,7 @@ def supported_fused(config: TransformerConfig, device: torch.device, dtype: torc
         device: Where it runs.
         dtype: Type of the activations.
     """
-    if device.type != "cuda" or find_spec("triton") is None:
+    if device.type != "cuda" or find_spec("triton") is None or not is_known(config, MODEL):
         return Fused()
     return Fused(
         is_known(config.mlp, FUSED_MLP) and fused_mlp.is_supported(device, dtype),
@@ -85,7 +89,7 @@ def choose_fused(
     """
     if config.fused == "off":
         return Fused()
-    if device.type != "cuda":
+    if device.type != "cuda" or not is_known(config, MODEL):
         fused = Fused()
     elif runs is not None:
         fused = Fused(**runs)

@@ -20,6 +20,8 @@ from trainer.model.layers import Linear
 from trainer.model.transformer import Transformer
 from trainer.optim.newton_schulz import orthogonalize
 
+SETTINGS = ("base_lr", "weight_decay", "betas", "eps")  # of a group
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -120,11 +122,12 @@ class MuonAdamW(torch.optim.Optimizer):
 
         Args:
             groups: As made by `parameter_groups`; `muon` tells which algorithm updates them.
-            config: Momentum, betas, epsilon and Newton-Schulz iterations.
+            config: Newton-Schulz iterations, and momentum, betas and epsilon of groups that do not name their own.
         """
         self.config = config
         self.finite: Tensor | None = None
-        super().__init__(groups, {"momentum": config.momentum})
+        betas = config.beta1, config.beta2
+        super().__init__(groups, {"momentum": config.momentum, "betas": betas, "eps": config.eps})
         for group in self.param_groups:
             group["base_lr"] = group["lr"]
 
@@ -135,11 +138,11 @@ class MuonAdamW(torch.optim.Optimizer):
             group["momentum"] = momentum
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume from a stored state, with the learning rates and weight decays of this run.
+        """Resume from a stored state, with the settings of this run.
 
         torch would restore the stored ones, and leaves AdamW's step counts on the host, which its fused kernel refuses.
         """
-        current = [{key: group[key] for key in ("base_lr", "weight_decay")} for group in self.param_groups]
+        current = [{key: group[key] for key in SETTINGS} for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, settings in zip(self.param_groups, current, strict=True):
             group.update(settings)
@@ -186,15 +189,18 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _apply(self, groups: list[dict[str, Any]], updates: list[Tensor]) -> None:
         """Weight decay, then the orthogonalized updates: w = (1 - lr wd) w - lr sqrt(max(1, rows / cols)) u."""
-        lr, params = groups[0]["lr"], _params(groups)  # the groups differ in shape only
-        torch._foreach_mul_(params, self._if_finite(1 - lr * groups[0]["weight_decay"], params[0]))
+        decayed: dict[float, list[Tensor]] = defaultdict(list)  # all matrices, unless a user has changed a group
+        for group in groups:
+            decayed[1 - group["lr"] * group["weight_decay"]] += group["params"]
+        for factor, params in decayed.items():
+            torch._foreach_mul_(params, self._if_finite(factor, params[0]))
         for group, update in zip(groups, updates, strict=True):
             rows, cols = update.shape[1:]
             if self.finite is not None:
                 update = torch.where(self.finite, update, 0.0)
             # Strides and types as the weights have them, so that one kernel updates all matrices.
-            update = update.to(params[0].dtype).contiguous()
-            torch._foreach_add_(group["params"], update.unbind(), alpha=-lr * max(1.0, rows / cols) ** 0.5)
+            update = update.to(group["params"][0].dtype).contiguous()
+            torch._foreach_add_(group["params"], update.unbind(), alpha=-group["lr"] * max(1.0, rows / cols) ** 0.5)
 
     def _if_finite(self, factor: float, like: Tensor) -> Tensor | float:
         """A factor; one where a gradient is not finite."""
@@ -225,11 +231,11 @@ class MuonAdamW(torch.optim.Optimizer):
             fused=on_gpu,
             amsgrad=False,
             found_inf=(~self.finite).float() if self.finite is not None and on_gpu else None,
-            beta1=self.config.beta1,
-            beta2=self.config.beta2,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
             lr=group["lr"],
             weight_decay=group["weight_decay"],
-            eps=self.config.eps,
+            eps=group["eps"],
             maximize=False,
         )
 

@@ -109,7 +109,7 @@ def _check_one_recipe(runs: list[RunData]) -> None:
     for run in runs:
         if script := run.summary.get("script"):
             raise UserError(
-                f"{run.folder}: was started by {script['name']}, whose changes the code that ships lacks; put them "
+                f"{run.folder}: ran with your own {script['name']}, which the code that ships lacks; put its changes "
                 "into the trainer, as docs/extending.md shows, and train again"
             )
     for run in runs[1:]:
