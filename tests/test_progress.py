@@ -141,3 +141,14 @@ def test_a_quiet_run_prints_its_summary_only(tmp_path: Path, shard_folder: Path)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     assert result.stdout.splitlines()[:2] == ["", f"Run finished: {RUNS}/1"]
+    assert "no average" not in result.stdout
+    assert "learning rate" not in result.stdout
+
+
+def test_a_summary_says_what_a_schedule_left_out(tmp_path: Path, shard_folder: Path):
+    args = ["--model.schedule.warmdown_steps=80", "--averaging.start_frac=0.01", "--progress.mode=quiet"]
+    result = trainer(*small(shard_folder, *args), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for part in ("no average, so the live weights count", "every 2 steps while", "below 0.01", "this run had 0"):
+        assert part in result.stdout
+    assert "falls from the first of 8 steps on, since model.schedule.warmdown_steps is 80" in result.stdout

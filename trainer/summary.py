@@ -11,6 +11,7 @@ from trainer.data.manifest import Manifest
 from trainer.data.shards import TokenFiles
 from trainer.evaluation.metric import Score
 from trainer.logging import logger
+from trainer.optim.schedule import warmdown_warning
 from trainer.run_folder import RunFolder
 from trainer.versions import versions
 
@@ -86,8 +87,16 @@ def log_summary(summary: dict[str, Any], run: RunFolder, data: Path, has_report:
         logger.info(f"  {name:<17} {stage['bpb']:.4f} bpb  ({stage['tokens']:,} tokens, {stage['bytes']:,} bytes)")
     if "averaged_plain" in stages and stages["averaged_plain"]["bpb"] > stages["live_plain"]["bpb"]:
         logger.info("  the average is worse than the live weights; --averaging.method null makes none")
-    if summary["averaged_steps"] == 1:
-        logger.info("  too short a run for an average, so the live weights count")
+    settings = run.settings()
+    if summary["averaged_steps"] < 2 and settings.get("averaging.method") == "late_swa":
+        every, start_frac = settings.get("averaging.every"), settings.get("averaging.start_frac")
+        logger.info(
+            f"  no average, so the live weights count: late SWA takes a snapshot every {every} steps while the "
+            f"learning rate is below {start_frac} of its full value, and this run had {summary['averaged_steps']}"
+        )
+    warmdown = [settings.get(f"model.schedule.{name}") for name in ("warmdown_steps", "warmdown_frac")]
+    if isinstance(warmdown[0], int) and (warning := warmdown_warning(warmdown[0], warmdown[1], summary["steps"])):
+        logger.info(f"  {warning}")
     if summary["epochs"] > MANY_EPOCHS:
         logger.info(f"  after {MANY_EPOCHS} epochs the same text teaches little (arXiv 2305.16264); more of it helps")
     if "bytes_total" in summary:

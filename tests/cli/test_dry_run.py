@@ -52,6 +52,7 @@ def test_a_forecast_says_what_the_run_takes_and_writes_nothing(shard_folder, tmp
     assert f"{sum(each.numel() for each in Transformer(TINY).parameters()):,} parameters" in text
     tokens = sum((path.stat().st_size - 1024) // 2 for path in shard_folder.glob("*_train_*.bin"))
     assert "about 50 steps in" in text
+    assert "since model.schedule.warmdown_steps is 600" in text
     assert f"12,800 tokens, {12_800 / tokens:.2f} epochs of {tokens:,}" in text
     assert not list(tmp_path.iterdir())
 

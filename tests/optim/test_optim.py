@@ -11,7 +11,7 @@ from tests.conftest import TINY
 from trainer.clock import TrainingClock
 from trainer.model.transformer import Transformer
 from trainer.optim.muon_adamw import MuonAdamW, OptimizerConfig, parameter_groups
-from trainer.optim.schedule import ScheduleConfig, lr_multiplier, muon_momentum
+from trainer.optim.schedule import ScheduleConfig, lr_multiplier, muon_momentum, warmdown_warning
 
 SHAPES = [(6, 4), (4, 6), (5, 5), (4, 6)]
 
@@ -233,6 +233,13 @@ def test_warmdown_as_a_fraction_of_the_budget():
     assert lr_multiplier(schedule, 7, None, 40.0, 100.0) == 1.0
     assert lr_multiplier(schedule, 7, None, 75.0, 100.0) == pytest.approx(0.5)
     assert lr_multiplier(schedule, 75, 100, 0.0, None) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("frac", [None, 0.5])
+@pytest.mark.parametrize("warmdown", [0, 9, 10, 11, 3000])
+def test_a_warmdown_longer_than_the_run_is_named(warmdown: int, frac: float | None):
+    falls_at_once = lr_multiplier(ScheduleConfig(warmdown, frac), 0, 10, 0.0, None) < 1
+    assert (warmdown_warning(warmdown, frac, 10) is not None) == falls_at_once
 
 
 def test_the_warmdown_ends_at_zero():

@@ -21,6 +21,7 @@ from trainer.logging import logger
 from trainer.model.flops import forward_flops
 from trainer.model.kernel_choice import choose_fused, supported_fused
 from trainer.model.memory import TrainingMemory, saved_bytes, training_memory
+from trainer.optim.schedule import warmdown_warning
 from trainer.quantize.size_forecast import forecast_bytes
 from trainer.run_folder import HINT, check_name
 from trainer.source_bundle import source_bundle
@@ -204,6 +205,9 @@ def _forecast_budget(cli: TrainerCLI, speed: float, loop_factor: float, source: 
     else:
         count = len(TokenFiles(text.train, data.held_out_tokens or 0))
         epochs = f"{tokens / count:.2f} epochs of {count:,}"
+    schedule = cli.model.schedule
+    if warning := warmdown_warning(schedule.warmdown_steps, schedule.warmdown_frac, steps):
+        _log("schedule", warning)
     _log("budget", f"about {steps:,} steps in {tokens / speed:,.0f} s, {tokens:,} tokens, {epochs}")
 
 

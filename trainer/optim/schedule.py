@@ -64,6 +64,16 @@ def lr_multiplier(
     return multiplier
 
 
+def warmdown_warning(warmdown_steps: int, warmdown_frac: float | None, steps: int) -> str | None:
+    """Say that a run of so many steps never has its full learning rate; None if it has."""
+    if warmdown_frac is not None or warmdown_steps <= steps:
+        return None
+    return (
+        f"the learning rate falls from the first of {steps:,} steps on, since model.schedule.warmdown_steps is "
+        f"{warmdown_steps:,}; model.schedule.warmdown_frac 0.5 would be half the run"
+    )
+
+
 def _linear(remaining: float, warmdown: float) -> float:
     if remaining >= warmdown:
         return 1.0
