@@ -461,7 +461,9 @@ def test_precision_is_chosen_by_what_the_device_has():
     assert resolve_precision("auto", on_gpu=True, has_bf16=True) == "bf16-mixed"
     assert resolve_precision("auto", on_gpu=True, has_bf16=False) == "16-mixed"
     assert resolve_precision("auto", on_gpu=False, has_bf16=False) == "32-true"
-    assert resolve_precision("16-mixed", on_gpu=False, has_bf16=False) == "16-mixed"
+    assert resolve_precision("16-mixed", on_gpu=True, has_bf16=True) == "16-mixed"
+    with pytest.raises(UserError, match="16-mixed needs a GPU"):
+        resolve_precision("16-mixed", on_gpu=False, has_bf16=False)
 
 
 def test_the_source_bundle_runs_alone(finished, tmp_path: Path):

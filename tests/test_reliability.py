@@ -17,7 +17,7 @@ import yaml
 
 from tests.conftest import make_documents
 from tests.helpers import RUNS, digest, run_faulty, small, start_faulty, trainer, trainer_here
-from trainer.checkpoint import load_checkpoint, verify_checksum
+from trainer.checkpoint import METADATA_KEY, load_checkpoint, verify_checksum
 from trainer.cli import train
 from trainer.clock import TrainingClock
 from trainer.data.tokenizer import train_tokenizer
@@ -106,6 +106,17 @@ def test_a_checkpoint_knows_the_losses_of_all_its_steps(tmp_path: Path, shard_fo
         state = load_checkpoint(run / f"checkpoints/step-{step:09d}.ckpt")["callbacks"]["StabilityMonitor"]
         assert state["losses"] == pytest.approx(losses[:step])
         assert state["skipped"] == 0
+
+
+def test_the_time_of_the_last_validation_is_resumed(tmp_path: Path, shard_folder: Path):
+    args = small(shard_folder, "--checkpoints.every=3", "--checkpoints.keep=9")
+    assert trainer(*args, cwd=tmp_path).returncode == 0
+    files = [tmp_path / RUNS / f"1/checkpoints/step-{step:09d}.ckpt" for step in (3, 6)]
+    before, after = (load_checkpoint(file)[METADATA_KEY]["validated_at"] for file in files)
+    assert before == 0 < after  # validated at step 4
+    assert trainer(*args, "--trainer.val_check_interval=100", f"--ckpt={files[1]}", cwd=tmp_path).returncode == 0
+    resumed = load_checkpoint(tmp_path / RUNS / "2/checkpoints/step-000000008.ckpt")
+    assert resumed[METADATA_KEY]["validated_at"] == after
 
 
 def _metrics(run: Path) -> dict[tuple[str, str], str]:

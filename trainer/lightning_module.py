@@ -85,6 +85,7 @@ class LanguageModel(pl.LightningModule):
         self.metrics = torch.nn.ModuleList()
         self.scorers: list[WindowScorer] = []
         self.adapter: Adapter | None = None
+        self.validated_at = 0.0  # reading of the training clock
         self.flops_done = 0.0  # of this process in training; those of a step grow when the loop starts
         self.scores: list[Score] = []
         self.documents: DocumentScores | None = None  # of the last evaluation, where they are wanted
@@ -146,7 +147,6 @@ class LanguageModel(pl.LightningModule):
             )
         if not isinstance(optimizer.optimizer, MuonAdamW):
             self._prepare_optimizer(optimizer.optimizer)
-        self.validated_at = self.clock.reading
 
     def _prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Check an optimizer of a user's own `configure_optimizers`, and give it the rates of this run.
@@ -339,7 +339,9 @@ class LanguageModel(pl.LightningModule):
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what `export` needs to use the file alone: plain values only, so that it loads safely."""
-        checkpoint.setdefault(METADATA_KEY, {})["model"] = self.model.config.to_dict()
+        metadata = checkpoint.setdefault(METADATA_KEY, {})
+        metadata["model"] = self.model.config.to_dict()
+        metadata["validated_at"] = self.validated_at
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -347,6 +349,7 @@ class LanguageModel(pl.LightningModule):
         if self._trainer is None:  # in `load_from_checkpoint`, which cannot know the model's sizes
             raise UserError("use trainer.load_artifact(path) of an artifact; trainer export makes one of a checkpoint")
         self.check_resumable(checkpoint[METADATA_KEY], self.trainer.datamodule)  # type: ignore[attr-defined]
+        self.validated_at = checkpoint[METADATA_KEY].get("validated_at", 0.0)
         # Lightning restores the weights before it converts the model, which would round those of 64-true.
         self.trainer.precision_plugin.convert_module(self)
 

@@ -361,7 +361,7 @@ def test_a_config_survives_the_round_trip(config: TransformerConfig):
         ({"value_embedding_blocks": 11}, "value_embedding_blocks must be between 1 and num_layers 10, or be null"),
         ({"attention": {"rope_base": 0.0}}, r"attention\.rope_base must be above 0, not 0\.0"),
         ({"logit_softcap": 0.0}, r"logit_softcap must be above 0, not 0\.0"),
-        ({"embedding_init_std": -0.1}, "embedding_init_std must be at least 0, not -0.1"),
+        ({"embedding_init_std": 0.0}, "embedding_init_std must be positive, not 0.0"),
         ({"depth": 3}, r"not a model config: this code has no option model\.depth"),
         ([1], "not a model config"),
         (None, "not a model config"),

@@ -111,20 +111,44 @@ def test_moments_of_a_table_that_is_only_looked_up_are_those_of_its_rows_gradien
     assert torch.equal(result.hessian, torch.eye(16))
 
 
-def test_sums_of_squares_may_exceed_the_range_of_half_precision(tokens: torch.Tensor):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_of_squares_may_exceed_the_range_and_the_digits_of_half_precision(
+    dtype: torch.dtype, tokens: torch.Tensor
+):
     model = randomized()
     with torch.no_grad():
         for block in model.blocks:
             block.mlp.up.weight.mul_(4)  # a square of 16 times the size, as after a long training
     expected = calibrate(model, [tokens])
-    with torch.autocast("cpu", torch.float16):
+    with torch.autocast("cpu", dtype):
         moments = calibrate(model, [tokens])
     positions = tokens[:, :-1].numel()
     assert max(float(each.hessian.max()) for each in expected.values()) * positions > torch.finfo(torch.float16).max
     for name, each in moments.items():
         for actual, wanted in ((each.hessian, expected[name].hessian), (each.sensitivity, expected[name].sensitivity)):
             assert torch.linalg.vector_norm(actual - wanted) < 0.1 * torch.linalg.vector_norm(wanted), name
+        eigenvalues = np.linalg.eigvalsh(each.hessian.double().numpy())
+        assert eigenvalues[0] > -1e-6 * eigenvalues[-1], name  # none is negative but by the digits of float32
     LossAwareRounding(model.state_dict(), moments)
+
+
+def rounding_of(hessian: torch.Tensor, weight: torch.Tensor) -> LossAwareRounding:
+    return LossAwareRounding({"a.weight": weight}, {"a.weight": Moments(hessian, torch.ones(len(weight)))})
+
+
+def test_inputs_that_are_always_zero_leave_their_matrix_to_plain_rounding():
+    weight = torch.randn(3, 8, generator=torch.Generator().manual_seed(2))
+    stored = rounding_of(torch.zeros(8, 8), weight).round(0.1)["a.weight"]
+    steps = stored.scale.astype(np.float32)[:, None]
+    assert np.array_equal(stored.values, np.round(weight.numpy() / steps))
+    assert np.abs(stored.floats() - weight.numpy()).max() <= 0.5 * steps.max()
+
+
+def test_moments_and_weights_that_no_artifact_can_hold_are_named():
+    with pytest.raises(UserError, match="the inputs of a.weight cannot be weighed in calibration"):
+        rounding_of(-torch.eye(4), torch.ones(2, 4))
+    with pytest.raises(UserError, match=r"weights of a.weight are up to 1e\+08, more than an artifact can hold"):
+        rounding_of(torch.eye(4), torch.full((2, 4), 1e8)).round(0.1)
 
 
 def test_calibration_does_not_change_the_model_and_includes_an_untied_head(tokens: torch.Tensor):

@@ -194,10 +194,11 @@ class TrainerCLI(LightningCLI):
                 f"trainer.precision {options.precision} is not --precision {self.config.precision}; set only the "
                 "latter, and trainer.precision to null"
             )
+        requested = self.config.precision if options.precision is None else _precision_name(options.precision)
+        on_gpu = kwargs.get("accelerator", options.accelerator) in ("cuda", "gpu")
+        precision = resolve_precision(requested, on_gpu, on_gpu and has_bfloat16(default_device()))
         if options.precision is None:
-            on_gpu = kwargs.get("accelerator", options.accelerator) in ("cuda", "gpu")
-            has_bf16 = on_gpu and has_bfloat16(default_device())
-            kwargs["precision"] = resolve_precision(self.config.precision, on_gpu, has_bf16)
+            kwargs["precision"] = precision
         kwargs["plugins"] = [*self._plugins(), AtomicCheckpointIO()]
         if SLURMEnvironment.detect():  # Lightning would save, in the middle of an update, what it later loads unasked
             kwargs["plugins"].append(SLURMEnvironment(auto_requeue=False))
@@ -324,7 +325,13 @@ def _precision_name(given: Any) -> str:
 
 
 def resolve_precision(requested: str, on_gpu: bool, has_bf16: bool) -> str:
-    """The precision that `auto` means here."""
+    """The precision that `auto` means here.
+
+    Raises:
+        UserError: If a CPU shall compute in float16; Lightning would take bfloat16 in silence.
+    """
+    if requested == "16-mixed" and not on_gpu:
+        raise UserError("--precision 16-mixed needs a GPU; a CPU has bf16-mixed and 32-true")
     if requested != "auto":
         return requested
     if not on_gpu:

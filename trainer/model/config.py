@@ -58,7 +58,7 @@ class TransformerConfig:
         value_embedding_blocks: How many of the last blocks add an embedding of the token to their values, from one
             table for all of them (1 to num_layers); null: none (value embeddings, KellerJordan/modded-nanogpt).
         tied_embeddings: Use the token embedding as the output head too.
-        embedding_init_std: Standard deviation of the initial token embedding (at least 0).
+        embedding_init_std: Standard deviation of the initial token embedding (above 0).
         logit_softcap: Bound of the logits (above 0): they become softcap * tanh(logits / softcap).
         fused: Compute three parts with fused operators, written in Triton, in 16-bit precision: the MLP (on Hopper GPUs
             or newer), QK-norm, RoPE, key offset, XSA and gates (head widths that are a power of two), the loss
@@ -121,8 +121,8 @@ class TransformerConfig:
                 raise ValueError(f"{name} {value} is more than model_dim {self.model_dim}")
         if not self.logit_softcap > 0:
             raise ValueError(f"model.logit_softcap must be above 0, not {self.logit_softcap}")
-        if not self.embedding_init_std >= 0:
-            raise ValueError(f"model.embedding_init_std must be at least 0, not {self.embedding_init_std}")
+        if not self.embedding_init_std > 0:
+            raise ValueError(f"model.embedding_init_std must be positive, not {self.embedding_init_std}")
 
     def block_order(self, is_looped: bool = True) -> list[int]:
         """Numbers of the blocks in the order they run."""

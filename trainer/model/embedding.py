@@ -18,7 +18,7 @@ class BigramConfig:
     Args:
         buckets: Rows of the table (at least 2); the last row is for the first token of a sequence. null: no table.
         dim: Width of the table, which is projected to the model width (at least 1).
-        scale_init: Initial value of the learned scale (any number).
+        scale_init: Initial value of the learned scale (not 0, which would keep table and scale from learning).
     """
 
     buckets: int | None = 10240
@@ -28,6 +28,8 @@ class BigramConfig:
     def __post_init__(self) -> None:
         if self.buckets is not None and self.buckets < 2:
             raise ValueError(f"model.bigram.buckets must be at least 2, or null for no table, not {self.buckets}")
+        if self.buckets is not None and not self.scale_init:
+            raise ValueError("model.bigram.scale_init must not be 0: the table would get no gradients")
         if self.dim < 1:
             raise ValueError(f"model.bigram.dim must be at least 1, not {self.dim}")
 

@@ -1,7 +1,6 @@
 """Calibration: second moments of each matrix's inputs, and of the loss's gradients at its outputs."""
 
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,11 +43,8 @@ class _Sums:
     def add(self, x: Tensor, y: Tensor, scale: Tensor | None = None) -> None:
         """Add a product y = scale * (W x) now, and its gradient once it is computed."""
         flat = x.detach().flatten(0, -2).float()
-        device = flat.device.type
-        is_half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
-        # The range of float16 is too small for sums of squares.
-        with torch.autocast(device, enabled=False) if is_half else nullcontext():
-            self.inputs += flat.mT @ flat
+        with torch.autocast(flat.device.type, enabled=False):  # sums of squares overflow float16, and rounded to
+            self.inputs += flat.mT @ flat  # bfloat16 they are no longer positive semi-definite
 
         def add_gradient(grad: Tensor) -> None:
             squares = grad.detach().flatten(0, -2).float().square().sum(0)

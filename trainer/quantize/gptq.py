@@ -19,11 +19,16 @@ def inverse_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (..., C) column numbers, the one with the largest diagonal first, and the upper triangular U, (..., C, C), of
         the damped Hessian's inverse U^T U. 1 / U_jj^2 is the cost of an error in column j after the later columns have
-        compensated for it.
+        compensated for it. A Hessian of zeros, of inputs that are always zero, counts as the identity.
+
+    Raises:
+        torch.linalg.LinAlgError: If it is not positive semi-definite.
     """
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     order = diagonal.argsort(dim=-1, descending=True, stable=True)
-    damped = hessian.double() + DAMPING * torch.diag_embed(diagonal.mean(-1, keepdim=True).expand_as(diagonal)).double()
+    mean = diagonal.mean(-1, keepdim=True)
+    damping = torch.where(mean == 0, 1.0, DAMPING * mean)
+    damped = hessian.double() + torch.diag_embed(damping.expand_as(diagonal)).double()
     rows = order[..., :, None].expand_as(damped)
     ordered = damped.gather(-2, rows).gather(-1, rows.mT)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trainer.errors import UserError, first_line
 from trainer.quantize.calibration import Moments
 from trainer.quantize.container import EXPONENTS_PER_OCTAVE, StoredTensor
 from trainer.quantize.entropy_coding import MAX_SYMBOL
@@ -20,6 +21,7 @@ from trainer.quantize.gptq import inverse_factor, round_with_feedback
 from trainer.quantize.rounding import SMALLEST_SCALE
 
 ROW_EXPONENT = 0.5  # of a row's sensitivity relative to its matrix's mean: single rows are measured roughly
+LARGEST_SCALE = 6e4  # that float16 can hold
 MIN_RELATIVE = 1e-3  # lower bound of that, such as for a token that calibration did not see
 
 
@@ -52,7 +54,13 @@ class LossAwareRounding:
 
     @staticmethod
     def _prepare(names: list[str], state: dict[str, Tensor], moments: dict[str, Moments]) -> _Group:
-        order, factor = inverse_factor(torch.stack([moments[name].hessian for name in names]))
+        try:
+            order, factor = inverse_factor(torch.stack([moments[name].hessian for name in names]))
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise UserError(
+                f"the inputs of {', '.join(names)} cannot be weighed in calibration ({first_line(error)}); store the "
+                "model with --export.quantization.rounding nearest"
+            ) from error
         columns = torch.empty_like(factor[..., 0]).scatter_(-1, order, factor.diagonal(dim1=-2, dim2=-1))
         log_mean = columns.log2().mean(-1, keepdim=True)
         exponents = (EXPONENTS_PER_OCTAVE * (columns.log2() - log_mean)).round().clamp(-127, 127).to(torch.int8)
@@ -75,7 +83,12 @@ class LossAwareRounding:
         for group in self.groups:
             columns = (group.columns.float() / EXPONENTS_PER_OCTAVE).exp2()[:, None]  # (N, 1, C)
             min_rows = (group.weight.abs() / columns).amax(-1) / MAX_SYMBOL
-            rows = torch.maximum(quant_step * group.rows, min_rows).clamp(SMALLEST_SCALE, 6e4).half()
+            if min_rows.max() > LARGEST_SCALE:
+                raise UserError(
+                    f"weights of {', '.join(group.names)} are up to {group.weight.abs().max():.2g}, more than an "
+                    "artifact can hold; train with a lower learning rate"
+                )
+            rows = torch.maximum(quant_step * group.rows, min_rows).clamp(SMALLEST_SCALE, LARGEST_SCALE).half()
             quant_steps = rows.float()[..., None] * columns
             symbols = round_with_feedback(group.weight, quant_steps, MAX_SYMBOL, group.order, group.factor)
             for index, name in enumerate(group.names):
