@@ -119,6 +119,37 @@ def test_the_examples_run(workplace: Path):
     assert (workplace / "data/poems/manifest.json").is_file()
 
 
+def test_a_model_that_a_script_changes_is_reported_and_exported_with_the_script_alone(workplace: Path):
+    (workplace / "norm.py").write_text("""
+import sys
+import torch
+import trainer.model.transformer as transformer
+from trainer.__main__ import main
+
+class NormedBlock(transformer.Block):
+    def __init__(self, config, index):
+        super().__init__(config, index)
+        self.norm = torch.nn.LayerNorm(config.model_dim)
+
+    def forward(self, x, *args, **options):
+        return super().forward(self.norm(x), *args, **options)
+
+transformer.Block = NormedBlock
+sys.exit(main(sys.argv[1:]))
+""")
+    options = [*SMALL, *PYTHON_TEXT, "--report.enabled=true", "--run_name=norm"]
+    assert "report.html" in run("python norm.py fit --config=quickstart", workplace, *options)
+    export = "python {} export --ckpt=runs/quickstart/norm/checkpoints/last.ckpt --out=normed"
+    refused = python("trainer", *export.split()[2:], cwd=workplace)
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1), refused.stderr
+    assert "it has no use for the tensor 'blocks.0.norm.bias'); if code of your own" in refused.stderr
+    run(export.format("norm.py"), workplace)
+    before, after = (
+        read_container(workplace / path)[1] for path in ("runs/quickstart/norm/artifact.zst", "normed/artifact.zst")
+    )
+    assert before.keys() == after.keys()
+
+
 def test_the_option_of_the_model_is_a_patch_that_applies_trains_and_is_stored(workplace: Path, tmp_path: Path):
     clone = tmp_path / "clone"
     for part in ("trainer", "configs"):

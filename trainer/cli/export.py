@@ -19,9 +19,9 @@ from trainer.files import copy_file, sha256_of
 from trainer.loading import is_artifact, load_run, stored_weights
 from trainer.logging import logger
 from trainer.model.config import TransformerConfig
-from trainer.model.transformer import Transformer
 from trainer.model_card import write_model_card
 from trainer.open_format import Dtype, write_open_format
+from trainer.quantize.artifact import Artifact
 from trainer.quantize.export import SIZE_CAP
 from trainer.quantize.export import export as export_model
 from trainer.quantize.policy import QuantizationConfig
@@ -82,9 +82,9 @@ def export(
     config = TransformerConfig.from_dict(metadata["model"])
     is_loss_aware = quantization.rounding == "loss_aware"
     device = default_device() if is_loss_aware else torch.device("cpu")
-    model = Transformer(config).to(device)
     average = None if _takes_live(metadata, run) else stored_average(checkpoint)
-    model.load_state_dict(average or live_state(checkpoint))
+    state = average or live_state(checkpoint)
+    model = Artifact(config, state, metadata["tokenizer_sha256"], ckpt).build().to(device)
     autocast = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(metadata["precision"])
     sequences = list(_sequences(data, metadata, config, quantization)) if is_loss_aware else []
     code = source_bundle()

@@ -48,7 +48,10 @@ class Artifact:
                     raise ValueError(f"the tensor {name!r} has the shape {shape}, the model needs {needed[name]}")
             model.load_state_dict(self.state, assign=True)
         except (RuntimeError, ValueError, TypeError, ArithmeticError) as error:
-            raise UserError(f"{self.path}: its tensors do not fit its model ({error})") from error
+            raise UserError(
+                f"{self.path}: its tensors do not fit its model ({error}); if code of your own has changed the model, "
+                "run this command with it"
+            ) from error
         return model
 
 

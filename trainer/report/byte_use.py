@@ -38,8 +38,7 @@ class ByteUse:
 def group_of(name: str) -> str:
     """The group of a tensor."""
     if name.startswith("blocks.") and name.endswith(".weight"):
-        _, _, part, matrix, _ = name.split(".")
-        return f"{part} {matrix}"
+        return " ".join(name.split(".")[2:-1])
     for part in ("token_embedding", "value_embedding", "bigram", "head"):
         if name.startswith(part):
             return part.replace("_", " ")
