@@ -467,12 +467,14 @@ def test_a_file_that_is_copied_is_whole_and_the_right_one(tmp_path: Path, monkey
     with pytest.raises(UserError, match="none: cannot be read"):
         copy_file(tmp_path / "none", tmp_path / "b")
 
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    for number, reason in ((28, "free some space"), (13, "check the permissions"), (30, "choose another place")):
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"b: cannot be written \(No space left on device\)"):
-        copy_file(tmp_path / "a", tmp_path / "b")
+        def refuse(*_: object, number: int = number) -> None:
+            raise OSError(number, "no way")
+
+        monkeypatch.setattr(os, "fsync", refuse)
+        with pytest.raises(UserError, match=rf"b: cannot be written \(no way\); {reason}"):
+            copy_file(tmp_path / "a", tmp_path / "b")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 

@@ -1,5 +1,6 @@
 """Files that are whole or absent: written beside the target, flushed to the disk, then renamed."""
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -35,7 +36,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); free some space or fix it") from error
+        raise cannot_write(path, error) from error
     finally:
         with suppress(OSError):  # it or its folder does not exist
             temporary.unlink()
@@ -123,6 +124,14 @@ def _sync_folder(folder: Path) -> None:
 def cannot_read(error: PermissionError) -> UserError:
     """The error of a file that exists, but may not be read: neither missing nor damaged."""
     return UserError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions")
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """The error of a file that cannot be written, with what helps."""
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    is_closed = error.errno in (errno.EACCES, errno.EPERM)
+    hint = "free some space" if is_full else "check the permissions" if is_closed else "choose another place"
+    return UserError(f"{path}: cannot be written ({error.strerror or error}); {hint}")
 
 
 def sha256_of(path: str | Path) -> str:

@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 
 from trainer.errors import UserError
+from trainer.files import cannot_write
 from trainer.logging import logger
 
 HEARTBEAT = 5.0  # seconds between two signs of life
@@ -65,7 +66,7 @@ def _acquire(path: Path, purpose: str, waits: bool) -> str:
         except FileExistsError:
             pass
         except OSError as error:
-            raise UserError(f"{path}: cannot be made ({error.strerror}); choose another folder") from error
+            raise cannot_write(path.parent, error) from error
         if (state := _state(path)) != seen:
             if not waits and seen[0] == state[0] != "":  # a sign of life
                 raise UserError(f"{purpose}: another process does that now ({_named(state[0])}); wait for it or end it")

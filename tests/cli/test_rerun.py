@@ -32,6 +32,17 @@ def test_a_run_on_a_cpu_has_the_same_losses_again(place: Path):
     assert result.returncode == 0, result.stderr
     assert "int5mlp_10l_parity/1 has the losses of int5mlp_10l_parity/first at all 4 logged steps" in result.stdout
     assert "warning" not in result.stdout + result.stderr
+    copy = place / "runs/int5mlp_10l_parity/copy"
+    shutil.copytree(place / RUN, copy)
+    last = f"--ckpt={copy}/checkpoints/last.ckpt"
+    refused = trainer(
+        "fit", f"--config={copy}/config.yaml", last, "--trainer.max_steps=3", "--run_name=less", cwd=place
+    )
+    assert refused.stderr.endswith("the checkpoint has 4 steps already; give at least as many, or an earlier --ckpt\n")
+    (copy / "metrics.csv").unlink()
+    nothing = trainer("rerun", str(copy), "--run_name=2", cwd=place)
+    assert nothing.returncode == 1
+    assert "no step was logged by both int5mlp_10l_parity/copy and" in nothing.stderr
     losses = [RunFolder(place / name).read().curves["train/loss"] for name in (RUN, "runs/int5mlp_10l_parity/1")]
     assert losses[0] == losses[1]
     assert (place / RUN / "summary.json").read_bytes() == before

@@ -1,6 +1,7 @@
 """A submission proves itself in a clean process, and what must not ship is refused."""
 
 import json
+import os
 import shutil
 import statistics
 from pathlib import Path
@@ -162,6 +163,14 @@ def test_what_must_not_ship_is_refused(runs: list[Path], shard_folder: Path, tmp
     files["trainer/__main__.py"] = b"def main(): raise SystemExit('broken')"
     (copy / "train_gpt.py").write_bytes(script_of(files))
     assert "its own code cannot score its artifact: broken" in refused(str(copy))
+    with monkeypatch.context() as patch:
+
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        patch.setattr(os, "fsync", full)
+        error = refused(str(runs[0]))
+        assert "out.unproved/artifact.zst: cannot be written (No space left on device); free some space" in error
     (copy / "artifact.zst").unlink()
     assert "the run did not end with an export" in refused(str(copy))
     assert "holds no finished run" in refused(str(tmp_path))

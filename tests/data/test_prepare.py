@@ -350,6 +350,10 @@ def test_verify_repairs_nothing_and_prepare_does(prepared, tmp_path: Path, shard
     assert main(args) == 0
     assert shard.read_bytes() == whole
     assert main([*args, "--verify"]) == 0
+    tokenizer = (folder / "tokenizer.model").read_bytes()
+    (folder / "tokenizer.model").unlink()
+    assert main(args) == 0  # the manifest says whose the shards are
+    assert (folder / "tokenizer.model").read_bytes() == tokenizer
     manifest = (folder / "manifest.json").read_text()
     (folder / "manifest.json").write_text("{")
     assert main([*args, "--verify"]) == 1

@@ -109,12 +109,16 @@ def _check_text(summary: dict[str, Any], cli: TrainerCLI, may_make: bool) -> Non
 
 
 def _compared(first: RunData, again: RunData) -> str:
-    """Whether the losses of two runs are equal, in a line."""
+    """Whether the losses of two runs are equal, in a line.
+
+    Raises:
+        UserError: If they cannot be compared.
+    """
     one, two = (dict(zip(*run.curves.get(LOSS, ([], [])), strict=True)) for run in (first, again))
     common = sorted(one.keys() & two.keys())
     scores = f"val_bpb {first.summary['val_bpb']:.8f} and {again.summary['val_bpb']:.8f}"
     if not common:
-        return f"no step was logged by both {first.name} and {again.name}; {scores}"
+        raise UserError(f"no step was logged by both {first.name} and {again.name}, so nothing is compared; {scores}")
     steps = counted(len(common), "logged step")
     unequal = [step for step in common if one[step] != two[step]]
     if not unequal:

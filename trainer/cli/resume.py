@@ -73,6 +73,7 @@ def resume(cli: TrainerCLI, ckpt: str) -> None:
     checkpoints = cli.callback(Checkpoints)
     try:
         checkpoint = load_run(ckpt)
+        _check_steps(cli, checkpoint["global_step"])
         _check_source(cli, RunFolder.containing(Path(ckpt)))
         _check_case_markup(cli, RunFolder.containing(Path(ckpt)).tokenizer)
         _check_parent(cli, checkpoint[METADATA_KEY].get("ancestry") or [])
@@ -84,6 +85,19 @@ def resume(cli: TrainerCLI, ckpt: str) -> None:
     except UserError as error:
         _raise_together(cli, error)
     cli.datamodule.resumes = True
+
+
+def _check_steps(cli: TrainerCLI, steps: int) -> None:
+    """Refuse a run that would be labeled with fewer steps than it has.
+
+    Raises:
+        UserError: If the checkpoint is beyond the last step.
+    """
+    if 0 < cli.trainer.max_steps < steps:
+        raise UserError(
+            f"--trainer.max_steps {cli.trainer.max_steps}: the checkpoint has {steps:,} steps already; give at least "
+            "as many, or an earlier --ckpt"
+        )
 
 
 def _check_parent(cli: TrainerCLI, ancestry: list[dict[str, Any]]) -> None:

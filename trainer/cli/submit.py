@@ -48,8 +48,8 @@ def submit(
         raise UserError(f"{folder}: exists already; choose another --out or remove it")
     draft = folder.with_name(f"{folder.name}.unproved")  # what a killed command leaves must not be sent
     shutil.rmtree(draft, ignore_errors=True)
-    best = make_folder(Entry(name, author, github_id, track, blurb), folders, Path(data), draft)
     try:
+        best = make_folder(Entry(name, author, github_id, track, blurb), folders, Path(data), draft)
         _check_data(Path(data), best)
         print("scoring the artifact in a clean process, from a copy of the folder ...", flush=True)
         print(prove(draft, Path(data), best.summary, fresh_env), flush=True)
@@ -59,7 +59,7 @@ def submit(
             print(line, flush=True)
         draft.rename(folder)
     except UserError:
-        shutil.rmtree(draft)
+        shutil.rmtree(draft, ignore_errors=True)
         raise
     print(folder)
 

@@ -149,7 +149,8 @@ def _own_files(folder: Path) -> set[str]:
         manifest = json.loads((folder / NAME).read_text())
         names = {str(shard["file"]) for shard in manifest["shards"]}
         int(manifest["format"])
-        if sha256_of(folder / TOKENIZER) == manifest["tokenizer_sha256"]:
+        tokenizer = folder / TOKENIZER
+        if tokenizer.is_file() and sha256_of(tokenizer) == manifest["tokenizer_sha256"]:
             names.add(TOKENIZER)
     except PermissionError as error:
         raise cannot_read(error) from error

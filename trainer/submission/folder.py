@@ -2,7 +2,6 @@
 
 import datetime
 import json
-import shutil
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,12 @@ from trainer.comparison import is_compared
 from trainer.data import retokenize
 from trainer.data.manifest import Manifest
 from trainer.errors import UserError
-from trainer.files import atomic_write
+from trainer.files import atomic_write, copy_file
 from trainer.quantize.export import SIZE_CAP
 from trainer.run_folder import RunData, RunFolder
 from trainer.versions import EXTRAS, PACKAGES
 
+SHIPPED = ("artifact", "code", "config", "tokenizer")  # of a run folder
 COPY = """
 `DATA` is a copy, with case markup, of these shards: {shards}. With all of them and
 their `tokenizer.model` in a folder `OTHER`, this makes the same copy in `data`:
@@ -80,16 +80,11 @@ def make_folder(entry: Entry, folders: list[Path], data: Path, out: Path) -> Run
         out.mkdir(parents=True)
     except FileExistsError as error:
         raise UserError(f"{out}: exists already; choose another --out or remove it") from error
-    try:
-        shutil.copyfile(best.folder.artifact, shipped.artifact)
-        shutil.copyfile(best.folder.code, shipped.code)
-        shutil.copyfile(best.folder.config, shipped.config)
-        shutil.copyfile(best.folder.tokenizer, shipped.tokenizer)
-        for run in runs:
-            shutil.copyfile(run.folder.log, out / _log_name(run, runs))
-    except OSError as error:
-        shutil.rmtree(out)
-        raise UserError(f"{error.filename or out}: {error.strerror}; run it again with this version") from error
+    files = [(getattr(best.folder, name), getattr(shipped, name)) for name in SHIPPED]
+    for source, target in [*files, *((run.folder.log, out / _log_name(run, runs)) for run in runs)]:
+        if not source.is_file():
+            raise UserError(f"{source}: is missing; run it again with this version")
+        copy_file(source, target)
     record = _record(entry, runs, sizes)
     for name, text in (
         ("submission.json", json.dumps(record, indent=2) + "\n"),
