@@ -374,6 +374,11 @@ def test_an_unknown_option_is_one_line_with_the_near_one(tmp_path: Path):
         "trainer fit: unrecognized arguments: --trainer.max_stepz 5; did you mean --trainer.max_steps? "
         "(trainer fit --help lists the options)\n"
     )
+    for slip, near in (
+        ("--train_files", "--data.source.train_files"),
+        ("--matrix_lr", "--model.optimizer.matrix_lr"),
+    ):
+        assert f"; did you mean {near}?" in trainer_here("fit", slip, "5", cwd=tmp_path).stderr
     for command, near in (("runs", "--csv"), ("report", "--out"), ("inspect", "--documents"), ("submit", "--data")):
         slip = near[:-1] + "q"
         result = trainer_here(command, slip, "a.csv", cwd=tmp_path)  # no file of that name is looked for

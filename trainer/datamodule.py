@@ -207,8 +207,9 @@ class TokenData(pl.LightningDataModule):
         self.tokenizer_sha256 = sha256_of(path)
         if self.expected_tokenizer not in (None, self.tokenizer_sha256):
             raise UserError(
-                f"{path}: is not the tokenizer this model was trained with "
-                f"(sha256 {self.tokenizer_sha256[:12]}..., expected {str(self.expected_tokenizer)[:12]}...)"
+                f"{path}: is not the tokenizer this model was trained with (its sha256 begins with "
+                f"{self.tokenizer_sha256[:12]}, not {str(self.expected_tokenizer)[:12]}); name shards that the model's "
+                "own made with --data.source.folder, or let trainer validate score files with --text"
             )
 
     def _agree_on_shards(self, trainer: pl.Trainer) -> None:

@@ -66,6 +66,13 @@ def test_the_tokenizer_beside_it_is_compared(tmp_path: Path, capsys):
     assert "other.model is another one" in inspected(capsys, model, "--tokenizer", tmp_path / "other.model")
 
 
+def test_the_folder_of_a_run_shows_its_artifact_or_else_its_checkpoint(tmp_path: Path, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    for file, name in (("step.ckpt", "checkpoints/last.ckpt"), ("nearest.zst", "artifact.zst")):
+        shutil.copy(GOLDEN / file, tmp_path / name)
+        assert inspected(capsys, tmp_path) == inspected(capsys, tmp_path / name)
+
+
 def test_a_checkpoint_shows_its_step_and_its_tensors(capsys):
     shown = inspected(capsys, GOLDEN / "step.ckpt", "--tokenizer", GOLDEN / "shards/tokenizer.model")
     checkpoint = torch.load(GOLDEN / "step.ckpt", weights_only=True)

@@ -85,12 +85,14 @@ def test_what_a_folder_holds_and_is_not_read_is_named(tmp_path: Path, capsys):
     (tmp_path / "elsewhere").mkdir()
     for name in ("texts/a.TXT", "texts/deep/b.md", "elsewhere/c.jsonl", "texts/d.pdf", "texts/deep/e"):
         (tmp_path / name).write_text("x")
+    (tmp_path / "texts/nothing.txt").touch()
     (tmp_path / "texts/link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere/back").symlink_to(tmp_path / "texts")  # must not lead around for ever
     files = find_files([str(tmp_path / "texts")])
     assert [str(path.relative_to(tmp_path / "texts")) for path in files] == ["a.TXT", "deep/b.md", "link/c.jsonl"]
     warning = capsys.readouterr().out
-    assert f"warning: {tmp_path}/texts: 2 files not read, as this is no text: " in warning
+    assert f"warning: {tmp_path}/texts: 2 files left out, not named .txt, .md, .jsonl or .parquet: " in warning
+    assert f"warning: {tmp_path}/texts: 1 file left out, empty: {tmp_path}/texts/nothing.txt" in warning
     assert "d.pdf" in warning
     assert "deep/e" in warning
 

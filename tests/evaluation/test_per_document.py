@@ -99,6 +99,14 @@ def test_any_text_is_scored_and_grouped_by_its_source(runs: list[RunFolder], tmp
     folder = trainer_here(*args[:3], "--text=texts", cwd=tmp_path)
     assert folder.stdout.splitlines()[-1] == result.stdout.splitlines()[-1]
     assert "1 document, " in folder.stdout
+    alone, tokenizer = tmp_path / "alone/artifact.zst", tmp_path / "spm.model"
+    alone.parent.mkdir()
+    alone.write_bytes(runs[0].artifact.read_bytes())
+    tokenizer.write_bytes(runs[0].tokenizer.read_bytes())
+    lone = ["validate", "--ckpt=alone/artifact.zst", "--text=texts", f"--config={runs[0].config}"]
+    assert "name that of the model with --tokenizer" in trainer_here(*lone, cwd=tmp_path).stderr
+    moved = trainer_here(*lone, "--tokenizer=spm.model", cwd=tmp_path)
+    assert moved.stdout.splitlines()[-1] == result.stdout.splitlines()[-1]
     train = trainer_here(*args[:3], "--split=train", "--eval.max_tokens=200", cwd=tmp_path)
     assert " tokens=200 " in train.stdout.splitlines()[-1]
     assert train.stdout.splitlines()[-1] != trainer_here(*args[:3], "--eval.max_tokens=200", cwd=tmp_path).stdout
@@ -112,6 +120,8 @@ def test_any_text_is_scored_and_grouped_by_its_source(runs: list[RunFolder], tmp
         (["--text=[]"], "--text: names no file; give one, a folder or a pattern"),
         (["--text=empty.txt"], "empty.txt: holds no document; remove it from --text"),
         (["--text_field=words"], "--text_field belongs to --text"),
+        (["--tokenizer=a.model"], "--tokenizer belongs to --text"),
+        (["--text=a.jsonl", "--tokenizer=a.model"], "a.model: there is no tokenizer"),
         (["--weights=averaged"], "is an artifact, which holds one set of weights; leave it out"),
         (["--text=a.jsonl", "--split=train"], "--split and --text both say what is scored"),
         (["--source_field=origin"], "--source_field belongs to --text"),

@@ -59,7 +59,11 @@ def warn_of_other_text(ckpt: Path, source: Source) -> None:
         before = load_run(ckpt)[METADATA_KEY].get("shards") or now
         is_same = [tuple(shard) for shard in before["val"]] == now["val"]
     if not is_same:
-        logger.warning(f"{folder}: not the shards of this run any more, so the scores do not compare")
+        logger.warning(
+            f"{folder}: some of its shards are not those of this run any more (trainer prepare --config "
+            f"{RunFolder.containing(ckpt).config} --verify checks them); with another validation split, the score does "
+            "not compare with the run's"
+        )
 
 
 def _of_run(ckpt: Path) -> tuple[int | None, str]:

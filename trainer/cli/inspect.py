@@ -14,6 +14,7 @@ from trainer.data.source import list_shards
 from trainer.data.tokenizer import BOS, ByteTable, load_tokenizer
 from trainer.errors import UserError
 from trainer.logging import counted
+from trainer.run_folder import RunFolder
 
 BAR_WIDTH = 40
 
@@ -22,7 +23,8 @@ def inspect(path: str, tokenizer: str | None = None, documents: int = 3) -> None
     """Show the content of a folder of token shards, of an artifact or of a checkpoint.
 
     Args:
-        path: Folder with *_train_*.bin and *_val_*.bin, or a file such as artifact.zst.
+        path: Folder with *_train_*.bin and *_val_*.bin, a file such as artifact.zst, or the folder of a run, whose
+            artifact or last checkpoint is shown.
         tokenizer: SentencePiece model; default: tokenizer.model in the folder, or in that of the file's run.
         documents: Number of documents of a folder to show (at least 0).
 
@@ -42,6 +44,11 @@ def inspect(path: str, tokenizer: str | None = None, documents: int = 3) -> None
             f"{path}: there is no such folder or file; give a folder with token shards, such as "
             "data/python-documentation, or a file such as runs/quickstart/1/artifact.zst"
         )
+    run = RunFolder(folder)
+    for file in (run.artifact, run.last_checkpoint):
+        if file.is_file():
+            inspect_model(file, Path(tokenizer) if tokenizer else None)
+            return
     text = list_shards(folder, Path(tokenizer) if tokenizer else folder / TOKENIZER)
     processor = load_tokenizer(text.tokenizer)
     table = ByteTable.from_tokenizer(processor)

@@ -174,6 +174,8 @@ class TrainerCLI(LightningCLI):
             parser.add_argument("--split", type=Literal["val", "train", "held_out"], default="val", help=text)
             text = "Files, folders and glob patterns with text to score instead of the run's; no shards are needed."
             parser.add_argument("--text", type=list[str] | str | None, help=text)
+            text = "Tokenizer for --text, that of the weights; default: tokenizer.model in their run folder."
+            parser.add_argument("--tokenizer", type=str | None, help=text)
             text = "Field of a .jsonl line, or column of a .parquet file, that holds the text to score."
             parser.add_argument("--text_field", type=str, default=FIELD, help=text)
             text = "Field or column that says where a document comes from, for a score by source; default: its file."

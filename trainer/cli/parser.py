@@ -6,7 +6,7 @@ import math
 import pkgutil
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from itertools import takewhile
 from typing import Any, NoReturn
@@ -67,13 +67,30 @@ class ShortErrors:
             raise argparse.ArgumentError(None, message)
         if message.startswith(UNKNOWN):
             names = [arg.partition("=")[0] for arg in message.removeprefix(UNKNOWN).split() if arg.startswith("-")]
-            near = [match for name in names for match in get_close_matches(name, self._option_string_actions, n=1)]
+            options = [*self._option_string_actions, *_source_options(self._option_string_actions)]
+            near = [match for name in names for match in _near(name, options)]
             hint = f"; did you mean {' and '.join(near)}?" if near else ""
         if message.startswith(REQUIRED):
             dests = message.removeprefix(REQUIRED).split(", ")
             flags = {action.dest: flag for flag, action in reversed(self._option_string_actions.items())}
             message = REQUIRED + ", ".join(flags.get(dest, dest) for dest in dests)
         raise OptionError(self.prog, f"{reword(message)}{hint}") from ex
+
+
+def _near(name: str, options: list[str]) -> list[str]:
+    """The option that was probably meant: one that ends so, or one that is written alike."""
+    ending = [option for option in options if option.endswith(f".{name.lstrip('-')}")]
+    return ending[:1] or get_close_matches(name, options, n=1)
+
+
+def _source_options(options: Iterable[str]) -> list[str]:
+    """The options of all sources, which a parser does not list; none if it has no source."""
+    if "--data.source" not in options:
+        return []
+    from trainer.cli.trusted_settings import TRUSTED_SOURCES  # noqa: PLC0415 - other commands do without
+
+    classes = [pkgutil.resolve_name(name) for name in TRUSTED_SOURCES]
+    return [f"--data.source.{name}" for each in classes for name in inspect.signature(each).parameters]
 
 
 class CommandParser(ShortErrors, ArgumentParser):

@@ -266,6 +266,8 @@ def _choose_text(cli: TrainerCLI, ckpt: Path, is_cut: bool) -> None:
     if config.text is None:
         if config.source_field is not None:
             raise UserError("--source_field belongs to --text; shards do not say where a document comes from")
+        if config.tokenizer is not None:
+            raise UserError("--tokenizer belongs to --text; for shards it is --data.source.tokenizer")
         if config.text_field != FIELD:
             raise UserError("--text_field belongs to --text; shards hold tokens, not fields")
         data.split, data.scores_documents = config.split, config.per_document is not None
@@ -281,7 +283,9 @@ def _choose_text(cli: TrainerCLI, ckpt: Path, is_cut: bool) -> None:
         raise UserError("--split and --text both say what is scored; leave one out")
     files = [config.text] if isinstance(config.text, str) else config.text
     data.scored_text = ScoredText(files, config.text_field, config.source_field)
-    data.tokenizer = RunFolder.containing(ckpt).tokenizer
+    data.tokenizer = Path(config.tokenizer) if config.tokenizer else RunFolder.containing(ckpt).tokenizer
+    if not config.tokenizer and not data.tokenizer.is_file():
+        raise UserError(f"{data.tokenizer}: there is no tokenizer; name that of the model with --tokenizer")
     if not is_cut:
         data.evaluation = replace(data.evaluation, max_tokens=None)
     data.scores_documents = True

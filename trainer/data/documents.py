@@ -83,13 +83,15 @@ def _files_below(folder: Path) -> list[Path]:
 
 
 def _readable(files: list[Path], name: str) -> list[Path]:
-    """The text files among some files; the others are named in a warning."""
+    """The text files among some files that are not empty; the others are named in a warning."""
     others = [file for file in files if not (file.is_file() and _kind(file) in KINDS)]
-    if others:
-        logger.warning(
-            f"{name}: {counted(len(others), 'file')} not read, as this is no text: {_listed(map(str, others))}"
-        )
-    return [file for file in files if file not in set(others)]
+    empty = [file for file in files if file not in set(others) and file.stat().st_size == 0]
+    for left_out, reason in ((others, f"not named {', '.join(KINDS[:-1])} or {KINDS[-1]}"), (empty, "empty")):
+        if left_out:
+            logger.warning(
+                f"{name}: {counted(len(left_out), 'file')} left out, {reason}: {_listed(map(str, left_out))}"
+            )
+    return [file for file in files if file not in {*others, *empty}]
 
 
 def _listed(names: Iterable[str]) -> str:
