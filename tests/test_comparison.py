@@ -230,6 +230,17 @@ def test_the_same_time_on_another_device_is_named(tmp_path: Path):
     assert "warning: recipe/c: ran on another device (A100, not H200)" in result.stdout
 
 
+def test_the_number_of_processes_counts_and_not_how_it_was_asked_for(tmp_path: Path):
+    for seed, name, devices, processes in ((1, "a", "auto", 1), (2, "b", 1, 1), (3, "c", "auto", None), (4, "d", 2, 2)):
+        more = {} if processes is None else {"summary_processes": processes}
+        make_run(tmp_path, name, seed, 1.2, trainer={"devices": devices}, **more)
+    result = trainer_here("compare", *(str(tmp_path / "recipe" / name) for name in "abcd"), cwd=tmp_path)
+    assert [line.split(" | ")[:2] for line in result.stdout.splitlines()[-2:]] == [
+        ["| recipe", "3"],
+        ["| processes=2", "1"],
+    ]
+
+
 def test_other_code_is_named_and_another_script_is_another_setting(tmp_path: Path):
     for seed in (1, 2):
         make_run(tmp_path, f"base-seed{seed}", seed, 1.2, summary_code_sha256="a")

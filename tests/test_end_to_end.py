@@ -283,8 +283,8 @@ def test_every_recipe_runs_cut_down(args: list[str], tmp_path: Path, shard_folde
         (["fit", "--trainer.devices", "0"], 1, "is not a valid input"),
         (["fit", "--trainer.max_steps", "0"], 1, "trainer.max_steps must not be 0"),
         (["fit", "--trainer.fast_dev_run", "true"], 1, "makes no run folder"),
-        (["fit", "--run_name", "a/b"], 1, "--run_name a/b: is not the name of a folder"),
-        (["fit", "--run_name", "..", "--ckpt", "last"], 1, "--run_name ..: is not the name of a folder"),
+        (["fit", "--run_name", "a/b"], 1, "--run_name a/b: must be the name of a folder"),
+        (["fit", "--run_name", "..", "--ckpt", "last"], 1, "--run_name ..: must be the name of a folder"),
         (["inspect", "x" * 300], 1, "File name too long"),
         (["fit", "--model.optimizer.eps", "0"], 1, "optimizer.eps must be positive"),
         (

@@ -1,6 +1,7 @@
 """The examples of docs/extending.md, exactly as they are printed there."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -15,6 +16,7 @@ from tests.conftest import ROOT, TEXT
 from tests.helpers import python
 from trainer.checkpoint import load_checkpoint
 from trainer.quantize.container import read_container
+from trainer.run_folder import RunFolder
 
 DOCUMENT = (ROOT / "docs/extending.md").read_text()
 FILES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", DOCUMENT, re.DOTALL))
@@ -44,7 +46,7 @@ def run(command: str, cwd: Path, *more: str, **env: str) -> str:
 
 
 def test_the_examples_run(workplace: Path):
-    stop, poems, store, validate, _, plain, adamw = COMMANDS
+    stop, poems, store, validate, _, plain, adamw, cosine = COMMANDS
     output = run(stop, workplace, *SMALL, *PYTHON_TEXT, "--trainer.callbacks.bpb=100")
     assert "trained     4 steps" in output  # the first validation was good enough
     muon, other = (
@@ -90,6 +92,10 @@ def test_the_examples_run(workplace: Path):
         refused = python(f"{name}.py", "fit", "--config=quickstart", *SMALL, *PYTHON_TEXT, cwd=workplace)
         assert (refused.returncode, refused.stderr.count("\n")) == (1, 1), refused.stderr
         assert "configure_optimizers must return one optimizer and no scheduler" in refused.stderr
+    options = [*SMALL, *PYTHON_TEXT, "--run_name=cosine", "--trainer.log_every_n_steps=1", "--wallclock.seconds=null"]
+    run(cosine, workplace, *options)
+    rates = RunFolder(workplace / "runs/quickstart/cosine").read().curves["train/lr_multiplier"][1]
+    assert rates == pytest.approx([0.5 + 0.5 * math.cos(math.pi * step / 12) for step in range(12)])
     state = load_checkpoint(workplace / "runs/quickstart/adamw/checkpoints/last.ckpt")["optimizer_states"][0]
     assert [set(each) for each in state["state"].values()] == [{"step", "exp_avg", "exp_avg_sq"}] * len(state["state"])
     run(store, workplace)

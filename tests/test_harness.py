@@ -22,7 +22,8 @@ HAS_HARNESS = find_spec("lm_eval") is not None
 if not HAS_HARNESS:
     for name in ("lm_eval", "lm_eval.api", "lm_eval.api.model", "lm_eval.api.instance"):
         sys.modules[name] = ModuleType(name)
-    sys.modules["lm_eval.api.model"].LM = type("LM", (), {"__init__": lambda self: None})
+    base = {"__init__": lambda self: None, "__module__": "lm_eval.api.model"}
+    sys.modules["lm_eval.api.model"].LM = type("LM", (), base)
     sys.modules["lm_eval.api.instance"].Instance = SimpleNamespace
 
 from trainer.harness import HarnessModel  # noqa: E402

@@ -31,9 +31,11 @@ LIGHTNING_ROOMS = (
     "trainer.callbacks",
     "trainer.cli.dry_run",
     "trainer.cli.lightning_cli",
+    "trainer.cli.lightning_loops",
     "trainer.cli.rerun",
     "trainer.cli.resume",
     "trainer.cli.train",
+    "trainer.cli.validate",
 )
 FORBIDDEN = {  # what a room must not import, and no floor forbids
     "trainer.model": ("trainer.data", "sentencepiece"),

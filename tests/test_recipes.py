@@ -10,8 +10,7 @@ import yaml
 
 from trainer.cli.lightning_cli import make_parser
 from trainer.errors import UserError
-from trainer.recipes import find_recipe, load_recipe, recipe_folder
-from trainer.run_folder import flatten
+from trainer.recipes import find_recipe, flatten, load_recipe, recipe_folder
 
 SECTIONS = ("data", "model", "warmup", "wallclock", "averaging", "stability", "export", "eval")  # of the reference
 MACHINE = ("data.vocab_size", "data.evaluation", "data.source", "seed_everything")  # linked, or without a default

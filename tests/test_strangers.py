@@ -23,13 +23,15 @@ from tests.conftest import make_documents
 from tests.helpers import RUNS, environment, run_faulty, score_of, small, trainer, trainer_here
 from trainer.callbacks.wallclock import WallclockCutoff
 from trainer.checkpoint import METADATA_KEY, append_checksum, load_checkpoint, stored_average
+from trainer.cli.resume import newest_checkpoint
+from trainer.comparison import why_incomparable
 from trainer.data.documents import find_files
 from trainer.data.shards import open_shard, write_shard
 from trainer.data.sources import LocalText
 from trainer.errors import UserError
 from trainer.files import PARTIAL, copy_file, remove_partials
 from trainer.recipes import load_recipe
-from trainer.run_folder import RunFolder, newest_checkpoint, why_incomparable
+from trainer.run_folder import RunFolder
 
 SLURM = {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_JOB_ID": "7", "SLURM_NODEID": "0", "SLURM_NNODES": "1"}
 SLURM |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODELIST": "localhost", "SLURM_JOB_NODELIST": "localhost"}

@@ -9,7 +9,7 @@ import numpy as np
 
 from trainer.errors import UserError
 from trainer.logging import logger
-from trainer.run_folder import RunData, why_incomparable
+from trainer.run_folder import RunData
 
 STAGES = ("live_plain", "averaged_plain", "artifact_plain")
 # Settings that make no other experiment of a run: its seed, its place, what it shows and what it reads its text from.
@@ -18,6 +18,7 @@ NOT_COMPARED = (
     *("progress.", "report.", "checkpoints.", "samples.", "trainer.default_root_dir", "trainer.logger"),
     *("trainer.val_check_interval", "trainer.log_every_n_steps", "eval.every_seconds", "eval.fit_tokens"),
     *("eval.batch_windows", "model.micro_batch_tokens"),  # what fits into the memory that was free
+    *("trainer.devices", "trainer.num_nodes"),  # whose auto says nothing; the number of processes is compared
 )
 EQUAL = (
     "wallclock.seconds",
@@ -87,6 +88,7 @@ def group_runs(runs: list[RunData]) -> list[Group]:
     settings = [
         {key: value for key, value in run.config.items() if value is not None and is_compared(key)}
         | {"tokenizer": run.summary["tokenizer_sha256"][:12], "code": run.summary.get("code_sha256", "")[:8]}
+        | {"processes": _processes(run)}
         | ({"script": f"{script['name']}@{script['sha256'][:8]}"} if (script := run.summary.get("script")) else {})
         for run in runs
     ]
@@ -104,6 +106,12 @@ def group_runs(runs: list[RunData]) -> list[Group]:
             raise UserError(f"{run.folder}: has the settings and the seed of {members[seed].folder}; leave one out")
         members[seed] = run
     return [Group(_name(first, settings[0], setting, members), members) for setting, members in groups]
+
+
+def _processes(run: RunData) -> object:
+    """Number of processes that trained; in a summary of before this entry, what the config says."""
+    devices = run.config.get("trainer.devices", "auto")
+    return run.summary.get("processes") or (1 if devices == "auto" else devices)
 
 
 def is_compared(key: str) -> bool:
@@ -252,3 +260,19 @@ def as_markdown(rows: list[list[str]]) -> str:
     """Cells as a Markdown table."""
     lines = ["| " + " | ".join(" ".join(cell.splitlines()) for cell in row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def why_incomparable(first: RunData, other: RunData) -> str | None:
+    """Why the scores of two runs do not compare, or None if they saw and scored the same text.
+
+    Shards without a manifest have no fingerprint of their text; those of two tokenizers cannot be compared then.
+    """
+    one, two = first.summary, other.summary
+    texts = one["text_fingerprint"], two["text_fingerprint"]
+    if None in texts and one["tokenizer_sha256"] != two["tokenizer_sha256"]:
+        return "text unknown"
+    if None in texts:
+        texts = one["shards_fingerprint"], two["shards_fingerprint"]
+    if texts[0] != texts[1]:
+        return "other text"
+    return None if one["val_bytes"] == two["val_bytes"] else "another part of the text"

@@ -32,6 +32,8 @@ from trainer.evaluation.windows import EvaluationConfig, WindowBatch, batch_plan
 from trainer.files import sha256_of
 
 UNLIMITED_STEPS = 2**40  # of a run without a step limit
+# What the position in the text depends on, beside the number of steps: a resumed run must have the same.
+POSITION_SETTINGS = ("batch_tokens", "sequence_length", "order", "seed", "held_out_tokens")
 
 
 class WindowBatches(Dataset[WindowBatch]):
@@ -298,3 +300,8 @@ class TokenData(pl.LightningDataModule):
             WindowScorer(self.val_tokens[: targets + 1], self.table, min(evaluation.window, targets), self.excluded)
             for evaluation, targets in self._evaluations()
         ]
+
+
+def data_of(trainer: pl.Trainer) -> TokenData:
+    """The run's data module; Lightning types it as any."""
+    return trainer.datamodule  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ from typing_extensions import override
 from trainer.checkpoint import METADATA_KEY
 from trainer.clock import TrainingClock
 from trainer.data.identity import difference
+from trainer.datamodule import POSITION_SETTINGS, data_of
 from trainer.distributed import mean_over_ranks
 from trainer.errors import UserError
 from trainer.evaluation.adaptation import Adapter
@@ -33,7 +34,7 @@ from trainer.model.transformer import Transformer
 from trainer.optim.muon_adamw import MuonAdamW, OptimizerConfig, parameter_groups
 from trainer.optim.schedule import ScheduleConfig, lr_multiplier, muon_momentum
 from trainer.progress_display import ProgressDisplay
-from trainer.run_folder import flatten
+from trainer.recipes import flatten
 from trainer.step import GradientNorms, StepFence, clip_gradients, micro_batch_count, train_step
 
 DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "64-true": torch.float64}  # of activations
@@ -100,7 +101,7 @@ class LanguageModel(pl.LightningModule):
         """Tokens of a training sequence."""
         if getattr(self.trainer, "datamodule", None) is None:
             raise UserError("the model trains and scores with datamodule=TokenData(...) alone, not with other loaders")
-        return int(self.trainer.datamodule.sequence_length)  # type: ignore[attr-defined]
+        return int(data_of(self.trainer).sequence_length)
 
     @override
     def setup(self, stage: str) -> None:
@@ -112,17 +113,21 @@ class LanguageModel(pl.LightningModule):
         attention = choose_attention(config, self.sequence_length, device, dtype, fused.heads)
         # Each process measures for itself and could choose another kernel.
         self.attention, self.fused = self.trainer.strategy.broadcast((attention, fused))
-        if window := self.trainer.datamodule.evaluation.attention_window:  # type: ignore[attr-defined]
+        if window := data_of(self.trainer).evaluation.attention_window:
             if stage == "fit" and window < self.sequence_length:
                 raise UserError(
                     f"eval.attention_window {window} is shorter than the training sequences of {self.sequence_length}; "
                     "lengthen it or leave it out of fit"
                 )
             self.attention = with_window(self.attention, window)
-        self.is_compiled = self.compile_choice == "on" or (self.compile_choice == "auto" and device.type == "cuda")
+        self.is_compiled = self.compiles_on(device)
         if self.is_compiled:
             configure_compiler()
         self.nll = self.nll_of(self.model)
+
+    def compiles_on(self, device: torch.device) -> bool:
+        """Whether the loss is compiled on a device."""
+        return self.compile_choice == "on" or (self.compile_choice == "auto" and device.type == "cuda")
 
     def nll_of(self, model: Transformer) -> NllFn:
         """The loss function of a model with this run's kernels, compiled if this run compiles."""
@@ -214,7 +219,7 @@ class LanguageModel(pl.LightningModule):
     @property
     def is_validation_due(self) -> bool:
         """Whether enough seconds of training have passed since the last validation; the same on all processes."""
-        every: float | None = self.trainer.datamodule.evaluation.every_seconds  # type: ignore[attr-defined]
+        every: float | None = data_of(self.trainer).evaluation.every_seconds
         return every is not None and self.clock.reading - self.validated_at >= every
 
     def _no_sync(self) -> Any:
@@ -270,7 +275,8 @@ class LanguageModel(pl.LightningModule):
             UserError: If the score is not a finite number.
         """
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        data = data_of(self.trainer)
+        assert data.table is not None
 
         def show(done: int, total: int) -> None:
             self.display.update_task(f"scoring {name}", done, total)
@@ -288,14 +294,14 @@ class LanguageModel(pl.LightningModule):
         """Reset the sums; the tokens are on the device already."""
         self.validation_started = time.monotonic()
         self.validated_at = self.clock.reading
-        self.scorers = self.trainer.datamodule.scorers(self.device)  # type: ignore[attr-defined]
+        self.scorers = data_of(self.trainer).scorers(self.device)
         self.metrics = torch.nn.ModuleList(BitsPerByte().to(self.device) for _ in self.scorers)
         self.adapter = self._adapter() if self.trainer.state.fn == "validate" else None
-        if self.trainer.datamodule.scores_documents:  # type: ignore[attr-defined]
+        if data_of(self.trainer).scores_documents:
             self.documents = DocumentScores(document_of_targets(self.scorers[-1].tokens))
 
     def _adapter(self) -> Adapter | None:
-        evaluation = self.trainer.datamodule.evaluation  # type: ignore[attr-defined]
+        evaluation = data_of(self.trainer).evaluation
         if evaluation.adapt_rate is None:
             return None
         if self.trainer.world_size > 1:
@@ -329,7 +335,7 @@ class LanguageModel(pl.LightningModule):
             last = self.scores[-1]
             self.log_dict({"val/bpb": last.bpb, "val/loss": last.loss}, sync_dist=False)
         if self.adapter is not None and not self.adapter.steps:
-            evaluation = self.trainer.datamodule.evaluation  # type: ignore[attr-defined]
+            evaluation = data_of(self.trainer).evaluation
             option = "batch_windows" if evaluation.batch_windows > 1 else "window, and eval.stride with it"
             logger.warning(
                 "eval.adapt_rate had no effect: it trains between batches of windows, and this text has too few; lower "
@@ -348,7 +354,7 @@ class LanguageModel(pl.LightningModule):
         """Refuse a checkpoint of another model, before Lightning lists every tensor that differs, or of other data."""
         if self._trainer is None:  # in `load_from_checkpoint`, which cannot know the model's sizes
             raise UserError("use trainer.load_artifact(path) of an artifact; trainer export makes one of a checkpoint")
-        self.check_resumable(checkpoint[METADATA_KEY], self.trainer.datamodule)  # type: ignore[attr-defined]
+        self.check_resumable(checkpoint[METADATA_KEY], data_of(self.trainer))
         self.validated_at = checkpoint[METADATA_KEY].get("validated_at", 0.0)
         # Lightning restores the weights before it converts the model, which would round those of 64-true.
         self.trainer.precision_plugin.convert_module(self)
@@ -377,7 +383,7 @@ class LanguageModel(pl.LightningModule):
             raise UserError(
                 f"the checkpoint holds another model ({different}); give the options of its run, or another --ckpt"
             )
-        for name in ("batch_tokens", "sequence_length", "order", "seed", "held_out_tokens"):
+        for name in POSITION_SETTINGS:
             if (before := metadata.get(name, getattr(data, name))) != getattr(data, name):
                 raise UserError(
                     f"the checkpoint's run had data.{name} {before}, this one has {getattr(data, name)}, and would "

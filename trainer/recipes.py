@@ -113,3 +113,12 @@ def _check_groups(path: Path, values: dict[str, Any], options: dict[str, Any], p
                 f"--config {path}: {name} is a group of options, not {values[key]!r}; give options of it, or remove it"
             )
         _check_groups(path, values[key], group, f"{name}.")
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested settings as (dotted key, value) pairs."""
+    pairs: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        pairs += flatten(value, f"{name}.") if isinstance(value, dict) else [(name, value)]
+    return pairs

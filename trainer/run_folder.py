@@ -10,11 +10,11 @@ from typing import Any, cast
 
 import yaml
 
-from trainer.checkpoint import read_progress, verify_checksum
 from trainer.errors import UserError
 from trainer.files import atomic_write, cannot_read, remove_partials
 from trainer.logging import logger
 from trainer.rank import rank
+from trainer.recipes import flatten
 
 Series = tuple[list[float], list[float]]  # steps and values
 # Of a summary:
@@ -116,6 +116,12 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         """The file of a checkpoint."""
         return self.checkpoints / f"step-{step:09d}.ckpt"
+
+    @staticmethod
+    def step_of(checkpoint: Path) -> int | None:
+        """The step in the name of a checkpoint; None if somebody has named it otherwise."""
+        digits = checkpoint.stem.removeprefix("step-")
+        return int(digits) if digits.isascii() and digits.isdecimal() else None
 
     def step_checkpoints(self) -> list[Path]:
         """The checkpoints that are kept, the oldest first."""
@@ -219,63 +225,6 @@ class RunData:
         return f"{path.parent.name}/{path.name}"
 
 
-def why_incomparable(first: RunData, other: RunData) -> str | None:
-    """Why the scores of two runs do not compare, or None if they saw and scored the same text.
-
-    Shards without a manifest have no fingerprint of their text; those of two tokenizers cannot be compared then.
-    """
-    one, two = first.summary, other.summary
-    texts = one["text_fingerprint"], two["text_fingerprint"]
-    if None in texts and one["tokenizer_sha256"] != two["tokenizer_sha256"]:
-        return "text unknown"
-    if None in texts:
-        texts = one["shards_fingerprint"], two["shards_fingerprint"]
-    if texts[0] != texts[1]:
-        return "other text"
-    return None if one["val_bytes"] == two["val_bytes"] else "another part of the text"
-
-
-def newest_checkpoint(parent: Path, name: str | None = None) -> Path | None:
-    """The newest whole checkpoint of all runs of a recipe, or of one of them; each newer one that is damaged is named.
-
-    The newest of a run is the one with the most steps. Of several runs, the newest is the one that saved last. Both are
-    read from the files: copying a run changes the times of its files.
-
-    Args:
-        parent: Folder of the recipe's runs.
-        name: The only run to look at.
-
-    Returns:
-        The file; None if the named run has saved nothing yet.
-
-    Raises:
-        UserError: If there is none, none that is whole, or a newer one may not be read.
-    """
-    runs: list[tuple[float, list[tuple[int, Path]]]] = []
-    for run in map(RunFolder, [parent / name] if name else sorted(parent.glob("*"))):
-        files = [path for path in (run.last_checkpoint, *run.step_checkpoints()) if path.is_file()]
-        progress = {path: read_progress(path) for path in files}
-        steps = sorted(((progress[path].step, path) for path in files), key=lambda pair: pair[0], reverse=True)
-        if files:
-            runs.append((max(each.saved_at for each in progress.values()), steps))
-    runs.sort(key=lambda run: run[0], reverse=True)  # stable, and last.ckpt before another name of the same file
-    for _, steps in runs:
-        for step, path in steps:
-            if (problem := verify_checksum(path)) is None:
-                others = [f"{each[0][1]} (step {each[0][0]:,})" for _, each in runs if each is not steps]
-                if others:
-                    logger.info(
-                        f"--ckpt last: takes {path} (step {step:,}), saved last; there are {', '.join(others)}, too"
-                    )
-                return path
-            logger.warning(f"{path}: is damaged ({problem}); looking for an older one")
-    if name and not runs:
-        return None
-    raise UserError(
-        f"--ckpt last: {parent / (name or '')} holds no {'whole ' if runs else ''}checkpoint; start without --ckpt"
-    )
-
-
 def _rows(path: Path) -> list[dict[str, float]]:
     """Numbers of a metrics file by name, row by row; none if nothing was logged, as in a very short run.
 
@@ -346,13 +295,4 @@ def check_name(parent: Path, name: str) -> None:
         UserError: If it does.
     """
     if name != Path(name).name or name == "..":
-        raise UserError(f"--run_name {name}: is not the name of a folder in {parent}")
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested settings as (dotted key, value) pairs."""
-    pairs: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        pairs += flatten(value, f"{name}.") if isinstance(value, dict) else [(name, value)]
-    return pairs
+        raise UserError(f"--run_name {name}: must be the name of a folder in {parent}, not a path")

@@ -139,7 +139,7 @@ def test_what_would_not_be_forecast_is_refused(shard_folder, tmp_path):
         (["--data.source=LocalText", "--data.source.train_files=[nothing.txt]"], "nothing.txt"),
         (["--model.vocab_size=400"], "set --model.vocab_size 300"),
         (["--eval.adapt_rate=0.1"], "eval.adapt_rate belongs to trainer validate"),
-        (["--run_name=a/../b"], "--run_name a/../b: is not the name of a folder"),
+        (["--run_name=a/../b"], "--run_name a/../b: must be the name of a folder"),
         ([f"--data.source.folder={tmp_path / 'runs'}"], "holds no shard named"),
         (["--data.held_out_tokens=100000000", "--trainer.max_steps=1"], "tokens; hold out fewer"),
         (

@@ -9,8 +9,7 @@ import pytest
 import yaml
 
 from trainer.__main__ import COMMANDS, main
-from trainer.recipes import find_recipe, recipe_names
-from trainer.run_folder import flatten
+from trainer.recipes import find_recipe, flatten, recipe_names
 
 LIGHTNING = ("trainer.", "seed_everything", "config", "print_config", "help")  # not our words
 SOURCES = ("data.source",)  # the class itself

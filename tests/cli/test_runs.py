@@ -19,6 +19,7 @@ def make_run(root: Path, name: str, age: float, bpb: float | None = None, **conf
     run = RunFolder(root / name)
     run.checkpoints.mkdir(parents=True)
     run.last_checkpoint.write_bytes(b"weights")
+    run.checkpoint(1234).write_bytes(b"weights")
     run.config.write_text(json.dumps({"data": {"source": {"init_args": {"folder": "data/mine"}}}, **config}))
     if bpb is not None:
         numbers = dict.fromkeys(("val_loss", "val_tokens", "val_bytes", "epochs", "train_tokens"), 1)
@@ -68,6 +69,7 @@ def test_runs_are_listed_with_their_state_and_score(root: Path, tmp_path: Path):
     ]
     assert [row[1] for row in rows] == ["finished", "finished", "interrupted", "finished", "finished", "failed"]
     assert rows[0][2:6] == ["data/mine", "40", "1.1000", "1,000"]
+    assert rows[2][2:6] == ["data/mine", "1,234", "", ""]  # of an interrupted one, those of its newest checkpoint
     assert [row[4] for row in listed(tmp_path, "--sort=bpb", "--state=finished")] == [
         "1.1000",
         "1.2500",
@@ -84,7 +86,7 @@ def test_runs_are_listed_with_their_state_and_score(root: Path, tmp_path: Path):
         table = [list(row.values()) for row in csv.DictReader(file)]
     assert [row[:3] + row[6:] for row in table] == [row[:3] + row[6:] for row in rows]
     assert table[0][3:6] == ["40", "1.1", "1000"]  # numbers for programs
-    assert table[2][3:6] == ["", "", ""]
+    assert table[2][3:6] == ["1234", "", ""]
 
 
 def test_prune_keeps_the_newest_and_what_another_run_needs(root: Path, tmp_path: Path):

@@ -13,7 +13,7 @@ from trainer.callbacks.wallclock import WallclockCutoff
 from trainer.callbacks.warm_start import WarmStart
 from trainer.callbacks.weight_averaging import WeightAveraging
 from trainer.checkpoint import METADATA_KEY
-from trainer.datamodule import TokenData
+from trainer.datamodule import POSITION_SETTINGS, TokenData, data_of
 from trainer.errors import UserError
 from trainer.evaluation.metric import Score
 from trainer.evaluation.windows import EvaluationConfig
@@ -71,7 +71,7 @@ class PostTrainExport(pl.Callback):
         Raises:
             UserError: If an option needs another one.
         """
-        if self.weights == "better" and trainer.datamodule.held_out_tokens is None:  # type: ignore[attr-defined]
+        if self.weights == "better" and data_of(trainer).held_out_tokens is None:
             raise UserError(
                 "export.weights better needs data.held_out_tokens, which it decides on; set it, say to 1000000"
             )
@@ -82,16 +82,16 @@ class PostTrainExport(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         """Keep the tokenizer beside the checkpoints: whatever becomes of the text, they can be used."""
-        data, run = trainer.datamodule, RunFolder(str(trainer.log_dir))  # type: ignore[attr-defined]
+        data, run = data_of(trainer), RunFolder(str(trainer.log_dir))
         if trainer.is_global_zero:
             copy_file(data.text.tokenizer, run.tokenizer, data.tokenizer_sha256)
 
     @override
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: LanguageModel, checkpoint: dict[str, Any]) -> None:
         """Let `trainer export --ckpt` do exactly what this callback would."""
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data = data_of(trainer)
         metadata = checkpoint.setdefault(METADATA_KEY, {})
-        for name in ("tokenizer_sha256", "batch_tokens", "sequence_length", "order", "seed", "held_out_tokens"):
+        for name in ("tokenizer_sha256", *POSITION_SETTINGS):
             metadata[name] = getattr(data, name)
         metadata["code_sha256"] = hashlib.sha256(self.code).hexdigest()
         metadata["shards"] = data.shards
@@ -141,6 +141,7 @@ class PostTrainExport(pl.Callback):
         pl_module.display.close()
         if trainer.is_global_zero:
             weights = {
+                "processes": trainer.world_size,
                 "averaged_steps": averaging.count if averaging else 0,
                 "weights": "averaged" if averaged else "live",
                 "code_sha256": hashlib.sha256(self.code).hexdigest(),
@@ -154,7 +155,7 @@ class _Stages:
     """The stages of a run's end, with the score of each: live weights, averaged weights, artifact."""
 
     def __init__(self, trainer: pl.Trainer, module: LanguageModel) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data = data_of(trainer)
         assert isinstance(data, TokenData)
         self.trainer, self.module, self.data = trainer, module, data
         self.run = RunFolder(str(trainer.log_dir))
@@ -282,5 +283,5 @@ class Report(pl.Callback):
                 is_drawn = True
             except UserError as error:  # the run itself is finished and safe
                 logger.warning(f"no report was made: {error}")
-        data = trainer.datamodule.text.train[0].parent  # type: ignore[attr-defined]
+        data = data_of(trainer).text.train[0].parent
         log_summary(json.loads(run.summary.read_text()), run, data, is_drawn)

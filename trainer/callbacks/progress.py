@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 from trainer.cpu import busy_message
+from trainer.datamodule import data_of
 from trainer.device import peak_memory
 from trainer.lightning_module import LanguageModel
 from trainer.logging import logger
@@ -50,7 +51,8 @@ class Progress(pl.Callback):
             f"training {parameters:,} parameters on {pl_module.device}, {trainer.precision}, {', '.join(kernels)}; "
             f"ends after {' or '.join(limits) or 'never: set a limit'}"
         )
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data = data_of(trainer)
+        assert data.table is not None
         read, scored = len(trainer.train_dataloader.dataset.files), len(data.val_tokens) - 1  # type: ignore[union-attr]
         few = " (so few that their scores are noisy)" if scored < FEW_TOKENS else ""
         logger.info(
@@ -78,7 +80,7 @@ class Progress(pl.Callback):
             seconds_per_step = (seconds - self._first_seconds) / max(step - self._first_step, 1)
             left.append((trainer.max_steps - step) * seconds_per_step)
         loss = float(pl_module.completed_metrics[-1][1][0])
-        tokens = (step - self._step) * trainer.datamodule.batch_tokens  # type: ignore[attr-defined]
+        tokens = (step - self._step) * data_of(trainer).batch_tokens
         tokens_per_second = tokens / max(seconds - self._seconds, 1e-9)
         memory = peak_memory(pl_module.device)
         pl_module.display.show(

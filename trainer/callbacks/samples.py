@@ -6,6 +6,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 from trainer.data.tokenizer import load_tokenizer
+from trainer.datamodule import data_of
 from trainer.generation import SamplingConfig, continue_text
 from trainer.lightning_module import LanguageModel
 from trainer.logging import logger
@@ -38,7 +39,7 @@ class Samples(pl.Callback):
             model = Transformer(pl_module.model.config).to(pl_module.device).eval()
         model.load_state_dict(pl_module.model.state_dict())
         model.is_looped = pl_module.model.is_looped
-        tokenizer = load_tokenizer(trainer.datamodule.text.tokenizer)  # type: ignore[attr-defined]
+        tokenizer = load_tokenizer(data_of(trainer).text.tokenizer)
         text = "".join(continue_text(model, tokenizer, self.prompt, SamplingConfig(self.tokens)))
         logger.info(f"step {trainer.global_step:>6,}  sample {' '.join((self.prompt + text).split())}")
         pl_module.clock.start()

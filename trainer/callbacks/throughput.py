@@ -5,6 +5,7 @@ from typing import Any
 import lightning.pytorch as pl
 from typing_extensions import override
 
+from trainer.datamodule import data_of
 from trainer.lightning_module import LanguageModel
 
 
@@ -27,7 +28,7 @@ class Throughput(pl.Callback):
         every = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
         if step % every and not trainer.should_stop:  # Lightning logs the last step, too
             return
-        tokens = (step - self._step) * trainer.datamodule.batch_tokens  # type: ignore[attr-defined]
+        tokens = (step - self._step) * data_of(trainer).batch_tokens
         seconds = elapsed - self._elapsed
         metrics = {
             "train/lr_multiplier": pl_module.lr_multiplier,

@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from trainer.checkpoint import METADATA_KEY, load_checkpoint
 from trainer.data.identity import fingerprint
+from trainer.datamodule import data_of
 from trainer.errors import UserError
 from trainer.evaluation.metric import Score
 from trainer.files import sha256_of
@@ -77,7 +78,7 @@ class WarmStart(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: LanguageModel) -> None:
         """Score the weights before the first step; a resumed run knows the score."""
         if self.ancestry and self.score is None:
-            data = trainer.datamodule  # type: ignore[attr-defined]
+            data = data_of(trainer)
             self.score = pl_module.score_model("parent_plain", pl_module.model, data.evaluation.plain, data.val_tokens)
             logger.info(f"starting from {self.ancestry[0]['file']}, which scores {self.score.bpb:.4f} bpb (plain)")
 

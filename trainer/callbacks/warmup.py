@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from trainer.datamodule import data_of
 from trainer.device import release_memory, synchronize
 from trainer.distributed import all_ranks_agree
 from trainer.errors import UserError
@@ -55,8 +56,8 @@ class CompileWarmup(pl.Callback):
                 slices = self._train(trainer, pl_module, tokens, self.steps)
                 if trainer.limit_val_batches != 0:
                     model.eval()
-                    scorer = trainer.datamodule.scorers(pl_module.device)[0]  # type: ignore[attr-defined]
-                    batch = trainer.datamodule.val_dataloader()[0].dataset[0]  # type: ignore[attr-defined]
+                    scorer = data_of(trainer).scorers(pl_module.device)[0]
+                    batch = data_of(trainer).val_dataloader()[0].dataset[0]
                     scorer.add(BitsPerByte().to(pl_module.device), pl_module.nll, batch)
                     model.train()
         model.load_state_dict(saved)

@@ -74,7 +74,7 @@ def dry_run(cli: TrainerCLI) -> None:
     fast, slow = (3 * forward_flops(config, length, is_looped) for is_looped in (False, True))
     flops = " to ".join(f"{data.batch_tokens * each / 1e12:.3g}" for each in sorted({fast, slow}))
     _log("step", f"{data.batch_tokens:,} tokens, {flops} TFLOP")
-    is_compiled = module.compile_choice == "on" or (module.compile_choice == "auto" and device.type == "cuda")
+    is_compiled = module.compiles_on(device)
     if is_compiled and device.type == "cuda":
         dtype = DTYPES.get(str(cli.trainer.precision), torch.float32)
         fused = choose_fused(config, device, dtype, supported_fused(config, device, dtype)._asdict())

@@ -6,7 +6,7 @@ from typing import Any
 from trainer.callbacks.checkpoint import Checkpoints
 from trainer.callbacks.metrics_file import MetricsFile
 from trainer.callbacks.warm_start import WarmStart
-from trainer.checkpoint import METADATA_KEY, stored_checksum
+from trainer.checkpoint import METADATA_KEY, read_progress, stored_checksum, verify_checksum
 from trainer.cli.lightning_cli import TrainerCLI
 from trainer.data.local_text import LocalText
 from trainer.data.tokenizer import check_case_markup, load_tokenizer
@@ -15,7 +15,7 @@ from trainer.files import sha256_of
 from trainer.loading import load_run
 from trainer.logging import logger
 from trainer.recipes import load_recipe
-from trainer.run_folder import RunFolder, newest_checkpoint
+from trainer.run_folder import RunFolder
 
 
 def last_checkpoint(cli: TrainerCLI) -> str | None:
@@ -28,6 +28,47 @@ def last_checkpoint(cli: TrainerCLI) -> str | None:
     if name is None:
         cli.config.ckpt = str(newest)
     return str(newest)
+
+
+def newest_checkpoint(parent: Path, name: str | None = None) -> Path | None:
+    """The newest whole checkpoint of all runs of a recipe, or of one of them; each newer one that is damaged is named.
+
+    The newest of a run is the one with the most steps. Of several runs, the newest is the one that saved last. Both are
+    read from the files: copying a run changes the times of its files.
+
+    Args:
+        parent: Folder of the recipe's runs.
+        name: The only run to look at.
+
+    Returns:
+        The file; None if the named run has saved nothing yet.
+
+    Raises:
+        UserError: If there is none, none that is whole, or a newer one may not be read.
+    """
+    runs: list[tuple[float, list[tuple[int, Path]]]] = []
+    for run in map(RunFolder, [parent / name] if name else sorted(parent.glob("*"))):
+        files = [path for path in (run.last_checkpoint, *run.step_checkpoints()) if path.is_file()]
+        progress = {path: read_progress(path) for path in files}
+        steps = sorted(((progress[path].step, path) for path in files), key=lambda pair: pair[0], reverse=True)
+        if files:
+            runs.append((max(each.saved_at for each in progress.values()), steps))
+    runs.sort(key=lambda run: run[0], reverse=True)  # stable, and last.ckpt before another name of the same file
+    for _, steps in runs:
+        for step, path in steps:
+            if (problem := verify_checksum(path)) is None:
+                others = [f"{each[0][1]} (step {each[0][0]:,})" for _, each in runs if each is not steps]
+                if others:
+                    logger.info(
+                        f"--ckpt last: takes {path} (step {step:,}), saved last; there are {', '.join(others)}, too"
+                    )
+                return path
+            logger.warning(f"{path}: is damaged ({problem}); looking for an older one")
+    if name and not runs:
+        return None
+    raise UserError(
+        f"--ckpt last: {parent / (name or '')} holds no {'whole ' if runs else ''}checkpoint; start without --ckpt"
+    )
 
 
 def start_from(cli: TrainerCLI, resumes: bool) -> None:

@@ -159,12 +159,15 @@ def _listed(run: RunFolder) -> Listed:
         state = "finished"
     if is_held(run.lock):
         state = "running"
+    steps = summary.get("steps")
+    if steps is None and (saved := run.step_checkpoints()):
+        steps = run.step_of(saved[-1])
     source = str(config.get("data.source.class_path", "")).rpartition(".")[2]
     return Listed(
         run,
         state,
         str(config.get("data.source.init_args.folder") or source),
-        summary.get("steps"),
+        steps,
         summary.get("val_bpb"),
         summary.get("bytes_total"),
         max((path.stat().st_mtime for path in files), default=0.0),

@@ -17,8 +17,8 @@ from trainer.data.manifest import NAME, Manifest
 from trainer.device import gpu_count
 from trainer.errors import UserError
 from trainer.logging import logger
-from trainer.recipes import find_recipe
-from trainer.run_folder import RunData, RunFolder, flatten
+from trainer.recipes import find_recipe, flatten
+from trainer.run_folder import RunData, RunFolder
 from trainer.script import script_record, user_script
 from trainer.source_bundle import source_bundle
 
@@ -120,17 +120,17 @@ def program() -> list[str]:
 
 
 def _settings(job: list[str]) -> dict[str, Any]:
-    """The settings that a run would have, by dotted name.
+    """The settings that a run would have, by dotted name; none of a script that does not print them.
 
     Raises:
         UserError: In fit's own words, if it refuses them.
     """
-    command = [*program(), "fit", *job, "--print_config"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    command, env = [*program(), "fit", *job, "--print_config"], os.environ | {INSIDE: "1"}
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if result.returncode:
         *_, reason = result.stderr.strip().splitlines() or ["fit does not start"]
         raise UserError(reason.removeprefix("trainer: "))
-    return dict(flatten(yaml.safe_load(result.stdout[result.stdout.index(CONFIG_START) :])))
+    return dict(flatten(yaml.safe_load(result.stdout.partition(CONFIG_START)[2].partition("\n")[2]) or {}))
 
 
 def _is_same(run: RunData, settings: dict[str, Any]) -> bool:

@@ -4,6 +4,7 @@ from pathlib import Path
 from shlex import quote
 
 from trainer.checkpoint import live_state, load_checkpoint, stored_average
+from trainer.comparison import why_incomparable
 from trainer.errors import UserError
 from trainer.files import atomic_write
 from trainer.generation import SamplingConfig, continue_text
@@ -13,7 +14,7 @@ from trainer.paired import compare_documents, read_table
 from trainer.quantize.container import Array, read_container
 from trainer.report.byte_use import ByteUse, byte_use
 from trainer.report.page import page
-from trainer.run_folder import RunFolder, why_incomparable
+from trainer.run_folder import RunFolder
 
 PROMPTS = ("", "", "The")
 SAMPLE_TOKENS = 120

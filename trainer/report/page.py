@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from trainer.comparison import group_runs, table
+from trainer.comparison import group_runs, table, why_incomparable
 from trainer.errors import UserError
 from trainer.paired import Paired, moved_table, sentences
 from trainer.report.byte_use import ByteUse
 from trainer.report.charts import line_chart
-from trainer.run_folder import RunData, why_incomparable
+from trainer.run_folder import RunData
 
 BEGINNING = "<!doctype html>"  # of every report
 STYLE = """
