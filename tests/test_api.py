@@ -15,7 +15,9 @@ from tests.conftest import make_documents
 from tests.helpers import trainer_here
 from trainer.checkpoint import METADATA_KEY
 from trainer.data.canonical import excluded_pairs
+from trainer.data.sources import Shards
 from trainer.data.tokenizer import ByteTable, load_tokenizer
+from trainer.datamodule import TokenData
 from trainer.errors import UserError
 from trainer.evaluation import sliding
 from trainer.evaluation.windows import EvaluationConfig
@@ -154,3 +156,18 @@ def test_lightnings_own_ways_without_our_data_or_sizes_say_what_to_use(tmp_path:
     bare = pl.Trainer(max_steps=1, logger=False, enable_checkpointing=False, accelerator="cpu")
     with pytest.raises(UserError, match=r"datamodule=TokenData"):
         bare.fit(model, train_dataloaders=loader)
+
+
+def test_model_and_data_run_under_a_trainer_of_ones_own(shard_folder: Path):
+    """As docs/extending.md says."""
+    model = LanguageModel(vocab_size=300, num_layers=2, model_dim=32)
+    before = model.model.token_embedding.weight.clone()
+    evaluation = EvaluationConfig(16, None, max_tokens=300)
+    data = TokenData(Shards(str(shard_folder)), 128, 16, vocab_size=300, evaluation=evaluation)
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    own = pl.Trainer(max_steps=3, use_distributed_sampler=False, enable_model_summary=False, **options)
+    own.fit(model, datamodule=data)
+    assert own.global_step == 3
+    assert not torch.equal(model.model.token_embedding.weight, before)
+    (scores,) = own.validate(model, datamodule=data, verbose=False)
+    assert scores["val/bpb"] == pytest.approx(model.scores[-1].bpb)

@@ -120,6 +120,8 @@ def test_the_examples_run(workplace: Path):
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         result = subprocess.run(words, cwd=workplace, env=env, capture_output=True, text=True, check=False)
         assert message in result.stdout + result.stderr
+    (workplace / "poems.jsonl").unlink()
+    assert "epochs unknown (poems.jsonl: there is no such text file" in run(poems, workplace, *SMALL, "--dry_run")
     output = run(poems, workplace, *SMALL)
     assert "trained     12 steps" in output
     assert (workplace / "data/poems/manifest.json").is_file()

@@ -195,11 +195,11 @@ def _forecast_budget(cli: TrainerCLI, speed: float, loop_factor: float, source: 
         )
     tokens = steps * data.batch_tokens
     text, reason = None, "the text is prepared when the run starts"
-    if data.source.is_prepared():
-        try:
+    try:
+        if data.source.is_prepared():
             text = data.source.prepared()
-        except UserError as error:
-            reason = str(error)
+    except UserError as error:
+        reason = str(error)
     if text is None:
         epochs = f"epochs unknown ({reason})"
     else:

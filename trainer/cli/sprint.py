@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from trainer.cli.parser import CommandParser
-from trainer.comparison import as_markdown, group_runs, is_compared, table, warn_of_other_code
+from trainer.comparison import as_markdown, group_runs, is_compared, table, warn_of_other_code, warn_of_other_devices
 from trainer.data.manifest import NAME, Manifest
 from trainer.device import gpu_count
 from trainer.errors import UserError
@@ -107,6 +107,7 @@ def sprint(
     _run_all(jobs)
     finished = [run.read() for run in [*base, *new_runs]]
     warn_of_other_code(finished)
+    warn_of_other_devices(finished)
     try:
         print(as_markdown(table(group_runs(finished))))
     except UserError:
