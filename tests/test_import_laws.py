@@ -9,7 +9,7 @@ from tests.conftest import ROOT
 # From the ground up: no module imports one of a higher floor.
 FLOORS = (
     "errors cpu device rank files lock versions distributed logging progress_display recipes source_bundle checkpoint "
-    "run_folder script step clock",
+    "run_folder behavior script step clock",
     "kernels data",
     "model evaluation",
     "optim",

@@ -4,116 +4,188 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import ROOT
-from tests.helpers import python
 
 HELPER = "RATE = 0.1\n\n\ndef activation(self, x, scale):\n    return self.down(self.up(x) * RATE, scale)\n"
+# Each change is undone before the next one. Those of a line are different code, in a loop or by their values.
 PROGRAM = """
+import functools
 import json
-import sys
-from functools import partial
+from types import SimpleNamespace
 
-import lightning.pytorch as pl
-import torch
-from trainer.model.mlp import MLP
-from trainer.quantize import policy
+import trainer.clock
+from trainer.clock import TrainingClock
 from trainer.script import script_record
 
-records = []
-record = lambda *objects: records.append(script_record(b"", objects))
-record(pl.Callback())
-forward, storage = MLP.forward, policy.storage_dtype
 import helper
 
-
-def scaled(by):
-    def forward(self, x, scale):
-        return self.down(self.up(x) * by, scale)
-
-    return forward
+records = {}
 
 
-class Watch(pl.Callback):
-    pass
+def record(name, change, *objects):
+    start, now = TrainingClock.start, trainer.clock.time
+    if change is not None:
+        TrainingClock.start = change
+    records[name] = script_record(b"", objects)
+    TrainingClock.start, trainer.clock.time = start, now
 
 
-for change in (scaled(0.5), scaled(0.25), lambda self, x, scale: x, helper.activation, forward):
-    MLP.forward = change
-    record()
-policy.storage_dtype = partial(lambda *a: "int8")
-record()
-policy.storage_dtype = torch.relu  # of a library
-record()
-policy.storage_dtype = storage
-record(Watch())
+def scaled(by, **more):
+    def start(self):
+        return by
+
+    return start
+
+
+@functools.wraps(TrainingClock.start)
+def wrapped(self):
+    return 1
+
+
+def late(kind):
+    change = lambda self: later()
+    record(kind, change)
+
+    def later():
+        return 1
+
+
+class Watch:
+    def __init__(self, number):
+        self.number = number
+
+    def __call__(self):
+        return self.number
+
+
+class Factory:
+    @staticmethod
+    def make(by):
+        class Made(Watch):
+            def start(self):
+                return by
+
+        return Made
+
+
+record("nothing", None)
+record("library", functools.wraps)
+record("foreign object", None, SimpleNamespace())
+for number in (1, 2):
+    record(f"closure {number}", scaled(number))
+    record(f"list {number}", scaled([number]))
+    record(f"default {number}", lambda self, number=number: number)
+    record(f"set {number}", [lambda self: self in {"a", "b", "c"}, lambda self: self in {"b", "a"}][number - 1])
+    record(f"partial {number}", functools.partial(scaled, number))
+    record(f"cached {number}", functools.lru_cache(scaled(number)))
+    record(f"method {number}", staticmethod(scaled(number)))
+    record(f"object {number}", Watch(number))
+    record(f"class {number}", Factory.make(number))
+    record(f"callback {number}", None, Factory.make(number)(0))
+record("wraps", wrapped)
+record("helper", helper.activation)
+late("late")
 print(json.dumps(records))
+"""
+SCRIPT = """
+import json
+import sys
+
+import helper
+from trainer.script import script_record, user_script
+
+if len(sys.argv) > 1:
+    print(json.dumps([script_record(b""), user_script("fit")]))
 """
 
 
-def records(folder: Path, *args: str) -> list[Any]:
-    """What a program of the user's prints."""
-    result = python(*args, cwd=folder)
+def run(folder: Path, *args: str) -> Any:
+    """What a program of the user's prints last."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, *args], cwd=folder, env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    return list(json.loads(result.stdout))
+    return json.loads(next(line for line in result.stdout.splitlines() if line.startswith(("{", "["))))
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "helper.py").write_text(HELPER)
-    (tmp_path / "program.py").write_text(PROGRAM)
     return tmp_path
 
 
-def test_a_program_that_calls_the_api_is_named_only_where_it_changes_the_trainer(folder: Path):
-    first, *patched, whole, partial, library, callback = records(folder, "program.py")
-    assert (first, whole, library) == (None, None, None)
-    changed = [*patched, partial, callback]
-    assert [each["name"] for each in changed if each] == ["program.py"] * 6
-    assert len({each["sha256"] for each in changed if each}) == 6  # also those of one function with two numbers
-    assert records(folder, "program.py") == [first, *patched, whole, partial, library, callback]
+@pytest.mark.parametrize("start", [["program.py"], ["-c", PROGRAM]])
+def test_a_program_that_calls_the_api_is_named_only_where_it_changes_the_trainer(start: list[str], folder: Path):
+    (folder / "program.py").write_text(PROGRAM)
+    records = run(folder, *start)
+    unchanged = ("nothing", "library", "foreign object")
+    assert [records.pop(name) for name in unchanged] == [None] * 3
+    assert all(records.values())
+    assert {each["name"] for each in records.values()} <= {"program.py", "notebook", "helper"}
+    assert len({each["sha256"] for each in records.values()}) == len(records)
+    again = run(folder, *start)
+    assert [again.pop(name) for name in unchanged] == [None] * 3
+    assert again == records  # in another process, with other hashes of texts
     (folder / "helper.py").write_text(HELPER.replace("0.1", "0.2"))
-    again = records(folder, "program.py")
-    assert [each is None for each in again] == [
-        each is None for each in (first, *patched, whole, partial, library, callback)
-    ]
-    assert not {each["sha256"] for each in again if each} & {each["sha256"] for each in changed if each}
+    other = run(folder, *start)
+    assert not {each["sha256"] for each in other.values() if each} & {each["sha256"] for each in records.values()}
 
 
-def test_a_script_that_runs_a_command_is_named_with_all_that_it_imports(folder: Path):
-    script = "import json\n\nimport helper\nfrom trainer.script import script_record, user_script\n\n"
-    script += "print(json.dumps([script_record(b''), user_script('fit')]))\n"
-    (folder / "mine.py").write_text(script)
-    (folder / "package").mkdir()
-    (folder / "package/__main__.py").write_text(script)
-    programs = {
-        "mine.py": ("mine.py", ["mine.py"]),
-        "mine": ("mine.py", ["-m", "mine"]),
-        "package": ("__main__.py", ["-m", "package"]),
-    }
-    before = {program: records(folder, program, "fit") for program in programs}
-    for program, (name, command) in programs.items():
-        record, started = before[program]
-        assert (record["name"], started) == (name, command)
-    assert records(folder, "mine.py", "show") == [None, None]  # its own command
+@pytest.mark.parametrize(
+    ("start", "name", "command"),
+    [
+        (["mine.py"], "mine.py", ["mine.py"]),
+        (["-m", "mine"], "mine.py", ["-m", "mine"]),
+        (["-m", "app"], "__main__.py", ["-m", "app"]),
+        (["app"], "__main__.py", ["app"]),
+        (["app.zip"], "app.zip", ["app.zip"]),
+        (["noend"], "noend", ["noend"]),
+        (["-m", "cProfile", "-o", "profile", "mine.py"], "mine.py", ["mine.py"]),
+        (["-m", "pdb", "-c", "c", "-c", "q", "mine.py"], "mine.py", ["mine.py"]),
+    ],
+)
+def test_a_script_that_runs_a_command_is_named_with_all_that_it_imports(
+    start: list[str], name: str, command: list[str], folder: Path
+):
+    (folder / "app").mkdir()
+    for file in ("mine.py", "noend", "app/__main__.py"):
+        (folder / file).write_text(SCRIPT)
+    (folder / "app/helper.py").write_text(HELPER)
+    with zipfile.ZipFile(folder / "app.zip", "w") as archive:
+        archive.writestr("__main__.py", SCRIPT)
+        archive.writestr("helper.py", HELPER)
+    record, found = run(folder, *start, "fit")
+    assert record["name"] == name
+    assert found[:-1] == command[:-1]
+    assert found[-1] in (command[-1], str(folder / command[-1]))
+    assert run(folder, *found, "fit")[0] == record
+    assert run(folder, *start, "show") == [None, None]  # its own command
     (folder / "helper.py").write_text(HELPER.replace("0.1", "0.2"))
-    after = {program: records(folder, program, "fit") for program in programs}
-    assert all(before[program][0]["sha256"] != after[program][0]["sha256"] for program in programs)
+    (folder / "app/helper.py").write_text(HELPER.replace("0.1", "0.2"))
+    if "app.zip" not in start:
+        assert run(folder, *start, "fit")[0]["sha256"] != record["sha256"]
 
 
 def test_an_installed_package_and_the_trainer_itself_are_not_the_users(folder: Path):
     installed = folder / "installed"
-    (installed / "other-1.0.dist-info").mkdir(parents=True)
-    (installed / "other.py").write_text(
-        "import json\n\nfrom trainer.model.mlp import MLP\nfrom trainer.script import script_record\n\n\n"
-        "class Wider(MLP):\n    pass\n\n\nimport trainer.model.transformer\ntrainer.model.transformer.MLP = Wider\n"
-        "print(json.dumps(script_record(b'')))\n"
-    )
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(installed), str(ROOT)])}
-    command = [sys.executable, "-c", "import other"]
-    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=True)
-    assert json.loads(result.stdout) is None
+    information = installed / "other-1.0.dist-info"
+    information.mkdir(parents=True)
+    (information / "METADATA").write_text("Name: other\nVersion: 1.0\n")
+    (information / "top_level.txt").write_text("other\n")
+    patch = "from trainer.clock import TrainingClock\n\n\nclass Other(TrainingClock):\n    pass\n\n\n"
+    patch += "import trainer.clock\ntrainer.clock.TrainingClock = Other\n"
+    (installed / "other.py").write_text(patch)
+    (installed / "mine.py").write_text(patch)  # somebody's own, beside what is installed
+    ask = "import json, sys; sys.path.append('installed'); import {}; from trainer.script import script_record\n"
+    ask += "print(json.dumps([script_record(b'')]))"
+    assert run(folder, "-c", ask.format("other")) == [None]
+    assert run(folder, "-c", ask.format("mine"))[0]["name"] == "mine"
+    starter = folder / "bin/trainer"  # wherever pip has put it
+    starter.parent.mkdir()
+    starter.write_text("import sys\nfrom trainer.__main__ import program\n" + SCRIPT.replace("import helper\n", ""))
+    assert run(folder, str(starter), "fit") == [None, None]

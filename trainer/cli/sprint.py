@@ -129,9 +129,13 @@ def _settings(job: list[str]) -> dict[str, Any]:
     command, env = [*program(), "fit", *job, "--print_config"], os.environ | {INSIDE: "1"}
     result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if result.returncode:
-        *_, reason = result.stderr.strip().splitlines() or ["fit does not start"]
+        lines = result.stderr.strip().splitlines() or ["fit does not start"]
+        reason = next((line for line in lines if line.startswith("trainer")), lines[-1])
         raise UserError(reason.removeprefix("trainer: "))
-    return dict(flatten(yaml.safe_load(result.stdout.partition(CONFIG_START)[2].partition("\n")[2]) or {}))
+    try:
+        return dict(flatten(yaml.safe_load(result.stdout.partition(CONFIG_START)[2].partition("\n")[2])))
+    except (yaml.YAMLError, AttributeError):  # the script printed something else, too
+        return {}
 
 
 def _is_same(run: RunData, settings: dict[str, Any]) -> bool:
