@@ -32,7 +32,7 @@ FIT = {
 }
 REFUSED_BY_FIT = "eval.adapt_"
 VALIDATE = {
-    "what is scored": ("ckpt", "weights", "split", "text", "text_field", "source_field", "per_document"),
+    "what is scored": ("ckpt", "weights", "split", "text", "tokenizer", "text_field", "source_field", "per_document"),
     "how; the run's own settings where none is given": (
         *("config", "eval.window", "eval.stride", "eval.batch_windows", "eval.max_tokens", "eval.attention_window"),
         *("eval.adapt_rate", "eval.adapt_ema_decay", "eval.canonical", "data.source", "precision"),

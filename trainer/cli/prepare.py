@@ -95,7 +95,7 @@ def print_manifest(folder: Path) -> None:
     """Print one line per split."""
     content = manifest.Manifest.read(folder)
     if content is None:
-        print(f"{folder}: shards made elsewhere (no {manifest.NAME})")
+        print(f"{folder}: shards made elsewhere (no {manifest.MANIFEST})")
         return
     for split in ("train", "val"):
         shards = content.of(split)

@@ -13,7 +13,7 @@ import yaml
 
 from trainer.cli.parser import CommandParser
 from trainer.comparison import as_markdown, group_runs, is_compared, table, warn_of_other_code, warn_of_other_devices
-from trainer.data.manifest import NAME, Manifest
+from trainer.data.manifest import MANIFEST, Manifest
 from trainer.device import gpu_count
 from trainer.errors import UserError
 from trainer.logging import logger
@@ -71,7 +71,7 @@ def sprint(
         raise UserError(f"--steps must be at least 1, not {steps}")
     manifest = Manifest.read(Path(data))
     if manifest is None:
-        raise UserError(f"--data {data}: holds no {NAME}; make it with trainer prepare")
+        raise UserError(f"--data {data}: holds no {MANIFEST}; make it with trainer prepare")
     folder = Path(runs) / RunFolder.recipe_of(find_recipe(config))
     base = _finished(folder, against) if against else []
     seconds = SECONDS if seconds is None and steps is None else seconds

@@ -16,7 +16,7 @@ from trainer.data.tokenizer import BOS, load_tokenizer
 from trainer.errors import UserError
 from trainer.files import atomic_write, cannot_read, sha256_of
 
-NAME = "manifest.json"
+MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"  # beside the shards
 FORMAT = 2
 
@@ -71,7 +71,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write it beside the shards."""
-        with atomic_write(folder / NAME) as file:
+        with atomic_write(folder / MANIFEST) as file:
             file.write(json.dumps({"format": FORMAT, **asdict(self)}, indent=1).encode())
 
     @classmethod
@@ -81,7 +81,7 @@ class Manifest:
         Raises:
             UserError: If it is damaged, of another format, or may not be read.
         """
-        path = folder / NAME
+        path = folder / MANIFEST
         if not path.is_file():
             return None
         try:
@@ -118,7 +118,7 @@ def check_tokenizer(folder: Path, tokenizer: Path) -> None:
     if manifest is not None and manifest.tokenizer_sha256 != digest:
         raise UserError(
             f"{tokenizer}: is not the tokenizer that made the shards in {folder} (sha256 {digest[:12]}..., their "
-            f"{NAME} says {manifest.tokenizer_sha256[:12]}...)"
+            f"{MANIFEST} says {manifest.tokenizer_sha256[:12]}...)"
         )
 
 
@@ -147,7 +147,7 @@ def verify(folder: Path) -> Manifest:
     """
     manifest = Manifest.read(folder)
     if manifest is None:
-        raise UserError(f"{folder}: has no {NAME}; shards made elsewhere can be inspected, but not verified")
+        raise UserError(f"{folder}: has no {MANIFEST}; shards made elsewhere can be inspected, but not verified")
     tokenizer = load_tokenizer(folder / TOKENIZER)
     if sha256_of(folder / TOKENIZER) != manifest.tokenizer_sha256:
         raise UserError(f"{folder / TOKENIZER}: is not the tokenizer of the manifest; prepare the folder again")

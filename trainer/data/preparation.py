@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer.data.manifest import NAME, TOKENIZER, Manifest
+from trainer.data.manifest import MANIFEST, TOKENIZER, Manifest
 from trainer.data.shards import HEADER_BYTES
 from trainer.errors import UserError
 from trainer.files import cannot_read, check_can_make, sha256_of
@@ -131,7 +131,7 @@ def refuse_other_source(folder: Path, source: dict[str, Any]) -> None:
         UserError: With the name of that class, or if the manifest may not be read.
     """
     try:
-        made_by = json.loads((folder / NAME).read_text())["source"]["class"]
+        made_by = json.loads((folder / MANIFEST).read_text())["source"]["class"]
     except PermissionError as error:
         raise cannot_read(error) from error
     except (OSError, ValueError, KeyError, TypeError):
@@ -146,7 +146,7 @@ def refuse_other_source(folder: Path, source: dict[str, Any]) -> None:
 def _own_files(folder: Path) -> set[str]:
     """The files that a manifest of ours, of any version, names; none without one."""
     try:
-        manifest = json.loads((folder / NAME).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
         names = {str(shard["file"]) for shard in manifest["shards"]}
         int(manifest["format"])
         tokenizer = folder / TOKENIZER
@@ -156,7 +156,7 @@ def _own_files(folder: Path) -> set[str]:
         raise cannot_read(error) from error
     except (OSError, ValueError, KeyError, TypeError):
         return set()
-    return names | {NAME}
+    return names | {MANIFEST}
 
 
 def _keeps(folder: Path) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from trainer.data.case_markup import RULES, CaseMarkupProcessor, has_case_markup
-from trainer.data.manifest import NAME, TOKENIZER, Manifest, check_tokenizer, check_vocabulary
+from trainer.data.manifest import MANIFEST, TOKENIZER, Manifest, check_tokenizer, check_vocabulary
 from trainer.data.preparation import check_folder, is_prepared, prepare_folder
 from trainer.data.shard_writer import SPLITS, Document, tokenize
 from trainer.data.shards import TokenArray, TokenFiles
@@ -108,7 +108,7 @@ class MarkedCopy:
         try:
             return self.original()
         except UserError:
-            if (self.folder / NAME).is_file():
+            if (self.folder / MANIFEST).is_file():
                 return None
             raise
 

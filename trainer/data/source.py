@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.data.manifest import NAME, Manifest
+from trainer.data.manifest import MANIFEST, Manifest
 from trainer.data.tokenizer import train_tokenizer
 from trainer.errors import UserError
 from trainer.logging import logger
@@ -92,9 +92,11 @@ def list_shards(folder: Path, tokenizer: Path) -> PreparedText:
     if (manifest := Manifest.read(folder)) is not None:
         listed, present = {shard.file for shard in manifest.shards}, {path.name for path in (*train, *val)}
         for name in sorted(listed - present):
-            raise UserError(f"{folder / name}: is missing, but the folder's {NAME} lists it; prepare the folder again")
+            raise UserError(
+                f"{folder / name}: is missing, but the folder's {MANIFEST} lists it; prepare the folder again"
+            )
         for name in sorted(present - listed):
-            raise UserError(f"{folder / name}: is not listed in the folder's {NAME}; remove it")
+            raise UserError(f"{folder / name}: is not listed in the folder's {MANIFEST}; remove it")
     return PreparedText(train, val, tokenizer)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trainer.data.canonical import excluded_pairs
 from trainer.data.case_markup import SPACE
-from trainer.data.manifest import NAME, Manifest, documents_of, verify
+from trainer.data.manifest import MANIFEST, Manifest, documents_of, verify
 from trainer.data.shards import TokenArray, TokenFiles
 from trainer.data.sources import Shards
 from trainer.data.tokenizer import BOS
@@ -119,7 +119,7 @@ def check_splits(data: Path) -> str:
         UserError: If one is, or the shards are not those of the manifest.
     """
     if Manifest.read(data) is None:
-        return f"splits: not checked, {data} has no {NAME}"
+        return f"splits: not checked, {data} has no {MANIFEST}"
     manifest = verify(data)
     count = sum(shard.documents for shard in manifest.shards)
     return f"splits: none of the {count:,} documents is both in training and in validation text"
