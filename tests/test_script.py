@@ -159,11 +159,11 @@ def test_a_script_that_runs_a_command_is_named_with_all_that_it_imports(
     with zipfile.ZipFile(folder / "app.zip", "w") as archive:
         archive.writestr("__main__.py", SCRIPT)
         archive.writestr("helper.py", HELPER)
-    record, found = run(folder, *start, "fit")
+    record, restart = run(folder, *start, "fit")
     assert record["name"] == name
-    assert found[:-1] == command[:-1]
-    assert found[-1] in (command[-1], str(folder / command[-1]))
-    assert run(folder, *found, "fit")[0] == record
+    assert restart[:-1] == command[:-1]
+    assert restart[-1] in (command[-1], str(folder / command[-1]))
+    assert run(folder, *restart, "fit")[0] == record
     assert run(folder, *start, "show") == [None, None]  # its own command
     (folder / "helper.py").write_text(HELPER.replace("0.1", "0.2"))
     (folder / "app/helper.py").write_text(HELPER.replace("0.1", "0.2"))

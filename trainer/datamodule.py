@@ -180,7 +180,7 @@ class TokenData(pl.LightningDataModule):
     def _take_scored_text(self, text: ScoredText) -> None:
         """Tokenize a text with the tokenizer of the weights; no shards are needed."""
         assert self.tokenizer is not None
-        tokenizer = load_tokenizer(self.tokenizer)
+        tokenizer = load_tokenizer(self.tokenizer, "name that of the model with --tokenizer")
         self._check_tokenizer(self.tokenizer)
         self.table = ByteTable.from_tokenizer(tokenizer)
         tokens, self.document_sources = text.read(tokenizer, self.table)

@@ -170,9 +170,9 @@ class LanguageModel(pl.LightningModule):
             )
         logger.info(f"{name} updates the weights; of model.optimizer only grad_clip_norm has an effect")
         # A resumed one has the rates of the checkpoint.
-        made: Any = self.configure_optimizers()
-        made = made["optimizer"] if isinstance(made, dict) else made[0] if isinstance(made, Sequence) else made
-        for group, new in zip(optimizer.param_groups, made.param_groups, strict=True):
+        fresh: Any = self.configure_optimizers()
+        fresh = fresh["optimizer"] if isinstance(fresh, dict) else fresh[0] if isinstance(fresh, Sequence) else fresh
+        for group, new in zip(optimizer.param_groups, fresh.param_groups, strict=True):
             group.update({key: new[key] for key in ("lr", "weight_decay") if key in new}, initial_lr=new["lr"])
 
     def micro_batches(self, sequences: int) -> int:

@@ -121,9 +121,7 @@ def load_artifact(
     stored = stored_weights(path, "best")
     hint = "name another one" if tokenizer else "name it with --tokenizer"
     tokenizer = Path(tokenizer) if tokenizer else RunFolder.containing(path).tokenizer
-    if not tokenizer.is_file():
-        raise UserError(f"{tokenizer}: there is no tokenizer; {hint}")
-    processor = load_tokenizer(tokenizer)
+    processor = load_tokenizer(tokenizer, hint)
     if stored.tokenizer_sha256 not in (None, now := sha256_of(tokenizer)):
         raise UserError(
             f"{tokenizer}: is not the tokenizer this model was trained with (its sha256 begins with {now[:12]}, not "

@@ -240,9 +240,14 @@ class TrainerCLI(LightningCLI):
         """The folder of all runs of the recipe."""
         return Path(self.config.trainer.default_root_dir) / self.recipe
 
+    @property
+    def callbacks(self) -> list[pl.Callback]:
+        """The trainer's callbacks, with a user's own."""
+        return self.trainer.callbacks  # type: ignore[attr-defined]
+
     def callback(self, kind: type[C]) -> C:
         """The trainer's callback of a class."""
-        return next(each for each in self.trainer.callbacks if isinstance(each, kind))  # type: ignore[attr-defined]
+        return next(each for each in self.callbacks if isinstance(each, kind))
 
     def _plugins(self) -> list[Any]:
         """The plugins of `--trainer.plugins`."""

@@ -5,8 +5,6 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-import lightning.pytorch as pl
-
 from trainer.cli.lightning_cli import TrainerCLI
 from trainer.cli.parser import CommandParser
 from trainer.cli.train import train
@@ -66,7 +64,7 @@ def _tell_changes(first: RunData, cli: TrainerCLI) -> None:
     code = source_bundle()
     if hashlib.sha256(code).hexdigest() != first.summary.get("code_sha256"):
         logger.warning(f"the trainer's code is not that of {first.name}: {_changed_files(first.folder, code)}")
-    scripts = [first.summary.get("script"), script_record(code, [cli.model, *_callbacks(cli)])]
+    scripts = [first.summary.get("script"), script_record(code, [cli.model, *cli.callbacks])]
     if scripts[0] != scripts[1]:
         names = [f"{script['name']} ({script['sha256'][:12]})" if script else "trainer alone" for script in scripts]
         logger.warning(f"{first.name} ran with {names[0]}, this run with {names[1]}; own code may change the training")
@@ -80,10 +78,6 @@ def _tell_changes(first: RunData, cli: TrainerCLI) -> None:
         logger.warning(
             "its learning rates follow the clock (wallclock.seconds), so its steps and losses are not exactly repeated"
         )
-
-
-def _callbacks(cli: TrainerCLI) -> list[pl.Callback]:
-    return cli.trainer.callbacks  # type: ignore[attr-defined]
 
 
 def _changed_files(folder: RunFolder, code: bytes) -> str:

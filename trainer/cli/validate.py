@@ -123,8 +123,6 @@ def _choose_text(cli: TrainerCLI, ckpt: Path, is_cut: bool) -> None:
     files = [config.text] if isinstance(config.text, str) else config.text
     data.scored_text = ScoredText(files, config.text_field, config.source_field)
     data.tokenizer = Path(config.tokenizer) if config.tokenizer else RunFolder.containing(ckpt).tokenizer
-    if not config.tokenizer and not data.tokenizer.is_file():
-        raise UserError(f"{data.tokenizer}: there is no tokenizer; name that of the model with --tokenizer")
     if not is_cut:
         data.evaluation = replace(data.evaluation, max_tokens=None)
     data.scores_documents = True

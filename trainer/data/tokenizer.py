@@ -31,15 +31,21 @@ BEGIN = np.array([BOS], dtype=np.uint16)
 MIN_VOCAB = 261  # 256 byte tokens, 4 control tokens and one of text
 
 
-def load_tokenizer(path: str | Path) -> sentencepiece.SentencePieceProcessor:
+def load_tokenizer(
+    path: str | Path, hint: str = "give the path of a SentencePiece .model file"
+) -> sentencepiece.SentencePieceProcessor:
     """Open a SentencePiece model.
+
+    Args:
+        path: The file.
+        hint: What to do if it is missing, for the error.
 
     Raises:
         UserError: If the file is missing, may not be read, is not a SentencePiece model, its BOS is not token 1, or
             its tokens do not tell how many bytes of text they stand for.
     """
     if not Path(path).is_file():
-        raise UserError(f"{path}: there is no tokenizer; give the path of a SentencePiece .model file")
+        raise UserError(f"{path}: there is no tokenizer; {hint}")
     try:
         with Path(path).open("rb"):  # SentencePiece calls a file that may not be read none of its own
             tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))

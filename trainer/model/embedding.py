@@ -18,7 +18,7 @@ class BigramConfig:
     Args:
         buckets: Rows of the table (at least 2); the last row is for the first token of a sequence. null: no table.
         dim: Width of the table, which is projected to the model width (at least 1).
-        scale_init: Initial value of the learned scale (any number but 0, which would get no gradients).
+        scale_init: Initial value of the learned scale (any number but 0, with which nothing is learned).
     """
 
     buckets: int | None = 10240
